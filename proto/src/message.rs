@@ -1,0 +1,238 @@
+//! The messages of each channel. Encoded with postcard inside frames; see `SPEC.md` for types and order.
+
+use serde::{Deserialize, Serialize};
+
+use crate::membership::{Epoch, MemberSet, NodeState, Record};
+
+/// A position in the write-ahead log, as PostgreSQL's `pg_lsn`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Lsn(pub u64);
+
+// ---------------------------------------------------------------- control
+
+/// What a proxy, an agent or a command asks of an agent on a control channel. One at a time; each gets
+/// any number of [`Reply::Progress`] and exactly one other reply.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Request {
+    /// -> [`Reply::Status`]
+    Status,
+    /// Promise to obey no epoch below this one: stored durably, older tunnels and recoveries are cut. -> `Record`
+    Promise { epoch: Epoch },
+    /// Store a member set and this node's state in it. Refused if the epoch is below the promised one
+    /// or `(epoch, version)` is below the stored one. -> `Record`
+    Store { members: MemberSet, state: NodeState, uncertain: bool, new_generation: Option<String>, note: Option<String> },
+    /// Start PostgreSQL and keep it running (restart it when it dies). -> `Done` when it accepts connections
+    StartPostgres,
+    /// Stop it, and leave it stopped. -> `Done`
+    StopPostgres { immediate: bool },
+    /// Facts for the Preflight of a recovery. Works with a stopped or absent data directory, too. -> `Facts`
+    Facts,
+    /// Fill this node from another one: stop PostgreSQL, bring files and WAL (record: Seeding). Progress all along.
+    /// -> `Done` when the files are whole and synced, `pg_control` last
+    Fill { epoch: Epoch, source: String },
+    /// Start PostgreSQL as a standby fed by the relay (record: CatchingUp). Progress with `replayed` all along.
+    /// -> `Done` when it is consistent and less than `lag_bytes_max` behind the source
+    CatchUp { epoch: Epoch, source: String, lag_bytes_max: u64 },
+    /// The relay hands over nothing more than it has. -> `Lsn` with the position that it stopped at
+    HoldRelay,
+    /// Hand over WAL up to exactly `x`, wait until it is replayed, leave recovery by signal, wait until
+    /// PostgreSQL accepts writes, do the fix-ups. -> `Done`
+    LeaveRecovery { x: Lsn },
+    /// Remove the replication slot that this node keeps for `node`. -> `Done`
+    DropSlot { node: String },
+    /// End every tunnel of this epoch and older, without promising anything. -> `Done`
+    CutTunnels,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    Status(Box<NodeStatus>),
+    Record(Box<Record>),
+    Facts(Box<NodeFacts>),
+    Lsn(Lsn),
+    Done,
+    Progress(Progress),
+    /// What failed, where, why, and what to do next.
+    Failed(Failure),
+}
+
+/// An error that crosses the network: the four parts that every error here has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub code: FailureCode,
+    /// What failed and why, one sentence, with names.
+    pub what: String,
+    /// The next thing to do or type, one sentence.
+    pub hint: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureCode {
+    /// The epoch is below the promised one, or the member set below the stored one.
+    OldEpoch,
+    /// The node is not in a state in which this can be done.
+    WrongState,
+    /// PostgreSQL or its files refused.
+    Postgres,
+    /// The network or the peer.
+    Peer,
+    /// A limit was reached.
+    Limit,
+    /// The request itself is wrong.
+    Request,
+    Internal,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    pub record: Record,
+    pub postgres: PostgresState,
+    /// Why PostgreSQL is not running, or what it said last; empty if it runs.
+    pub postgres_detail: String,
+    /// Progress of the fill or recovery under way, if there is one.
+    pub progress: Option<Progress>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PostgresState {
+    Absent,
+    Stopped,
+    Starting,
+    /// A standby in recovery.
+    Standby,
+    Running,
+}
+
+/// What Preflight compares between the source and the node to be filled.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NodeFacts {
+    /// Version of the server binaries, as `server_version_num`: 150018.
+    pub binaries_version_num: u32,
+    /// Major version in `PG_VERSION` of the data directory, if there is one.
+    pub data_major: Option<u32>,
+    /// From `pg_control`, if it can be read.
+    pub system_identifier: Option<u64>,
+    pub architecture: String,
+    /// Version of the C library that sorts text.
+    pub libc_version: String,
+    pub free_bytes: u64,
+    /// Only from a running server: bytes of the data directory without WAL.
+    pub data_bytes: Option<u64>,
+    /// Only from a running server: the settings that a standby must have at least as large, and others that matter.
+    pub settings: Vec<(String, String)>,
+    /// Only from a running server: names of tablespaces other than pg_default and pg_global.
+    pub tablespaces: Vec<String>,
+    /// Only from a running server: prepared transactions that are not ours.
+    pub foreign_prepared: Vec<String>,
+    /// Only from a running server: unlogged tables, `database.schema.table`; they arrive empty.
+    pub unlogged_tables: Vec<String>,
+    /// Libraries and control files of the extensions in use (source), or available (target).
+    pub extensions: Vec<String>,
+    /// A PostgreSQL that this agent did not start runs on the data directory.
+    pub foreign_server: bool,
+}
+
+/// Counters of a fill and of what follows it. All bytes; only grow within one recovery.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    pub files: u64,
+    pub bytes_total: u64,
+    pub bytes_compared: u64,
+    /// Of those compared: already the same, so not sent.
+    pub bytes_same: u64,
+    pub bytes_sent: u64,
+    pub wal_bytes_received: u64,
+    /// Last flushed position of the source that is known here.
+    pub wal_source: u64,
+    pub wal_replayed: u64,
+}
+
+// ---------------------------------------------------------------- files
+
+/// What the node that is filled asks of the source on a files channel. It pulls: what it has not asked for is not sent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FilesRequest {
+    /// Begin a backup. Creates or keeps the slot `pgtandem_<node>`. -> `Begun`, then `Table` frames, the last with `last`
+    Begin,
+    /// Up to [`EXTENTS_PER_REQUEST_MAX`] consecutive extents of one file, with the hash of what is there already.
+    /// -> one `Extent` each, in order
+    Extents { file: u32, first: u32, have: Vec<Option<[u8; 32]>> },
+    /// End the backup. -> `Ended`
+    End,
+}
+
+pub const EXTENT_BYTES: usize = 1 << 20;
+pub const EXTENTS_PER_REQUEST_MAX: usize = 64;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FilesReply {
+    Begun { start: Lsn, timeline: u32, system_identifier: u64, wal_segment_bytes: u32, version_num: u32 },
+    Table { entries: Vec<FileEntry>, last: bool },
+    Extent(Extent),
+    /// `backup_label` and `tablespace_map` byte for byte as `pg_backup_stop` returned them; BLAKE3 of every file as sent.
+    Ended { stop: Lsn, backup_label: Vec<u8>, tablespace_map: Vec<u8>, roots: Vec<FileRoot>, last: bool },
+    Failed(Failure),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileEntry {
+    pub id: u32,
+    /// Relative to the data directory, components separated by '/', UTF-8, no "..", not absolute.
+    pub path: String,
+    pub directory: bool,
+    pub bytes: u64,
+    pub mode: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Extent {
+    pub file: u32,
+    pub index: u32,
+    pub content: ExtentContent,
+    /// The file ends with this extent (it may be shorter than the table said; its WAL mends that).
+    pub end: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ExtentContent {
+    /// The hash agreed; `bytes` of it.
+    Same { bytes: u32 },
+    /// That many zero bytes.
+    Zeros { bytes: u32 },
+    /// At most [`EXTENT_BYTES`].
+    Data(Vec<u8>),
+    /// The file is gone.
+    Vanished,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileRoot {
+    pub file: u32,
+    pub bytes: u64,
+    /// BLAKE3 over the concatenation of the BLAKE3 hashes of its extents.
+    pub root: [u8; 32],
+}
+
+// ---------------------------------------------------------------- WAL
+
+/// From the node that receives WAL to its source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum WalRequest {
+    /// -> `Started`, then `Data` and `Flushed` without end
+    Start { from: Lsn, timeline: u32 },
+    /// What is safe here; the source moves its slot to it.
+    Acknowledge { flushed: Lsn },
+}
+
+pub const WAL_CHUNK_BYTES_MAX: usize = 128 * 1024;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum WalReply {
+    /// `history` is the timeline history file of `timeline`, empty for timeline 1.
+    Started { timeline: u32, system_identifier: u64, wal_segment_bytes: u32, history: Vec<u8>, flushed: Lsn },
+    /// At most [`WAL_CHUNK_BYTES_MAX`] bytes from `start`, all of them flushed on the source.
+    Data { start: Lsn, flushed: Lsn, bytes: Vec<u8> },
+    /// Sent when the flushed position moved and at least once a second.
+    Flushed { flushed: Lsn },
+    Failed(Failure),
+}

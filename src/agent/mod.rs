@@ -1,0 +1,1 @@
+//! The daemon on every node: runs PostgreSQL, keeps the durable record, serves the agent protocol.

@@ -1,0 +1,1 @@
+//! The member set and the durable record: pure.

@@ -1,0 +1,1 @@
+//! PostgreSQL's wire protocol: frames, startup, a server connection.

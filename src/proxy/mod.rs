@@ -1,0 +1,1 @@
+//! The daemon that speaks PostgreSQL's protocol to clients.

@@ -1,0 +1,1 @@
+//! The recovery state machine: pure core, runner.

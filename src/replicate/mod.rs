@@ -1,0 +1,1 @@
+//! Effects, transactions, commit, gate, followers, backlog, in-doubt resolution.

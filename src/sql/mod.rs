@@ -1,0 +1,3 @@
+//! What a statement does: parse, catalog, classify, pin. Pure: no I/O, no clock.
+
+pub mod plan;

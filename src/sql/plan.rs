@@ -1,0 +1,117 @@
+//! What is done with one statement: the result of classification.
+//!
+//! A [`Plan`] belongs to a *shape* (text with its literals masked), so it holds no literal of the statement that
+//! it was made from. Texts for the leader and the followers are made from the plan and the text at hand.
+
+/// What is done with every statement of one shape, under one context and schema number.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    pub lane: Lane,
+    /// The statement may change settings, role or search_path: what is known of them must be read again.
+    pub changes_settings: bool,
+    /// `DISCARD ALL` or `DEALLOCATE ALL`: prepared statements of the session are gone.
+    pub drops_prepared: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Lane {
+    /// The leader alone; nothing for followers.
+    Read {
+        /// A function that is not known to be harmless is called: run it behind the server's read-only guard.
+        guard: bool,
+        /// `COPY ... FROM STDIN` into a temp table, whose data the client sends.
+        copy_in: bool,
+    },
+    Control(Control),
+    /// Answered by the proxy itself.
+    Admin(Admin),
+    Write(Box<Write>),
+    /// VACUUM and ANALYZE: as is on the leader, outside any transaction of ours, then on each follower with this text.
+    Maintenance,
+    Refused(Refusal),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admin {
+    PoolNodes,
+}
+
+/// Transaction control. The text goes to the leader as is, unless the proxy commits on its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// `with_modes`: BEGIN or START TRANSACTION with isolation level or the like
+    Begin { with_modes: bool },
+    Commit { chain: bool },
+    Rollback { chain: bool },
+    Savepoint { name: String },
+    Release { name: String },
+    RollbackTo { name: String },
+    /// SET TRANSACTION, SET SESSION CHARACTERISTICS, SET CONSTRAINTS: forwarded
+    Other,
+}
+
+/// 0A000 with a sentence, and what to do instead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    pub message: String,
+    pub hint: String,
+}
+
+/// A statement that changes permanent data or definitions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Write {
+    pub effect: EffectPlan,
+    /// Values to be appended to the leader's RETURNING (or a RETURNING of our own), as SQL expressions, in this order.
+    /// For pinned: the columns of the row; for point: the stable values that the follower's text needs.
+    pub hidden_returning: Vec<String>,
+    /// The client's own text has a RETURNING, whose columns come before the hidden ones.
+    pub client_returning: bool,
+    /// DDL: moves the schema number; its commit closes the gate.
+    pub ddl: bool,
+    /// Its flight waits for everything that was sent before (ordered text, or cascades).
+    pub barrier: bool,
+    /// May leave work for deferred constraints until COMMIT.
+    pub deferrable_constraints: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum EffectPlan {
+    /// The client's text, under the client's search_path, stable values as literals.
+    Text {
+        /// The role to run under, an SQL identifier without quotes; None: as the client's current role.
+        owner: Option<Role>,
+        /// UPDATE and DELETE: wrapped so that the server itself asserts the count. INSERT of values: false, its count can not differ.
+        counted: bool,
+        /// Must be the first to lock: tables on which `pgtandem.lock` takes SHARE ROW EXCLUSIVE on the leader before the statement.
+        /// Object identifiers of the leader. Empty for the point lane and for DDL, which takes its own locks.
+        lock_tables: Vec<u32>,
+        /// UPDATE whose string literals and text parameters must not be `now`, `today`, ... (they go to date and time types).
+        dates_matter: bool,
+    },
+    /// Rows by value, from the hidden RETURNING.
+    Rows {
+        owner: Option<Role>,
+        /// `INSERT INTO s.t (a, b) OVERRIDING SYSTEM VALUE VALUES ($1, $2)`
+        insert: String,
+        /// `COPY s.t (a, b) FROM STDIN`
+        copy: String,
+        columns: usize,
+    },
+    /// `COPY ... FROM STDIN`: the client's data, under this text (FREEZE dropped).
+    Copy { owner: Option<Role>, text: CopyText },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CopyText {
+    /// The client's own text does.
+    AsIs,
+    /// This text instead. The options of the client's text are part of the shape, so it holds for every statement of the shape.
+    Instead(String),
+}
+
+/// A role as a name, unquoted. `superuser`: running under it instead of the proxy's own role gains nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Role {
+    pub name: String,
+    pub superuser: bool,
+}

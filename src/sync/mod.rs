@@ -1,0 +1,1 @@
+//! Files and WAL: scan, digests, send, receive, relay.
