@@ -1,1 +1,5 @@
-//! The recovery state machine: pure core, runner.
+//! The recovery of a node, from lost to member: the pure state machine and the shell that runs it.
+//!
+//! `replication` is the contract with the running proxy.
+
+pub mod replication;
