@@ -5,11 +5,13 @@
 //! [`hub::Hub`] is what all sessions share.
 
 pub mod backlog;
+pub mod commit;
 pub mod effects;
 pub mod flight;
 pub mod follower;
 pub mod gate;
 pub mod hub;
+pub mod join;
 pub mod marks;
 pub mod resolve;
 pub mod schema;

@@ -61,15 +61,15 @@ END $$;
 /// Databases that allow connections, by name.
 pub const DATABASES: &str = "SELECT datname FROM pg_catalog.pg_database WHERE datallowconn ORDER BY datname";
 
-/// `$1` epoch, `$2` SHA-256 of the secret. Run before old sessions are ended.
-pub const RAISE_EPOCH: &str = "INSERT INTO pgtandem.epoch (one, epoch, secret_hash) VALUES (true, $1, $2) \
+/// `$1` epoch, `$2` the secret, of which only the hash is kept. Run before old sessions are ended.
+pub const RAISE_EPOCH: &str = "INSERT INTO pgtandem.epoch AS e (one, epoch, secret_hash) \
+     VALUES (true, $1, pg_catalog.sha256(pg_catalog.convert_to($2, 'UTF8'))) \
      ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, secret_hash = excluded.secret_hash \
-     WHERE pgtandem.epoch.epoch <= excluded.epoch";
+     WHERE e.epoch <= excluded.epoch";
 
-/// Ends every client backend of this server but the caller's own and those that already entered `$1`
-/// (`application_name` of our own connections); gives how many are left.
+/// Ends every client backend of this server but the caller's own; gives how many were still there.
 pub const END_SESSIONS: &str = "SELECT count(pg_catalog.pg_terminate_backend(pid)) FROM pg_catalog.pg_stat_activity \
-     WHERE backend_type = 'client backend' AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1";
+     WHERE backend_type = 'client backend' AND pid <> pg_catalog.pg_backend_pid()";
 
 /// Statements that every session of ours has prepared, by name.
 pub const PREPARED: &[(&str, &str)] = &[
