@@ -1,1 +1,3 @@
-//! The member set and the durable record: pure.
+//! The member set and the durable record: pure. No I/O, no clock.
+
+pub mod members;
