@@ -4,3 +4,4 @@
 pub mod explain;
 pub mod progress;
 pub mod status;
+pub mod table;

@@ -2,9 +2,12 @@
 //!
 //! `core` decides what comes next, `limits` how long it may stand still, `preflight` whether it may start at all,
 //! `report` what is told about it. `runner` does the work with the agents (`agents`) and the running proxy
-//! (`replication`, a contract that the proxy's hub fulfils); `recoveries` keeps it to one per node.
+//! (`replication`, a contract that the proxy's hub fulfils); `recoveries` keeps it to one per node. `client` is `agents`
+//! over the network; `contact` is the proxy's regular look at every agent.
 
 pub mod agents;
+pub mod client;
+pub mod contact;
 pub mod core;
 pub mod limits;
 pub mod preflight;

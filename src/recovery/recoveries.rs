@@ -52,7 +52,7 @@ impl<R: Replication + 'static, A: Agents> Recoveries<R, A> {
     }
 
     #[must_use]
-    pub fn agents(&self) -> &A {
+    pub fn agents(&self) -> &Arc<A> {
         &self.agents
     }
 

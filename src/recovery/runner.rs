@@ -245,6 +245,17 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         let warnings = preflight::judge_facts(self.node, &set.leader, &source_facts, &target_facts)?;
         let promise = Request::Promise { epoch: self.epoch };
         agents::order(&mut target, promise, &mut |_| {}).await.map_err(of_node)?;
+        if !is_member && target_status.record.state == NodeState::InSync {
+            // It was left behind without being told; no agent lets a node be filled that believes to be a member.
+            let stale = Request::Store {
+                members: set,
+                state: NodeState::Stale,
+                uncertain: false,
+                new_generation: None,
+                note: None,
+            };
+            agents::order(&mut target, stale, &mut |_| {}).await.map_err(of_node)?;
+        }
         self.put_target(target);
         Ok(Done::Preflight { is_member, warnings })
     }
