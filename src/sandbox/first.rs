@@ -1,10 +1,21 @@
 //! What makes node0 the first member: the cluster's certificates and node0's record.
 
+use super::layout::CLUSTER;
 use super::{Layout, SandboxError};
+use crate::agent::certificates::{Authority, CertificateError, PROXY};
 
-/// The certificate authority in `D/ca`, a certificate for the proxy and for each node.
-pub fn certificates(_layout: &Layout) -> Result<(), SandboxError> {
-    Ok(())
+/// The certificate authority in `D/ca`, a certificate for the proxy and for each node, by the code that production uses.
+pub fn certificates(layout: &Layout) -> Result<(), SandboxError> {
+    let make = || -> Result<(), CertificateError> {
+        let authority = Authority::create(CLUSTER)?;
+        authority.save(&layout.ca_dir())?;
+        authority.issue(PROXY)?.save(&layout.proxy_dir())?;
+        for index in 0..layout.plan.nodes {
+            authority.issue(&Layout::node_name(index))?.save(&layout.node_dir(index))?;
+        }
+        Ok(())
+    };
+    make().map_err(|error| SandboxError::Certificates(error.to_string()))
 }
 
 /// node0 alone is the member set of epoch 0; every other node is blank.

@@ -124,6 +124,7 @@ async fn make(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError>
         }
     }
     make_dir(&layout.proxy_dir(), 0o700)?;
+    make_dir(&layout.ca_dir(), 0o700)?;
     let config = layout.config_path();
     let text = toml::to_string(&layout.config()).map_err(|error| SandboxError::Program {
         program: "the configuration's writer".into(),
