@@ -4,4 +4,5 @@ pub mod certificates;
 pub mod client;
 pub mod connection;
 pub mod postgres;
+pub mod record;
 pub mod tls;
