@@ -1,8 +1,11 @@
 //! What makes node0 the first member: the cluster's certificates and node0's record.
 
+use pgtandem_proto::membership::{MemberSet, NodeState, Record};
+
 use super::layout::CLUSTER;
 use super::{Layout, SandboxError};
 use crate::agent::certificates::{Authority, CertificateError, PROXY};
+use crate::agent::record::{RecordFileError, RecordStore};
 
 /// The certificate authority in `D/ca`, a certificate for the proxy and for each node, by the code that production uses.
 pub fn certificates(layout: &Layout) -> Result<(), SandboxError> {
@@ -19,6 +22,15 @@ pub fn certificates(layout: &Layout) -> Result<(), SandboxError> {
 }
 
 /// node0 alone is the member set of epoch 0; every other node is blank.
-pub fn record(_layout: &Layout) -> Result<(), SandboxError> {
-    Ok(())
+pub fn record(layout: &Layout) -> Result<(), SandboxError> {
+    let name = Layout::node_name(0);
+    let store = || -> Result<(), RecordFileError> {
+        let mut store = RecordStore::open(&layout.node_dir(0), CLUSTER, &name)?;
+        let members =
+            MemberSet { epoch: 0, version: 1, nodes: vec![name.clone()], leader: name.clone(), proxy: name.clone() };
+        let generations = vec![format!("{:032x}", rand::random::<u128>())];
+        let record = Record { members: Some(members), state: NodeState::InSync, generations, ..store.record().clone() };
+        store.replace(record)
+    };
+    store().map_err(|error| SandboxError::Record(error.to_string()))
 }

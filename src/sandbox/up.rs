@@ -63,7 +63,7 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
             return Ok(existing);
         }
         // Unfinished: made anew below.
-        Ok(existing) => stop::remove_folder(&existing)?,
+        Ok(existing) => stop::clear_folder(&existing)?,
         Err(SandboxError::NotASandbox { path }) => refuse_unless_empty(&path)?,
         Err(error) => return Err(error),
     }
