@@ -1,6 +1,6 @@
 //! What must hold in a configuration beyond the types of its values. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -88,7 +88,7 @@ fn names(config: &Config) -> Result<(), Problem> {
         count if count > NODES_MAX => return Err(Problem::TooManyNodes(count)),
         _ => {}
     }
-    let mut seen = HashMap::new();
+    let mut seen = HashSet::new();
     for NodeConfig { name, .. } in &config.nodes {
         if !good(name, b"_-") {
             let allowed = "A-Z a-z 0-9 _ -";
@@ -99,7 +99,7 @@ fn names(config: &Config) -> Result<(), Problem> {
         }
         // Names of certificates and replication slots do not tell `-` from `_`, nor capitals from small letters.
         let folded = name.to_ascii_lowercase().replace('-', "_");
-        if seen.insert(folded, ()).is_some() {
+        if !seen.insert(folded) {
             return Err(Problem::DuplicateName(name.clone()));
         }
     }

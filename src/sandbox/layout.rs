@@ -28,7 +28,7 @@ pub const AGENT_PORTS_OFFSET: u16 = 101;
 /// Sockets whose path would be longer go to a folder below /tmp. Bytes.
 const SOCKET_PATH_BYTES_MAX: usize = 100;
 /// Name of the cluster in every sandbox.
-const CLUSTER: &str = "sandbox";
+pub(super) const CLUSTER: &str = "sandbox";
 /// Limits of the proxy that a sandbox sets; everything else is as in production.
 const CLIENTS_MAX: usize = 150;
 
@@ -83,6 +83,11 @@ impl Layout {
     #[must_use]
     pub fn config_path(&self) -> PathBuf {
         self.dir.join("pgtandem.toml")
+    }
+
+    #[must_use]
+    pub fn ca_dir(&self) -> PathBuf {
+        self.dir.join("ca")
     }
 
     #[must_use]

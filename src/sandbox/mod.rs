@@ -5,11 +5,13 @@
 //! [`report`] says what runs. When root calls, [`user`] first steps down to an unprivileged user, because
 //! PostgreSQL refuses to run as root; everything else here runs as that user and needs no rights.
 
+pub mod compare;
 mod error;
 mod first;
 mod initdb;
 pub mod layout;
 mod ports;
+pub mod probe;
 mod process;
 mod report;
 mod stop;

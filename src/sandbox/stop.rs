@@ -46,17 +46,37 @@ pub async fn down(layout: &Layout) -> Result<Vec<String>, SandboxError> {
     Ok(ended)
 }
 
+/// Removes what an unfinished sandbox left in its folder; the program that root put there stays.
+pub fn clear_folder(layout: &Layout) -> Result<(), SandboxError> {
+    if let Some(short) = &layout.plan.short_dir {
+        remove_dir(short)?;
+    }
+    for entry in std::fs::read_dir(&layout.dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        // The plan goes last: as long as something is left, the folder must be known as a sandbox.
+        if entry.file_name() == "bin" || entry.file_name() == super::layout::PLAN_FILE {
+            continue;
+        }
+        if path.is_dir() { remove_dir(&path)? } else { remove(&path)? }
+    }
+    remove(&layout.dir.join(super::layout::PLAN_FILE))
+}
+
 /// Removes the folder of a sandbox that is down, and its short folder.
 pub fn remove_folder(layout: &Layout) -> Result<(), SandboxError> {
-    for dir in layout.plan.short_dir.iter().chain([&layout.dir]) {
-        match std::fs::remove_dir_all(dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(SandboxError::file("cannot remove", dir)(error));
-            }
-            _ => {}
-        }
+    if let Some(short) = &layout.plan.short_dir {
+        remove_dir(short)?;
     }
-    Ok(())
+    remove_dir(&layout.dir)
+}
+
+fn remove_dir(dir: &Path) -> Result<(), SandboxError> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(SandboxError::file("cannot remove", dir)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The daemon that a pid file names, if it runs and is this sandbox's.

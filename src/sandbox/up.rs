@@ -63,7 +63,7 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
             return Ok(existing);
         }
         // Unfinished: made anew below.
-        Ok(existing) => stop::remove_folder(&existing)?,
+        Ok(existing) => stop::clear_folder(&existing)?,
         Err(SandboxError::NotASandbox { path }) => refuse_unless_empty(&path)?,
         Err(error) => return Err(error),
     }
@@ -124,6 +124,7 @@ async fn make(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError>
         }
     }
     make_dir(&layout.proxy_dir(), 0o700)?;
+    make_dir(&layout.ca_dir(), 0o700)?;
     let config = layout.config_path();
     let text = toml::to_string(&layout.config()).map_err(|error| SandboxError::Program {
         program: "the configuration's writer".into(),
