@@ -15,8 +15,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::Explained;
-use super::recover::{ask, explained};
 use super::records::{self, Found};
+use super::recover::{ask, explained};
 use crate::cluster::members;
 use crate::config::Config;
 use crate::proxy::control::SOCKET_NAME;
@@ -47,7 +47,7 @@ impl Detach {
             match ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME)).await {
                 Ok(client) => self.by_proxy(client).await.map(Some),
                 Err(ControlClientError::NotRunning(_)) => self.by_override(&config).await,
-                Err(error) => Err(explained(error).into()),
+                Err(error) => Err(explained(&error).into()),
             }
         })?;
         let Some(detached) = detached else {
@@ -66,8 +66,8 @@ impl Detach {
     }
 
     async fn by_proxy(&self, mut client: ControlClient) -> anyhow::Result<Detached> {
-        client.send(&ControlRequest::Detach { node: self.node.clone() }).await.map_err(explained)?;
-        match client.next().await.map_err(explained)? {
+        client.send(&ControlRequest::Detach { node: self.node.clone() }).await.map_err(|error| explained(&error))?;
+        match client.next().await.map_err(|error| explained(&error))? {
             ControlAnswer::Result { result: Outcome::Detach(detached) } => Ok(detached),
             ControlAnswer::Error { error } => Err(Explained { what: error.what, hint: error.hint }.into()),
             _ => anyhow::bail!("the proxy answered detach with something else"),
@@ -135,13 +135,22 @@ fn plan(node: &str, found: &[Found]) -> Result<Option<Plan>, Explained> {
             hint: "start the agents of the members first: pgtandem agent --node NAME on each host".into(),
         });
     };
-    if !members::contains(&set, node) {
+    let is_behind = |name: &String| {
+        let found = found.iter().find(|found| found.node == *name).and_then(|found| found.answer.as_ref().ok());
+        found.is_some_and(|status| status.record.members.as_ref() != Some(&set))
+    };
+    let smaller = if members::contains(&set, node) {
+        members::without(&set, node).map_err(|error| Explained {
+            what: format!("{node} can not be detached: {error}"),
+            hint: "start PostgreSQL and the agent of the leader; this version can not make another node the leader"
+                .into(),
+        })?
+    } else if set.nodes.iter().any(is_behind) {
+        // An earlier override, or a proxy, did not get to write all records.
+        set.clone()
+    } else {
         return Ok(None);
-    }
-    let smaller = members::without(&set, node).map_err(|error| Explained {
-        what: format!("{node} can not be detached: {error}"),
-        hint: "start PostgreSQL and the agent of the leader; this version can not make another node the leader".into(),
-    })?;
+    };
     let status = |name: &str| -> Option<&Result<NodeStatus, String>> {
         found.iter().find(|found| found.node == name).map(|found| &found.answer)
     };
@@ -230,7 +239,9 @@ async fn refuse_while_somebody_serves(config: &Config) -> Result<(), Explained> 
     let listen = config.proxy.listen;
     match timeout(LISTEN_PROBE_MAX, TcpStream::connect(listen)).await {
         Ok(Ok(_)) => Err(Explained {
-            what: format!("something accepts connections on {listen}, where the proxy listens, but does not answer on control.sock"),
+            what: format!(
+                "something accepts connections on {listen}, where the proxy listens, but does not answer on control.sock"
+            ),
             hint: "stop that process first, or run this command on the proxy's host as its user".into(),
         }),
         _ => Ok(()),

@@ -49,11 +49,8 @@ fn a_lost_member_is_taken_out_under_a_new_epoch_and_the_leader_is_told_last() {
 #[test]
 fn nothing_is_written_when_a_remaining_member_can_not_be_asked_or_may_lack_writes() {
     let set = three();
-    let lost = [
-        found("a", Ok((NodeState::InSync, 4, &set))),
-        found("b", Err("no answer")),
-        found("c", Err("no answer")),
-    ];
+    let lost =
+        [found("a", Ok((NodeState::InSync, 4, &set))), found("b", Err("no answer")), found("c", Err("no answer"))];
     assert!(plan("b", &lost).unwrap_err().what.contains('c'));
     let stale = [
         found("a", Ok((NodeState::InSync, 4, &set))),
@@ -71,4 +68,19 @@ fn the_leader_and_unknown_nodes_are_refused_and_a_non_member_is_nothing_to_do() 
     assert!(plan("z", &all).is_err());
     assert_eq!(plan("b", &all).unwrap(), None);
     assert!(plan("b", &[found("a", Err("no")), found("b", Err("no"))]).is_err());
+}
+
+#[test]
+fn an_override_that_was_interrupted_is_gone_on_with() {
+    let old = three();
+    let new = members::in_epoch(&members::without(&old, "b").unwrap(), 7, "a").unwrap();
+    let half = [
+        found("a", Ok((NodeState::InSync, 7, &old))),
+        found("b", Err("no answer")),
+        found("c", Ok((NodeState::InSync, 7, &new))),
+    ];
+    let plan = plan("b", &half).unwrap().unwrap();
+    assert_eq!(plan.set.nodes, ["a", "c"]);
+    assert_eq!(plan.set.epoch, 8);
+    assert_eq!(plan.remaining.len(), 2);
 }

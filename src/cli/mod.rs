@@ -2,7 +2,11 @@
 //!
 //! A command does its work through the library and prints; it holds no logic of its own.
 
+mod detach;
+mod records;
+mod recover;
 mod sandbox;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +33,12 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Bring a node back: fill it with what differs and make it a member, while clients go on working.
+    Recover(recover::Recover),
+    /// Take a node out of the member set, or end its recovery.
+    Detach(detach::Detach),
+    /// Show members, states and what to do about whatever is not as it should be.
+    Status(status::Status),
     /// A whole cluster on this machine, for trying out, tests and benchmarks.
     #[command(subcommand)]
     Sandbox(sandbox::Sandbox),
@@ -50,6 +60,9 @@ pub struct Explained {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
+        Command::Recover(command) => command.run(&arguments.config),
+        Command::Detach(command) => command.run(&arguments.config),
+        Command::Status(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),
     };
     result.unwrap_or_else(|error| {

@@ -50,7 +50,10 @@ pub async fn read(config: &Config, clients: &AgentClients) -> Vec<Found> {
                     let mut control = clients.connect(&name).await?;
                     agents::status(&mut control).await
                 };
-                timeout(CONTACT_MAX, answer).await.unwrap_or_else(|_| Err(silent(&name))).map_err(|failure| failure.what)
+                timeout(CONTACT_MAX, answer)
+                    .await
+                    .unwrap_or_else(|_| Err(silent(&name)))
+                    .map_err(|failure| failure.what)
             })
         })
         .collect();
@@ -65,7 +68,7 @@ pub async fn read(config: &Config, clients: &AgentClients) -> Vec<Found> {
 /// The newest member set that any agent has stored.
 pub fn newest_set(found: &[Found]) -> Result<Option<MemberSet>, Explained> {
     let sets = found.iter().filter_map(|found| found.answer.as_ref().ok()?.record.members.as_ref());
-    members::newest(sets).map(|set| set.cloned()).map_err(|both| Explained {
+    members::newest(sets).map(Option::<&MemberSet>::cloned).map_err(|both| Explained {
         what: format!(
             "two different member sets have the number ({}, {}): {} and {}",
             both.0.epoch,

@@ -50,10 +50,12 @@ impl Recover {
 
     async fn follow(&self, config: &Config) -> anyhow::Result<ExitCode> {
         let mut yes = self.yes;
-        let mut client = ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME)).await.map_err(explained)?;
+        let mut client = ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME))
+            .await
+            .map_err(|error| explained(&error))?;
         loop {
             let request = ControlRequest::Recover { node: self.node.clone(), yes };
-            client.send(&request).await.map_err(explained)?;
+            client.send(&request).await.map_err(|error| explained(&error))?;
             match self.until_last(&mut client).await? {
                 Ok(view) => {
                     if !self.json {
@@ -79,7 +81,7 @@ impl Recover {
     async fn until_last(&self, client: &mut ControlClient) -> anyhow::Result<Result<RecoveryView, ControlFailure>> {
         let mut screen = Screen::new(!self.json && std::io::stdout().is_terminal());
         loop {
-            let answer = client.next().await.map_err(explained)?;
+            let answer = client.next().await.map_err(|error| explained(&error))?;
             let asks_again = matches!(&answer, ControlAnswer::Error { error } if error.kind == CauseKind::NeedsConsent)
                 && self.asks();
             if self.json && !asks_again {
@@ -142,7 +144,7 @@ pub(super) fn ask(question: &str) -> anyhow::Result<bool> {
 }
 
 /// An error of the connection to the proxy, with its hint.
-pub(super) fn explained(error: ControlClientError) -> Explained {
+pub(super) fn explained(error: &ControlClientError) -> Explained {
     Explained { what: error.to_string(), hint: error.hint() }
 }
 
@@ -194,7 +196,11 @@ impl Screen {
         }
         let rest = Duration::from_secs_f64((left / (done / seconds)).clamp(0.0, 1e9));
         let (minutes, seconds) = (rest.as_secs() / 60, rest.as_secs() % 60);
-        if minutes > 0 { format!(", about {minutes} min {seconds} s left") } else { format!(", about {seconds} s left") }
+        if minutes > 0 {
+            format!(", about {minutes} min {seconds} s left")
+        } else {
+            format!(", about {seconds} s left")
+        }
     }
 
     fn end(&mut self) -> std::io::Result<()> {

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::recover::explained;
 use super::records;
+use super::recover::explained;
 use crate::config::Config;
 use crate::observe::status::{ClusterStatus, NodeFindings};
 use crate::observe::table;
@@ -41,17 +41,15 @@ impl Status {
 async fn find(config: &Config) -> anyhow::Result<ClusterStatus> {
     match ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME)).await {
         Ok(mut client) => {
-            client.send(&ControlRequest::Status).await.map_err(explained)?;
-            match client.next().await.map_err(explained)? {
+            client.send(&ControlRequest::Status).await.map_err(|error| explained(&error))?;
+            match client.next().await.map_err(|error| explained(&error))? {
                 ControlAnswer::Result { result: Outcome::Status { status } } => Ok(*status),
-                ControlAnswer::Error { error } => {
-                    Err(super::Explained { what: error.what, hint: error.hint }.into())
-                }
+                ControlAnswer::Error { error } => Err(super::Explained { what: error.what, hint: error.hint }.into()),
                 _ => anyhow::bail!("the proxy answered status with something else"),
             }
         }
         Err(ControlClientError::NotRunning(_)) => ask_agents(config).await,
-        Err(error) => Err(explained(error).into()),
+        Err(error) => Err(explained(&error).into()),
     }
 }
 

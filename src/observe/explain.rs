@@ -27,7 +27,9 @@ pub fn node_problem(node: &NodeView, recovering: bool, proxy_running: bool) -> O
         return Some(match node.role {
             Role::Leader => problem(format!("the agent of the leader {name} can not be reached: {why}"), start),
             Role::Follower if !proxy_running => problem(
-                format!("{name} is a recorded member and its agent can not be reached: {why}; no proxy starts without it"),
+                format!(
+                    "{name} is a recorded member and its agent can not be reached: {why}; no proxy starts without it"
+                ),
                 format!("{start}; or, if {name} is lost: pgtandem detach {name}"),
             ),
             Role::Follower => problem(format!("the agent of {name} can not be reached: {why}"), start),
@@ -103,7 +105,9 @@ fn outside(node: &NodeView) -> Problem {
         ),
         Some(NodeState::Forked) => problem(
             format!("{name} went on alone while this side did, too; its data are kept for a person to look at"),
-            format!("look at its data first; when nothing is needed, move its data directory and record away, then: {recover}"),
+            format!(
+                "look at its data first; when nothing is needed, move its data directory and record away, then: {recover}"
+            ),
         ),
     }
 }

@@ -104,11 +104,7 @@ impl RecoveryView {
                 }
             }
             Phase::Draining => {
-                let _ = write!(
-                    line,
-                    "  {} transactions applied, {} left",
-                    self.backlog_applied, self.backlog_left
-                );
+                let _ = write!(line, "  {} transactions applied, {} left", self.backlog_applied, self.backlog_left);
             }
             Phase::Joining if self.join_attempts > 1 => {
                 let _ = write!(line, "  attempt {}", self.join_attempts);

@@ -124,8 +124,7 @@ impl ClusterStatus {
         proxy_running: bool,
         findings: Vec<NodeFindings>,
     ) -> Self {
-        let nodes: Vec<_> =
-            findings.into_iter().map(|finding| node_view(finding, set, proxy_running)).collect();
+        let nodes: Vec<_> = findings.into_iter().map(|finding| node_view(finding, set, proxy_running)).collect();
         let mut status = Self {
             cluster: cluster.into(),
             proxy_running,

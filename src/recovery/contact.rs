@@ -193,8 +193,8 @@ mod tests {
         }
     }
 
-    fn told(request: Option<Request>) -> Option<(NodeState, bool)> {
-        match request {
+    fn told(node: &str, set: &MemberSet, status: &NodeStatus) -> Option<(NodeState, bool)> {
+        match duty(node, set, status) {
             Some(Request::Store { state, uncertain, .. }) => Some((state, uncertain)),
             _ => None,
         }
@@ -204,18 +204,15 @@ mod tests {
     fn a_node_that_was_left_behind_is_told() {
         let before = members::with(&members::first("a"), "b").unwrap();
         let now = members::without(&before, "b").unwrap();
-        assert_eq!(told(duty("b", &now, &status(NodeState::InSync, true, &before))), Some((NodeState::Stale, false)));
+        assert_eq!(told("b", &now, &status(NodeState::InSync, true, &before)), Some((NodeState::Stale, false)));
         let next_reign = members::in_epoch(&now, 7, "a").unwrap();
-        assert_eq!(
-            told(duty("b", &next_reign, &status(NodeState::InSync, false, &before))),
-            Some((NodeState::Stale, false))
-        );
+        assert_eq!(told("b", &next_reign, &status(NodeState::InSync, false, &before)), Some((NodeState::Stale, false)));
     }
 
     #[test]
     fn a_member_under_the_same_set_is_told_that_it_is_current() {
         let set = members::with(&members::first("a"), "b").unwrap();
-        assert_eq!(told(duty("b", &set, &status(NodeState::InSync, true, &set))), Some((NodeState::InSync, false)));
+        assert_eq!(told("b", &set, &status(NodeState::InSync, true, &set)), Some((NodeState::InSync, false)));
         assert_eq!(duty("b", &set, &status(NodeState::InSync, false, &set)), None);
         let older = members::first("a");
         assert_eq!(duty("b", &set, &status(NodeState::InSync, true, &older)), None, "another version proves nothing");
@@ -231,7 +228,9 @@ mod tests {
     #[test]
     fn nothing_is_told_to_a_node_that_does_not_serve() {
         let set = members::first("a");
-        for state in [NodeState::Seeding, NodeState::CatchingUp, NodeState::Joining, NodeState::Forked, NodeState::Blank] {
+        for state in
+            [NodeState::Seeding, NodeState::CatchingUp, NodeState::Joining, NodeState::Forked, NodeState::Blank]
+        {
             assert_eq!(duty("b", &set, &status(state, true, &set)), None);
         }
     }

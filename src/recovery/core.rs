@@ -43,7 +43,10 @@ pub enum Step {
 /// The good end of a [`Step`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Done {
-    Preflight { is_member: bool, warnings: Vec<String> },
+    Preflight {
+        is_member: bool,
+        warnings: Vec<String>,
+    },
     /// The end of every step that has nothing to tell.
     Plain(Step),
     /// Nothing beyond this position was handed to the node.
@@ -56,7 +59,10 @@ pub enum Done {
 pub enum Input {
     Done(Done),
     /// The step under way failed. `retriable`: nothing was changed by it and it may be begun again.
-    StepFailed { cause: Cause, retriable: bool },
+    StepFailed {
+        cause: Cause,
+        retriable: bool,
+    },
     Progress(Progress),
     Drained(Drained),
     /// Somebody wants this recovery to end: an operator, or a proxy that stops.

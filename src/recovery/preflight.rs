@@ -18,7 +18,9 @@ pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStat
     match target.record.state {
         NodeState::Forked => Err(refused(
             format!("{node} went on alone while this side did, too; its data may hold the only copy of writes"),
-            format!("look at the data of {node} first; when nothing of it is needed, move its data directory and its record away"),
+            format!(
+                "look at the data of {node} first; when nothing of it is needed, move its data directory and its record away"
+            ),
         )),
         NodeState::Blank
         | NodeState::Seeding
@@ -70,10 +72,8 @@ pub fn judge_facts(node: &str, leader: &str, source: &NodeFacts, target: &NodeFa
     }
     let mut warnings = Vec::new();
     if !source.unlogged_tables.is_empty() {
-        warnings.push(format!(
-            "unlogged tables of {leader} arrive empty on {node}: {}",
-            source.unlogged_tables.join(", ")
-        ));
+        warnings
+            .push(format!("unlogged tables of {leader} arrive empty on {node}: {}", source.unlogged_tables.join(", ")));
     }
     Ok(warnings)
 }
@@ -110,7 +110,8 @@ mod tests {
     #[test]
     fn a_lost_node_may_come_back_whatever_it_was_doing() {
         let set = members::first("a");
-        for state in [NodeState::Blank, NodeState::Seeding, NodeState::CatchingUp, NodeState::Stale, NodeState::InSync] {
+        for state in [NodeState::Blank, NodeState::Seeding, NodeState::CatchingUp, NodeState::Stale, NodeState::InSync]
+        {
             assert_eq!(judge_record("b", &set, 3, &status("b", state)), Ok(false));
         }
         let two = members::with(&set, "b").unwrap();

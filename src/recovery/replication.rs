@@ -47,11 +47,7 @@ pub trait Replication: Send + Sync {
 
     /// Takes a member out of the set: its agent is told Stale if it answers, the smaller set is stored on the others,
     /// and the next commit goes without it. `reason` is one sentence, kept as the node's last error.
-    fn remove(
-        &self,
-        node: &str,
-        reason: &str,
-    ) -> impl Future<Output = Result<MemberSet, ReplicationError>> + Send;
+    fn remove(&self, node: &str, reason: &str) -> impl Future<Output = Result<MemberSet, ReplicationError>> + Send;
 }
 
 /// The cut was made: every commit is before `x` or in the backlog.

@@ -37,7 +37,8 @@ impl ControlClientError {
     pub fn hint(&self) -> String {
         match self {
             Self::NotRunning(_) => {
-                "on the proxy's host: systemctl start pgtandem-proxy, or pgtandem proxy; then the same command again".into()
+                "on the proxy's host: systemctl start pgtandem-proxy, or pgtandem proxy; then the same command again"
+                    .into()
             }
             Self::Permission(_) => "run the command as the proxy's user, as a member of its group, or as root".into(),
             Self::Ended { .. } => "look at the proxy's log and at pgtandem status".into(),
@@ -70,9 +71,9 @@ impl ControlClient {
     }
 
     pub async fn send(&mut self, request: &ControlRequest) -> Result<(), ControlClientError> {
-        let mut line = serde_json::to_vec(request).map_err(|error| self.ended(error))?;
+        let mut line = serde_json::to_vec(request).map_err(|error| self.ended(&error))?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line).await.map_err(|error| self.ended(error))
+        self.stream.get_mut().write_all(&line).await.map_err(|error| self.ended(&error))
     }
 
     /// The next line: progress, or the last one of a request.
@@ -82,14 +83,14 @@ impl ControlClient {
         let read = timeout(Duration::from_secs(SILENCE_SECONDS_MAX), limited.read_until(b'\n', &mut line)).await;
         match read {
             Err(_) => return Err(ControlClientError::Silent),
-            Ok(Err(error)) => return Err(self.ended(error)),
-            Ok(Ok(0)) => return Err(self.ended("no answer yet")),
+            Ok(Err(error)) => return Err(self.ended(&error)),
+            Ok(Ok(0)) => return Err(self.ended(&"it was restarted, or it stops")),
             Ok(Ok(_)) => {}
         }
         serde_json::from_slice(&line).map_err(|error| ControlClientError::NotUnderstood(error.to_string()))
     }
 
-    fn ended(&self, why: impl ToString) -> ControlClientError {
+    fn ended(&self, why: &dyn std::fmt::Display) -> ControlClientError {
         ControlClientError::Ended { path: self.path.clone(), why: why.to_string() }
     }
 }

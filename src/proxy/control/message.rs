@@ -29,12 +29,8 @@ pub enum ControlRequest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ControlAnswer {
-    Result {
-        result: Outcome,
-    },
-    Error {
-        error: ControlFailure,
-    },
+    Result { result: Outcome },
+    Error { error: ControlFailure },
     Progress(Box<RecoveryView>),
 }
 

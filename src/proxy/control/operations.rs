@@ -73,7 +73,9 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
             address: node.agent.to_string(),
             earlier: self.seen.get(&node.name).status,
             answer,
-            last_error: failed.map(|failed| format!("its recovery failed {failed}")).or_else(|| self.source.last_error(&node.name)),
+            last_error: failed
+                .map(|failed| format!("its recovery failed {failed}"))
+                .or_else(|| self.source.last_error(&node.name)),
             recovering: report.as_ref().is_some_and(|report| !report.ended),
             recovery: report.as_ref().map(|report| RecoveryView::new(&node.name, report)),
         }
@@ -152,9 +154,9 @@ async fn ask<A: Agents>(clients: &A, node: &str) -> Result<NodeStatus, String> {
 
 fn last_word(node: &str, report: &Report) -> ControlAnswer {
     match &report.failed {
-        None if report.phase == Phase::Member => ControlAnswer::Result {
-            result: Outcome::Recover { recovery: Box::new(RecoveryView::new(node, report)) },
-        },
+        None if report.phase == Phase::Member => {
+            ControlAnswer::Result { result: Outcome::Recover { recovery: Box::new(RecoveryView::new(node, report)) } }
+        }
         None => ControlAnswer::Error { error: vanished(node).into() },
         Some(failed) => ControlAnswer::Error { error: failed.clone().into() },
     }

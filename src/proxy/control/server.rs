@@ -169,9 +169,10 @@ async fn answer<H: Handler>(stream: UnixStream, handler: &H) -> io::Result<()> {
         }
         let last = match serde_json::from_slice(&line) {
             Ok(request) => handler.handle(request, &mut answers).await?,
-            Err(error) => {
-                failure(format!("the request is not understood: {error}"), "use the pgtandem command of the same version")
-            }
+            Err(error) => failure(
+                format!("the request is not understood: {error}"),
+                "use the pgtandem command of the same version",
+            ),
         };
         answers.send(&last).await?;
     }

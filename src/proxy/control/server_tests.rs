@@ -74,7 +74,8 @@ async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let path = folder.path().join("control.sock");
     drop(StdListener::bind(&path).unwrap());
     assert!(matches!(ControlClient::connect(&path).await, Err(ControlClientError::NotRunning(_))));
-    let running = Running { task: tokio::spawn(async { Ok(()) }), stop: CancellationToken::new(), folder }.again().await;
+    let running =
+        Running { task: tokio::spawn(async { Ok(()) }), stop: CancellationToken::new(), folder }.again().await;
     assert!(is_good(&detach(&running.path()).await));
     let second = serve(&running.path(), Arc::new(Echo), CancellationToken::new()).await;
     assert!(matches!(second, Err(ControlError::InUse(_))));
