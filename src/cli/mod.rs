@@ -2,6 +2,7 @@
 //!
 //! A command does its work through the library and prints; it holds no logic of its own.
 
+mod demo;
 mod detach;
 mod records;
 mod recover;
@@ -42,6 +43,8 @@ enum Command {
     /// A whole cluster on this machine, for trying out, tests and benchmarks.
     #[command(subcommand)]
     Sandbox(sandbox::Sandbox),
+    /// The main job on this machine, with numbers: two servers under load, one killed and recovered.
+    Demo(demo::Demo),
 }
 
 /// An error of a command that has no type of its own, with the next thing to do.
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Detach(command) => command.run(&arguments.config),
         Command::Status(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),
+        Command::Demo(command) => command.run(),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
@@ -84,8 +88,27 @@ fn hint(error: &anyhow::Error) -> Option<String> {
     })
 }
 
+/// What both daemons take.
+#[derive(Debug, clap::Args)]
+struct Daemon {
+    /// Leave the terminal's session: what the terminal does ends nothing here. A service manager does this by itself.
+    #[arg(long)]
+    own_session: bool,
+}
+
+impl Daemon {
+    /// Call first.
+    fn begin(&self) -> anyhow::Result<()> {
+        start_log();
+        if self.own_session {
+            rustix::process::setsid()?;
+        }
+        Ok(())
+    }
+}
+
 /// Logs of a daemon go to standard error, filtered by `PGTANDEM_LOG` (`info` if it is not set).
-pub(crate) fn start_log() {
+fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("PGTANDEM_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     // A second call (in tests) keeps the first subscriber.

@@ -123,7 +123,7 @@ async fn step_down(dir: &Path, name: &str) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error.into()),
     }
     user::give(&dir, &user)?;
-    let program = user::copy_program(&dir)?;
+    let program = user::copy_program(&dir, &user)?;
     let text = dir.to_str().ok_or_else(|| anyhow::anyhow!("{} is not valid UTF-8", dir.display()))?;
     let status = user::run_as(&user, &program, &["--dir", text]).await?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

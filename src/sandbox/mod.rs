@@ -6,6 +6,8 @@
 //! PostgreSQL refuses to run as root; everything else here runs as that user and needs no rights.
 
 pub mod compare;
+pub mod control;
+pub mod demo;
 mod error;
 mod first;
 mod initdb;

@@ -76,7 +76,7 @@ pub fn give(dir: &Path, user: &User) -> Result<(), SandboxError> {
 }
 
 /// Puts a copy of this program into `dir`/bin, where the user can run it.
-pub fn copy_program(dir: &Path) -> Result<PathBuf, SandboxError> {
+pub fn copy_program(dir: &Path, user: &User) -> Result<PathBuf, SandboxError> {
     let bin = dir.join("bin");
     let program = std::env::current_exe().map_err(SandboxError::file("cannot find", Path::new("/proc/self/exe")))?;
     std::fs::create_dir_all(&bin).map_err(SandboxError::file("cannot make", &bin))?;
@@ -85,6 +85,11 @@ pub fn copy_program(dir: &Path) -> Result<PathBuf, SandboxError> {
     let mode = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&new, mode).map_err(SandboxError::file("cannot chmod", &new))?;
     std::fs::rename(&new, &path).map_err(SandboxError::file("cannot write", &path))?;
+    for path in [&bin, &path] {
+        // So that the user can remove the folder, too.
+        std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid))
+            .map_err(SandboxError::file("cannot chown", path))?;
+    }
     Ok(path)
 }
 
