@@ -18,11 +18,8 @@ pub struct ProxyCounters {
     /// How often the gate was closed.
     pub gate_closed_count: u64,
     pub gate_closed_ms_max: f64,
-    pub gate_closed_ms_total: f64,
-    /// Statement shapes refused because they can not be replicated exactly.
-    pub shapes_refused: u64,
-    /// Of commits: longest time from the client's COMMIT to its answer.
-    pub commit_ms_max: f64,
+    /// Statements refused because they can not be replicated exactly.
+    pub statements_refused: u64,
 }
 
 /// What the running proxy adds to the status. Both have defaults, so that a proxy can start with an empty `impl`.

@@ -15,8 +15,8 @@ pub fn render(status: &ClusterStatus) -> String {
     if let Some(counters) = &status.counters {
         let _ = writeln!(
             text,
-            "\n{} clients; gate closed {} times, {:.1} ms at most; {} statement shapes refused",
-            counters.clients, counters.gate_closed_count, counters.gate_closed_ms_max, counters.shapes_refused
+            "\n{} clients; gate closed {} times, {:.1} ms at most; {} statements refused",
+            counters.clients, counters.gate_closed_count, counters.gate_closed_ms_max, counters.statements_refused
         );
     }
     text.push('\n');

@@ -43,6 +43,18 @@ pub fn judge_leader(node: &str, set: &MemberSet) -> Result<(), Cause> {
     Ok(())
 }
 
+/// Between two reigns nobody is served, and nothing may be copied.
+pub fn judge_reign(epoch: Epoch) -> Result<(), Cause> {
+    if epoch == 0 {
+        return Err(Cause::new(
+            CauseKind::Leader,
+            "the proxy does not serve yet: it is taking a new epoch",
+            "wait until `pgtandem status` shows an epoch, then run the recovery again",
+        ));
+    }
+    Ok(())
+}
+
 /// The source must be the leader that runs and is what its record says.
 pub fn judge_source(set: &MemberSet, source: &NodeStatus) -> Result<(), Cause> {
     if source.postgres != PostgresState::Running {

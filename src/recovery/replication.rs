@@ -16,7 +16,7 @@ use thiserror::Error;
 /// time, also when no cut was made, and ends the sequence. Each call is cancelled by dropping its future; the runner
 /// calls `abandon` after that, so an implementation must not leave the gate closed when a future is dropped.
 pub trait Replication: Send + Sync {
-    /// The number of this proxy's reign.
+    /// The number of this proxy's reign; 0 between two reigns, when nobody is served.
     fn epoch(&self) -> Epoch;
 
     /// The member set under which commits are acknowledged now.

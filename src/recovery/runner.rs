@@ -235,6 +235,7 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
     async fn preflight(&self) -> Result<Done, Broken> {
         let set = self.replication.members();
         preflight::judge_leader(self.node, &set)?;
+        preflight::judge_reign(self.epoch)?;
         let mut target = self.agents.connect(self.node).await.map_err(of_node)?;
         let mut source = self.source().await?;
         let target_status = agents::status(&mut target).await.map_err(of_node)?;
@@ -276,13 +277,12 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
     }
 
     fn same_reign(&self) -> Result<(), Cause> {
-        let epoch = self.replication.epoch();
-        if epoch == self.epoch {
+        if self.replication.epoch() == self.epoch {
             return Ok(());
         }
         Err(Cause::new(
             CauseKind::Stopping,
-            format!("the proxy went from epoch {} to epoch {epoch} while the node was being recovered", self.epoch),
+            format!("the reign of epoch {} ended while {} was being recovered", self.epoch, self.node),
             "run the recovery again; it starts from what is there",
         ))
     }

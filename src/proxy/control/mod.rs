@@ -1,9 +1,10 @@
 //! `control.sock`: how the commands on the proxy's host reach the running proxy.
 //!
 //! `message` is what crosses it, `server` the socket and its limits, `operations` what the commands do,
-//! `client` the commands' end.
+//! `client` the commands' end; `daemon` puts it together for the running proxy.
 
 pub mod client;
+pub mod daemon;
 pub mod message;
 pub mod operations;
 pub mod server;
