@@ -2,6 +2,7 @@
 //!
 //! A command does its work through the library and prints; it holds no logic of its own.
 
+mod agent;
 mod demo;
 mod sandbox;
 
@@ -30,6 +31,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the daemon of a node: its PostgreSQL, its durable record, its door to the other hosts.
+    Agent(agent::Agent),
     /// A whole cluster on this machine, for trying out, tests and benchmarks.
     #[command(subcommand)]
     Sandbox(sandbox::Sandbox),
@@ -53,6 +56,7 @@ pub struct Explained {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
+        Command::Agent(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
