@@ -241,7 +241,11 @@ async fn serve(
     stop: &CancellationToken,
 ) -> Result<(), ServeError> {
     client::tune(&stream).map_err(ServeError::Tls)?;
-    let greeted = timeout(Duration::from_millis(HELLO_MS_MAX), greet(&node, stream)).await;
+    let greeted = tokio::select! {
+        biased;
+        () = stop.cancelled() => return Ok(()),
+        greeted = timeout(Duration::from_millis(HELLO_MS_MAX), greet(&node, stream)) => greeted,
+    };
     let (mut connection, hello) = greeted.map_err(|_| ServeError::HelloLimit)??;
     drop(handshake);
     let served = async {

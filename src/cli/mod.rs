@@ -4,7 +4,11 @@
 
 mod agent;
 mod demo;
+mod detach;
+mod records;
+mod recover;
 mod sandbox;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,6 +37,12 @@ struct Arguments {
 enum Command {
     /// Run the daemon of a node: its PostgreSQL, its durable record, its door to the other hosts.
     Agent(agent::Agent),
+    /// Bring a node back: fill it with what differs and make it a member, while clients go on working.
+    Recover(recover::Recover),
+    /// Take a node out of the member set, or end its recovery.
+    Detach(detach::Detach),
+    /// Show members, states and what to do about whatever is not as it should be.
+    Status(status::Status),
     /// A whole cluster on this machine, for trying out, tests and benchmarks.
     #[command(subcommand)]
     Sandbox(sandbox::Sandbox),
@@ -57,6 +67,9 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Agent(command) => command.run(&arguments.config),
+        Command::Recover(command) => command.run(&arguments.config),
+        Command::Detach(command) => command.run(&arguments.config),
+        Command::Status(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
