@@ -53,14 +53,17 @@ async fn serve_requests(node: &Arc<Node>, connection: Connection, owner: u64) ->
                     let progress = *node.progress.borrow();
                     sender.send(&Reply::Progress(progress)).await?;
                 }
-                next = receiver.receive::<Request>() => match next? {
-                    None => return Ok(()),
-                    Some(_) => break Reply::Failed(Failure {
+                next = receiver.receive::<Request>() => {
+                    if next?.is_none() {
+                        return Ok(());
+                    }
+                    let failure = Failure {
                         code: FailureCode::Request,
                         what: "a request came before the last one was answered".to_owned(),
                         hint: "open another control channel".to_owned(),
-                    }),
-                },
+                    };
+                    return sender.send(&Reply::Failed(failure)).await;
+                }
             }
         };
         if let Reply::Failed(failure) = &reply {
@@ -167,7 +170,7 @@ async fn cut_tunnels(node: &Node, below: Option<Epoch>) -> Result<(), Failure> {
 }
 
 async fn facts(node: &Node) -> NodeFacts {
-    crate::agent::pending::facts::gather(&node.node, node.postgres()).await
+    crate::agent::pending::facts::gather(&node.config, node.postgres()).await
 }
 
 async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Reply, Failure> {

@@ -124,7 +124,7 @@ impl Agent {
             }
         });
         agent.tasks.spawn(accept(agent.node.clone(), listener, agent.stop.clone(), agent.tasks.clone()));
-        tracing::info!(node = agent.node.node.name, address = %agent.node.node.agent, "agent runs");
+        tracing::info!(node = agent.node.config.name, address = %agent.node.config.agent, "agent runs");
         Ok(agent)
     }
 
@@ -312,7 +312,7 @@ fn check_caller(node: &Node, hello: &Hello, certificate: Option<(String, String)
             "put the caller's own certificate into its state_dir",
         ));
     }
-    if hello.from != PROXY && !node.config.nodes.iter().any(|known| known.name == hello.from) {
+    if hello.from != PROXY && !node.cluster.nodes.iter().any(|known| known.name == hello.from) {
         return Err(refuse(
             format!("{:?} is no node of this node's configuration", hello.from),
             "use the same configuration file on all hosts",
@@ -332,7 +332,7 @@ async fn answer(
         Ok((version, features)) => HelloReply::Accepted {
             version,
             features,
-            node: node.node.name.clone(),
+            node: node.config.name.clone(),
             promised: node.record().promised,
         },
         Err(failure) => HelloReply::Refused(failure),
@@ -382,7 +382,7 @@ async fn open_tunnel(node: &Node, epoch: Epoch) -> Result<(tunnels::Registered, 
             "fill this node: pgtandem recover NODE",
         ));
     }
-    let path = tunnels::socket_path(&node.node);
+    let path = tunnels::socket_path(&node.config);
     let server = UnixStream::connect(&path).await.map_err(|error| {
         refuse(FailureCode::Postgres, format!("{}: {error}", path.display()), "see postgresql.log in the node's state_dir")
     })?;
@@ -398,7 +398,7 @@ fn source_context(node: &Node, hello: &Hello) -> Result<SourceContext, Failure> 
     let (record, postgres) = (node.record(), node.postgres().state());
     if record.state != NodeState::InSync || postgres != PostgresState::Running {
         return Err(refuse(
-            format!("node {} is {:?} and its PostgreSQL {postgres:?}: it can be no source", node.node.name, record.state),
+            format!("node {} is {:?} and its PostgreSQL {postgres:?}: it can be no source", node.config.name, record.state),
             "fill from a member; see pgtandem status",
         ));
     }

@@ -47,8 +47,10 @@ impl ChangeError {
 
 /// The state of an agent. Shared by all of its tasks.
 pub struct Node {
-    pub config: Config,
-    pub node: NodeConfig,
+    /// The whole configuration.
+    pub cluster: Config,
+    /// This node's part of it.
+    pub config: NodeConfig,
     pub identity: Identity,
     pub supervisor: Supervisor,
     pub tunnels: Tunnels,
@@ -63,12 +65,12 @@ pub struct Node {
 
 impl Node {
     #[must_use]
-    pub fn new(config: Config, node: NodeConfig, identity: Identity, store: RecordStore) -> Node {
+    pub fn new(cluster: Config, config: NodeConfig, identity: Identity, store: RecordStore) -> Node {
         let record = Arc::new(RwLock::new(Arc::new(store.record().clone())));
         Node {
-            supervisor: Supervisor::new(Postgres::new(node.clone())),
+            supervisor: Supervisor::new(Postgres::new(config.clone())),
+            cluster,
             config,
-            node,
             identity,
             tunnels: Tunnels::default(),
             recovery: RecoverySlot::default(),
@@ -123,7 +125,7 @@ impl Node {
     /// The configuration of another node, to copy from or to serve.
     #[must_use]
     pub fn other(&self, name: &str) -> Option<&NodeConfig> {
-        self.config.nodes.iter().find(|node| node.name == name && node.name != self.node.name)
+        self.cluster.nodes.iter().find(|node| node.name == name && node.name != self.config.name)
     }
 
     /// Whether the proxy may use this node's PostgreSQL in this state: a member, or one that is about to be.

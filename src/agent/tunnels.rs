@@ -81,8 +81,8 @@ impl Tunnels {
         }
     }
 
-    #[must_use]
-    pub fn count(&self) -> usize {
+    #[cfg(test)]
+    fn count(&self) -> usize {
         self.lock().tunnels.len()
     }
 
@@ -106,11 +106,6 @@ impl Registered {
         // Both sockets are closed before `self` says that the tunnel is gone.
         drop(server);
         drop(carrier);
-    }
-
-    #[must_use]
-    pub fn is_cut(&self) -> bool {
-        self.cut.is_cancelled()
     }
 }
 

@@ -147,22 +147,15 @@ fn may_be_told(from: NodeState, to: NodeState, first: bool, overridden: bool) ->
     if from == to {
         return true;
     }
-    match (from, to) {
+    match from {
         // By `discard-fork`, which renames the data first.
-        (Forked, Blank) => overridden,
-        (Forked, _) => false,
-        // Whole again only through its own agent.
-        (_, Seeding) => false,
-        (Seeding, CatchingUp | Joining) => false,
-        // What is known to be incomplete stays known to be incomplete.
-        (Seeding | CatchingUp | Blank, Stale | Suspect) => true,
-        (CatchingUp | Joining, InSync) => true,
-        (Blank, InSync) => first || overridden,
-        (Stale | Suspect, InSync) => overridden,
-        (Seeding, InSync) => false,
-        (CatchingUp, Joining) => true,
-        (_, Joining | CatchingUp) => false,
-        (_, Stale | Suspect | Forked | Blank | InSync) => true,
+        Forked => to == Blank && overridden,
+        // A fill is gone on with by its own agent only.
+        Seeding => matches!(to, Stale | Suspect | Forked | Blank),
+        CatchingUp => to != Seeding,
+        Joining | InSync => !matches!(to, Seeding | CatchingUp | Joining),
+        Blank => matches!(to, Stale | Suspect | Forked) || (to == InSync && (first || overridden)),
+        Stale | Suspect => matches!(to, Stale | Suspect | Forked | Blank) || (to == InSync && overridden),
     }
 }
 
