@@ -2,6 +2,7 @@
 //!
 //! A command does its work through the library and prints; it holds no logic of its own.
 
+mod agent;
 mod demo;
 mod detach;
 mod records;
@@ -34,6 +35,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the daemon of a node: its PostgreSQL, its durable record, its door to the other hosts.
+    Agent(agent::Agent),
     /// Bring a node back: fill it with what differs and make it a member, while clients go on working.
     Recover(recover::Recover),
     /// Take a node out of the member set, or end its recovery.
@@ -63,6 +66,7 @@ pub struct Explained {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
+        Command::Agent(command) => command.run(&arguments.config),
         Command::Recover(command) => command.run(&arguments.config),
         Command::Detach(command) => command.run(&arguments.config),
         Command::Status(command) => command.run(&arguments.config),

@@ -9,7 +9,7 @@ use crate::sandbox::{self, Layout, SandboxError, user};
 
 #[derive(Debug, Subcommand)]
 pub enum Sandbox {
-    /// Make a cluster in a folder, or start one again that was taken down; returns when it is up.
+    /// Make a cluster in a folder, or start of one that is there whatever does not run; returns when it is up.
     Up(Up),
     /// Show what runs.
     Status(Folder),
@@ -19,7 +19,7 @@ pub enum Sandbox {
 
 #[derive(Debug, Args)]
 pub struct Up {
-    /// The sandbox's folder: empty, not there yet, or a sandbox that was taken down.
+    /// The sandbox's folder: empty, not there yet, or a sandbox.
     #[arg(long, value_name = "D")]
     dir: PathBuf,
     /// Number of PostgreSQL servers [default: 2].
@@ -112,20 +112,21 @@ impl Down {
 async fn step_down(dir: &Path, name: &str) -> anyhow::Result<ExitCode> {
     let user = user::find(name)?;
     let dir = std::path::absolute(dir)?;
-    match Layout::load(&dir) {
-        Ok(layout) => {
-            let report = sandbox::report(&layout)?;
-            if report.runs() {
-                return Err(SandboxError::Running { path: dir, what: report.text() }.into());
-            }
-        }
-        Err(SandboxError::NotASandbox { .. }) => sandbox::refuse_unless_empty(&dir)?,
+    let runs = match Layout::load(&dir) {
+        Ok(layout) => sandbox::report(&layout)?.runs(),
+        Err(SandboxError::NotASandbox { .. }) => sandbox::refuse_unless_empty(&dir).map(|()| false)?,
         Err(error) => return Err(error.into()),
-    }
+    };
+    let existed = dir.exists();
     user::give(&dir, &user)?;
-    let program = user::copy_program(&dir, &user)?;
+    // What runs keeps its program.
+    let program = if runs { dir.join("bin/pgtandem") } else { user::copy_program(&dir, &user)? };
     let text = dir.to_str().ok_or_else(|| anyhow::anyhow!("{} is not valid UTF-8", dir.display()))?;
     let status = user::run_as(&user, &program, &["--dir", text]).await?;
+    if Layout::load(&dir).is_err() {
+        // Nothing came of it, so nothing is left of it; the other user has told why.
+        std::fs::remove_dir_all(if existed { dir.join("bin") } else { dir })?;
+    }
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

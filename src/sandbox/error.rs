@@ -12,7 +12,7 @@ pub enum SandboxError {
     NotEmpty { path: PathBuf },
     #[error("folder {} is no sandbox: it has no {}", .path.display(), super::layout::PLAN_FILE)]
     NotASandbox { path: PathBuf },
-    #[error("the sandbox in {} is running: {what}", .path.display())]
+    #[error("the unfinished sandbox in {} is running:\n{what}", .path.display())]
     Running { path: PathBuf, what: String },
     #[error("the sandbox in {} was made with {made}, not with {asked}", .path.display())]
     OtherPlan { path: PathBuf, made: String, asked: String },

@@ -24,4 +24,4 @@ pub use error::SandboxError;
 pub use layout::Layout;
 pub use report::{Report, report};
 pub use stop::{down, remove_folder};
-pub use up::{Options, refuse_unless_empty, start_agent, start_proxy, up};
+pub use up::{Options, refuse_unless_empty, up};

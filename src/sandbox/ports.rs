@@ -24,13 +24,13 @@ pub fn find_base(layout: &Layout) -> Result<u16, SandboxError> {
     Err(SandboxError::NoFreePorts { tries: TRIES_MAX })
 }
 
-/// Fails with the first port of the sandbox that is in use.
-pub fn check(layout: &Layout) -> Result<(), SandboxError> {
+/// Fails with the first port of the sandbox that is in use, other than by what of it runs already.
+pub fn check(layout: &Layout, running: &[u16]) -> Result<(), SandboxError> {
     let span = AGENT_PORTS_OFFSET + u16::try_from(layout.plan.nodes).unwrap_or(u16::MAX);
     if layout.plan.base_port == 0 || layout.plan.base_port.checked_add(span).is_none() {
         return Err(SandboxError::BasePort { base: layout.plan.base_port, span });
     }
-    match layout.ports().into_iter().find(|(port, _)| !is_free(*port)) {
+    match layout.ports().into_iter().find(|(port, _)| !running.contains(port) && !is_free(*port)) {
         Some((port, what)) => Err(SandboxError::PortInUse { port, what, holder: holder(port) }),
         None => Ok(()),
     }
@@ -40,14 +40,20 @@ fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
 
+/// Whether something on this machine listens on `port`; without a connection, which a daemon would have to log.
+pub fn is_listening(port: u16) -> bool {
+    !inodes(port).is_empty()
+}
+
+/// The sockets that listen on `port`, as they appear in `/proc/<pid>/fd`.
+fn inodes(port: u16) -> HashSet<String> {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].iter().filter_map(|table| std::fs::read_to_string(table).ok());
+    tables.flat_map(|table| listeners(&table, port)).map(|inode| format!("socket:[{inode}]")).collect()
+}
+
 /// The process that listens on `port`, as "process 17 (postgres)"; nothing if it belongs to another user.
 fn holder(port: u16) -> Option<String> {
-    let inodes: HashSet<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
-        .iter()
-        .filter_map(|table| std::fs::read_to_string(table).ok())
-        .flat_map(|table| listeners(&table, port))
-        .map(|inode| format!("socket:[{inode}]"))
-        .collect();
+    let inodes = inodes(port);
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).find_map(|pid| {
         let mut files = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();

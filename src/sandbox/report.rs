@@ -62,6 +62,13 @@ impl Report {
             || self.nodes.iter().any(|node| node.agent.pid.is_some() || node.postgres.pid.is_some())
     }
 
+    /// Ports that are in use by the sandbox itself.
+    #[must_use]
+    pub fn running_ports(&self) -> Vec<u16> {
+        let nodes = self.nodes.iter().flat_map(|node| [&node.agent, &node.postgres]);
+        nodes.chain([&self.proxy]).filter(|running| running.pid.is_some()).map(|running| running.port).collect()
+    }
+
     /// For people.
     #[must_use]
     pub fn text(&self) -> String {

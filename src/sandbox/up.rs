@@ -1,4 +1,4 @@
-//! Makes a sandbox, or starts one again that was taken down.
+//! Makes a sandbox, or starts of one that is there whatever does not run.
 //!
 //! Order: ports and folder are checked before anything is made; node0 by initdb, its record, the certificates; the
 //! agents; the proxy; the data, through the proxy; the other nodes, by the ordinary `recover`. Whatever fails, no
@@ -31,6 +31,7 @@ pub struct Options {
 /// Returns when the cluster is up. `say` gets a line for each step.
 pub async fn up(options: &Options, say: &dyn Fn(&str)) -> Result<Layout, SandboxError> {
     let layout = plan(options)?;
+    let ran = report(&layout)?.runs();
     let work = async { if layout.plan.complete { start(&layout, say).await } else { make(&layout, say).await } };
     let result = tokio::select! {
         result = work => result,
@@ -39,8 +40,10 @@ pub async fn up(options: &Options, say: &dyn Fn(&str)) -> Result<Layout, Sandbox
     match result {
         Ok(plan) => Ok(Layout { plan, ..layout }),
         Err(error) => {
-            // The first error is the one to tell.
-            let _ = stop::down(&layout).await;
+            if !ran {
+                // The first error is the one to tell.
+                let _ = stop::down(&layout).await;
+            }
             Err(error)
         }
     }
@@ -54,13 +57,13 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
         return Err(SandboxError::Nodes { nodes });
     }
     match Layout::load(dir) {
-        Ok(existing) if report(&existing)?.runs() => {
-            return Err(SandboxError::Running { path: existing.dir.clone(), what: report(&existing)?.text() });
-        }
         Ok(existing) if existing.plan.complete => {
             same(&existing, options)?;
-            ports::check(&existing)?;
+            ports::check(&existing, &report(&existing)?.running_ports())?;
             return Ok(existing);
+        }
+        Ok(existing) if report(&existing)?.runs() => {
+            return Err(SandboxError::Running { path: existing.dir.clone(), what: report(&existing)?.text() });
         }
         // Unfinished: made anew below.
         Ok(existing) => stop::clear_folder(&existing)?,
@@ -80,7 +83,7 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
     if options.base_port.is_none() {
         layout.plan.base_port = ports::find_base(&layout)?;
     }
-    ports::check(&layout)?;
+    ports::check(&layout, &[])?;
     make_dir(&layout.dir, 0o755)?;
     if layout.is_too_deep() {
         let short = PathBuf::from(format!("/tmp/pgtandem-{:08x}", rand::random::<u32>()));
@@ -155,35 +158,35 @@ async fn make(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError>
     Ok(plan)
 }
 
-/// Starts the daemons of a sandbox that was taken down. A node that had left the member set stays out until
-/// `recover`.
+/// Starts the daemons that do not run. A node that had left the member set stays out until `recover`.
 async fn start(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError> {
-    for index in 0..layout.plan.nodes {
+    let running = report(layout)?;
+    for (index, node) in running.nodes.iter().enumerate().filter(|(_, node)| node.agent.pid.is_none()) {
         start_agent(layout, index).await?;
+        say(&format!("agent of {} is up", node.name));
     }
-    say("agents are up");
-    start_proxy(layout).await?;
-    say(&format!("proxy is up on port {}", layout.proxy_port()));
+    if running.proxy.pid.is_none() {
+        start_proxy(layout).await?;
+        say(&format!("proxy is up on port {}", layout.proxy_port()));
+    }
     Ok(layout.plan.clone())
 }
 
-/// Starts one agent, as `up` does; returns when it listens.
-pub async fn start_agent(layout: &Layout, index: usize) -> Result<(), SandboxError> {
+/// Returns when the agent listens.
+async fn start_agent(layout: &Layout, index: usize) -> Result<(), SandboxError> {
     let (name, log) = (Layout::node_name(index), layout.agent_log(index));
     let child = daemon(layout, &["agent", "--node", &name], &log, &layout.agent_pid_file(index))?;
     let port = layout.agent_port(index);
     let mut starting = Starting { name: format!("the agent of {name}"), child, log };
-    starting
-        .wait(AGENT_LIMIT, || async move { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() })
-        .await
+    starting.wait(AGENT_LIMIT, async || ports::is_listening(port)).await
 }
 
-/// Starts the proxy, as `up` does; returns when it answers a query.
-pub async fn start_proxy(layout: &Layout) -> Result<(), SandboxError> {
+/// Returns when the proxy answers a query.
+async fn start_proxy(layout: &Layout) -> Result<(), SandboxError> {
     let log = layout.proxy_log();
     let child = daemon(layout, &["proxy"], &log, &layout.proxy_pid_file())?;
     let port = layout.proxy_port();
-    Starting { name: "the proxy".into(), child, log }.wait(PROXY_LIMIT, || answers(port)).await
+    Starting { name: "the proxy".into(), child, log }.wait(PROXY_LIMIT, async || answers(port).await).await
 }
 
 fn daemon(layout: &Layout, command: &[&str], log: &Path, pid_file: &Path) -> Result<std::process::Child, SandboxError> {
@@ -206,7 +209,7 @@ fn program(layout: &Layout) -> Result<PathBuf, SandboxError> {
 }
 
 /// Whether a PostgreSQL server (or our proxy) answers a query on this port.
-pub async fn answers(port: u16) -> bool {
+async fn answers(port: u16) -> bool {
     let limit = Duration::from_secs(5);
     let ask = async {
         let settings = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres");
