@@ -246,8 +246,8 @@ impl Frame {
         if bytes > PAYLOAD_BYTES_MAX {
             return Err(FrameError::TooLargeToSend { bytes });
         }
-        // Both fit: they are below PAYLOAD_BYTES_MAX.
-        let (head, bulk) = (self.head.len() as u32, self.bulk.len() as u32);
+        let length = |part: &Bytes| u32::try_from(part.len()).map_err(|_| FrameError::TooLargeToSend { bytes });
+        let (head, bulk) = (length(&self.head)?, length(&self.bulk)?);
         let flags = if bulk > 0 { self.flags | FLAG_BULK } else { self.flags & !FLAG_BULK };
         out.reserve(HEADER_BYTES + bytes + HASH_BYTES);
         let start = out.len();

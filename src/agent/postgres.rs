@@ -225,7 +225,7 @@ impl Postgres {
     /// True when the postmaster is gone.
     async fn signal_and_wait(&self, signal: Signal, seconds_max: u64) -> Result<bool, PostgresError> {
         let Some(postmaster) = self.postmaster()? else { return Ok(true) };
-        self.signal(&postmaster, signal)?;
+        Self::signal(&postmaster, signal)?;
         let began = Instant::now();
         while postmaster.alive() {
             if began.elapsed() > Duration::from_secs(seconds_max) {
@@ -236,7 +236,7 @@ impl Postgres {
         Ok(true)
     }
 
-    fn signal(&self, postmaster: &Postmaster, signal: Signal) -> Result<(), PostgresError> {
+    fn signal(postmaster: &Postmaster, signal: Signal) -> Result<(), PostgresError> {
         let Some(pid) = Pid::from_raw(postmaster.pid) else { return Ok(()) };
         match rustix::process::kill_process(pid, signal) {
             // Gone in the meantime.
@@ -254,13 +254,13 @@ impl Postgres {
         // The postmaster removes this file at its start, the startup process looks for it after the signal.
         let file = self.node.pgdata.join("promote");
         fs::write(&file, b"").map_err(|source| self.io("promote", source))?;
-        self.signal(&postmaster, Signal::USR1)
+        Self::signal(&postmaster, Signal::USR1)
     }
 
     /// Asks the server to read its configuration again.
     pub fn reload(&self) -> Result<(), PostgresError> {
         let postmaster = self.postmaster()?.ok_or_else(|| PostgresError::NotRunning(self.pgdata()))?;
-        self.signal(&postmaster, Signal::HUP)
+        Self::signal(&postmaster, Signal::HUP)
     }
 
     /// A connection over the unix socket as role `pgtandem`. It ends when the client is dropped.
