@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use pgtandem_proto::message::{Failure, FailureCode};
 
-use crate::agent::postgres::PostgresError;
+use crate::agent::postgres::{PostgresError, describe};
 
 /// One error of a fill, a catch-up or a source. Where the fault lies is the variant's name.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,8 @@ impl SyncError {
         let (code, hint) = match self {
             SyncError::Peer(failure) => return failure.clone(),
             SyncError::File { source, .. } => (FailureCode::Postgres, file_hint(source)),
-            SyncError::Sql { .. } | SyncError::Server { .. } => {
+            SyncError::Server { source, .. } => return Failure { what: self.to_string(), ..source.failure() },
+            SyncError::Sql { .. } => {
                 (FailureCode::Postgres, "Look at PostgreSQL's log on that node, then start the recovery again.".into())
             }
             SyncError::Closed { .. } => (
@@ -78,13 +79,5 @@ fn file_hint(error: &io::Error) -> String {
             "The agent has to run as the owner of the data directory; check who owns this file.".into()
         }
         _ => "Check that disk, then start the recovery again: only what differs is sent.".into(),
-    }
-}
-
-/// `tokio_postgres` prints only "db error" for what the server said.
-fn describe(error: &tokio_postgres::Error) -> String {
-    match error.as_db_error() {
-        Some(db) => format!("{}: {} ({})", db.severity(), db.message(), db.code().code()),
-        None => error.to_string(),
     }
 }

@@ -4,9 +4,11 @@
 //! links ([`Link::pair`], for tests and for two nodes in one process). The queues are short, so that a slow reader
 //! slows its writer; dropping a link ends both directions.
 
+use pgtandem_proto::frame::Message;
 use tokio::sync::mpsc;
 
 use super::error::SyncError;
+use crate::agent::connection::{Connection, Receiver, Sender};
 
 /// Messages that wait in one direction of a link; extents are 1 MiB each.
 pub const LINK_QUEUE_MESSAGES_MAX: usize = 8;
@@ -83,6 +85,11 @@ impl<Out> Outgoing<Out> {
         self.sender.send(message).await.map_err(|_| self.closed())
     }
 
+    /// Room for one message. May be dropped while it waits.
+    pub async fn reserve(&self) -> Result<mpsc::Permit<'_, Out>, SyncError> {
+        self.sender.reserve().await.map_err(|_| self.closed())
+    }
+
     fn closed(&self) -> SyncError {
         SyncError::Closed { channel: self.channel, reason: "it does not take messages any more".into() }
     }
@@ -102,5 +109,57 @@ impl<In> Incoming<In> {
     pub async fn expect(&mut self) -> Result<In, SyncError> {
         let message = self.receive().await?;
         message.ok_or(SyncError::Closed { channel: self.channel, reason: "the other node closed it".into() })
+    }
+}
+
+impl<Out: Message + Send + Sync + 'static, In: Message + Send + 'static> Link<Out, In> {
+    /// A link over a connection behind its HELLO. Must be called within a runtime; the connection ends with the link.
+    #[must_use]
+    pub fn over(channel: &'static str, connection: Connection) -> Link<Out, In> {
+        let (link, pump) = Link::new(channel);
+        let (sender, receiver) = connection.split();
+        tokio::spawn(write_all(pump.to_write, sender));
+        tokio::spawn(read_all(receiver, pump.was_read));
+        link
+    }
+}
+
+async fn write_all<M: Message>(mut messages: mpsc::Receiver<M>, mut sender: Sender) {
+    while let Some(message) = messages.recv().await {
+        let mut written = sender.feed(&message).await;
+        // One flush for what waits already.
+        while written.is_ok()
+            && let Ok(message) = messages.try_recv()
+        {
+            written = sender.feed(&message).await;
+        }
+        if written.is_ok() {
+            written = sender.flush().await;
+        }
+        if let Err(error) = written {
+            // The reading side reports why the connection ended.
+            tracing::debug!(%error, "a channel can not be written any more");
+            return;
+        }
+    }
+}
+
+async fn read_all<M: Message>(mut receiver: Receiver, messages: mpsc::Sender<Result<M, String>>) {
+    loop {
+        let message = tokio::select! {
+            message = receiver.receive::<M>() => message,
+            () = messages.closed() => return,
+        };
+        let last = match message {
+            Ok(Some(message)) => messages.send(Ok(message)).await,
+            Ok(None) => return,
+            Err(error) => {
+                let _ = messages.send(Err(error.to_string())).await;
+                return;
+            }
+        };
+        if last.is_err() {
+            return;
+        }
     }
 }

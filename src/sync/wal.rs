@@ -75,6 +75,26 @@ pub fn pages_belong(start: Lsn, bytes: &[u8]) -> bool {
     true
 }
 
+/// Where replay stands when everything before `x` is replayed, for an `x` that PostgreSQL gave as its insert position.
+///
+/// Behind a record that fills its page, the insert position is behind the header of the next page
+/// (`XLogBytePosToRecPtr`), while replay reports the end of the record, which is the page boundary. No record ends
+/// right behind a header, so the two can be told apart.
+#[must_use]
+pub fn record_end(x: Lsn, segment_bytes: u32) -> Lsn {
+    let in_segment = x.0 % u64::from(segment_bytes);
+    let in_page = x.0 % WAL_PAGE_BYTES as u64;
+    if in_segment == LONG_HEADER_BYTES || (in_page == SHORT_HEADER_BYTES && in_segment > WAL_PAGE_BYTES as u64) {
+        Lsn(x.0 - in_page)
+    } else {
+        x
+    }
+}
+
+/// `SizeOfXLogLongPHD` and `SizeOfXLogShortPHD`: the header of a segment's first page, and of the others.
+const LONG_HEADER_BYTES: u64 = 40;
+const SHORT_HEADER_BYTES: u64 = 24;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,6 +116,22 @@ mod tests {
         assert_eq!(segment_name(1, Lsn(0x1_4000_0000), 1 << 30), "000000010000000100000001");
         assert_eq!(timeline_of_segment("0000000200000001000000FF"), Some(2));
         assert_eq!(segment_start(Lsn(0x0123_4567), 16 << 20), Lsn(0x0100_0000));
+    }
+
+    #[test]
+    fn a_position_behind_a_page_header_means_the_end_of_the_page_before() {
+        let segment = 16 << 20;
+        let start = u64::from(segment) * 3;
+        for (x, end) in [
+            (start + 40, start),
+            (start + 24, start + 24),
+            (start + 8192 + 24, start + 8192),
+            (start + 8192 + 32, start + 8192 + 32),
+            (start + 8192, start + 8192),
+            (start, start),
+        ] {
+            assert_eq!(record_end(Lsn(x), segment), Lsn(end));
+        }
     }
 
     #[test]
