@@ -312,9 +312,11 @@ fn postgresql_is_kept_running_and_tunnels_obey_epochs() {
         let local = postgres.connect("postgres").await.unwrap();
         let busy = tokio::spawn(async move { local.simple_query("select pg_sleep(2)").await.is_err() });
         let old = postgres.postmaster_pid().unwrap().unwrap();
-        rustix::process::kill_process(rustix::process::Pid::from_raw(old).unwrap(), rustix::process::Signal::KILL).unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_raw(old).unwrap(), rustix::process::Signal::KILL)
+            .unwrap();
         until("PostgreSQL is back", || async {
-            matches!(postgres.postmaster_pid(), Ok(Some(pid)) if pid != old) && postgres.state() == PostgresState::Running
+            matches!(postgres.postmaster_pid(), Ok(Some(pid)) if pid != old)
+                && postgres.state() == PostgresState::Running
         })
         .await;
         let _ = busy.await;
