@@ -76,13 +76,11 @@ pub async fn run<R: Replication, A: Agents>(
         tokio::select! {
             input = under_way(&mut work) => {
                 work = None;
+                // The last counters of this work belong to it.
+                count(&mut recovery, &mut counters);
                 recovery.handle(Instant::now(), input);
             }
-            Ok(()) = counters.changed() => {
-                let now = *counters.borrow_and_update();
-                recovery.handle(Instant::now(), Input::Progress(now.progress));
-                recovery.handle(Instant::now(), Input::Drained(now.drained));
-            }
+            Ok(()) = counters.changed() => count(&mut recovery, &mut counters),
             () = until(deadline) => recovery.handle_timeout(Instant::now()),
             cause = stopped(stop), if stop_wanted => {
                 stop_wanted = false;
@@ -90,6 +88,12 @@ pub async fn run<R: Replication, A: Agents>(
             }
         }
     }
+}
+
+fn count(recovery: &mut Recovery, counters: &mut watch::Receiver<Counters>) {
+    let now = *counters.borrow_and_update();
+    recovery.handle(Instant::now(), Input::Progress(now.progress));
+    recovery.handle(Instant::now(), Input::Drained(now.drained));
 }
 
 type Work<'a> = Pin<Box<dyn Future<Output = Input> + Send + 'a>>;
@@ -309,3 +313,7 @@ fn of_node(failure: Failure) -> Cause {
 fn of_source(failure: Failure) -> Cause {
     Cause::new(CauseKind::Source, failure.what, failure.hint)
 }
+
+#[cfg(test)]
+#[path = "runner_tests.rs"]
+mod tests;
