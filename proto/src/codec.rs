@@ -34,21 +34,20 @@ impl Decoder for FrameCodec {
 
     fn decode(&mut self, source: &mut BytesMut) -> Result<Option<Frame>, CodecError> {
         loop {
-            let header = match self.pending {
-                Some(header) => header,
-                None => {
-                    let Some(bytes) = source.first_chunk::<HEADER_BYTES>() else {
-                        check_magic_prefix(source)?;
-                        return Ok(None);
-                    };
-                    let header = Header::decode(bytes)?;
-                    if header.sequence != self.expected {
-                        return Err(FrameError::Sequence { expected: self.expected, found: header.sequence }.into());
-                    }
-                    source.advance(HEADER_BYTES);
-                    self.pending = Some(header);
-                    header
+            let header = if let Some(header) = self.pending {
+                header
+            } else {
+                let Some(bytes) = source.first_chunk::<HEADER_BYTES>() else {
+                    check_magic_prefix(source)?;
+                    return Ok(None);
+                };
+                let header = Header::decode(bytes)?;
+                if header.sequence != self.expected {
+                    return Err(FrameError::Sequence { expected: self.expected, found: header.sequence }.into());
                 }
+                source.advance(HEADER_BYTES);
+                self.pending = Some(header);
+                header
             };
             let rest = header.rest_bytes();
             if source.len() < rest {

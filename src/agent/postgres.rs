@@ -45,7 +45,9 @@ pub enum PostgresError {
     Foreign { pid: i32, data_dir: String, port: String, socket_dir: String, expected: String },
     #[error("PostgreSQL on {pgdata} did not start: {why}")]
     Start { pgdata: String, why: String },
-    #[error("backends of the PostgreSQL that died on {pgdata} are still there after {OLD_BACKENDS_SECONDS_MAX} s: {why}")]
+    #[error(
+        "backends of the PostgreSQL that died on {pgdata} are still there after {OLD_BACKENDS_SECONDS_MAX} s: {why}"
+    )]
     OldBackends { pgdata: String, why: String },
     #[error("PostgreSQL on {pgdata} was still {doing} after {seconds} s")]
     Limit { pgdata: String, doing: &'static str, seconds: u64 },
@@ -80,7 +82,9 @@ impl PostgresError {
                     "check that role {ROLE} exists as superuser and that pg_hba.conf has the line: local all {ROLE} peer map={ROLE}"
                 ),
             ),
-            PostgresError::Io { .. } => (FailureCode::Postgres, "check the owner and mode of that file or folder".to_owned()),
+            PostgresError::Io { .. } => {
+                (FailureCode::Postgres, "check the owner and mode of that file or folder".to_owned())
+            }
         };
         Failure { code, what: self.to_string(), hint }
     }
@@ -225,7 +229,7 @@ impl Postgres {
     /// True when the postmaster is gone.
     async fn signal_and_wait(&self, signal: Signal, seconds_max: u64) -> Result<bool, PostgresError> {
         let Some(postmaster) = self.postmaster()? else { return Ok(true) };
-        self.signal(&postmaster, signal)?;
+        Self::signal(&postmaster, signal)?;
         let began = Instant::now();
         while postmaster.alive() {
             if began.elapsed() > Duration::from_secs(seconds_max) {
@@ -236,7 +240,7 @@ impl Postgres {
         Ok(true)
     }
 
-    fn signal(&self, postmaster: &Postmaster, signal: Signal) -> Result<(), PostgresError> {
+    fn signal(postmaster: &Postmaster, signal: Signal) -> Result<(), PostgresError> {
         let Some(pid) = Pid::from_raw(postmaster.pid) else { return Ok(()) };
         match rustix::process::kill_process(pid, signal) {
             // Gone in the meantime.
@@ -254,13 +258,13 @@ impl Postgres {
         // The postmaster removes this file at its start, the startup process looks for it after the signal.
         let file = self.node.pgdata.join("promote");
         fs::write(&file, b"").map_err(|source| self.io("promote", source))?;
-        self.signal(&postmaster, Signal::USR1)
+        Self::signal(&postmaster, Signal::USR1)
     }
 
     /// Asks the server to read its configuration again.
     pub fn reload(&self) -> Result<(), PostgresError> {
         let postmaster = self.postmaster()?.ok_or_else(|| PostgresError::NotRunning(self.pgdata()))?;
-        self.signal(&postmaster, Signal::HUP)
+        Self::signal(&postmaster, Signal::HUP)
     }
 
     /// A connection over the unix socket as role `pgtandem`. It ends when the client is dropped.
@@ -297,7 +301,9 @@ impl Postgres {
         let log = server::log_since(&self.log_path(), log_start);
         let lines: Vec<&str> = log
             .lines()
-            .filter(|line| line.contains("FATAL") || line.contains("PANIC") || line.contains("ERROR") || line.contains("DETAIL"))
+            .filter(|line| {
+                line.contains("FATAL") || line.contains("PANIC") || line.contains("ERROR") || line.contains("DETAIL")
+            })
             .map(str::trim)
             .collect();
         match (lines.is_empty(), started) {
