@@ -1,1 +1,3 @@
 //! The daemon that speaks PostgreSQL's protocol to clients.
+
+pub mod control;
