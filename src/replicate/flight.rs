@@ -144,6 +144,10 @@ impl<'c> Writer<'c> {
                         self.send_part().await?;
                     }
                 }
+                Effect::Rows { context, role, text, data, .. } => {
+                    self.enter(context, role);
+                    self.rows(log, text, *data).await?;
+                }
                 Effect::Copy { context, role, text, data, rows } => {
                     self.enter(context, role);
                     self.copy(log, text, *data, *rows).await?;
@@ -151,6 +155,23 @@ impl<'c> Writer<'c> {
             }
         }
         self.leave_role();
+        Ok(())
+    }
+
+    async fn rows(&mut self, log: &EffectLog, text: &Arc<str>, data: Range) -> Result<(), ServerError> {
+        let name = self.connection.prepare(text, &[]);
+        let mut at = 0;
+        while at < data.len {
+            self.read(log, Range { start: data.start + at, len: 4 })?;
+            let len = self.buffer.first_chunk().map_or(0, |b| u64::from(u32::from_be_bytes(*b)));
+            self.read(log, Range { start: data.start + at + 4, len })?;
+            at += 4 + len;
+            build::bind_raw(&mut self.connection.out, b"", name.as_bytes(), &self.buffer, &[]);
+            build::execute(&mut self.connection.out, b"", 0);
+            if self.connection.out.len() >= BATCH_BYTES_MAX {
+                self.send_part().await?;
+            }
+        }
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 //! half-committed transactions are the only reason why a follower may not yet hold what the leader showed.
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
@@ -41,8 +41,8 @@ pub struct GateStats {
 
 /// One commit inside the gate. Dropped when it is finished on every member, or the member left.
 #[derive(Debug)]
-pub struct Pass<'a> {
-    gate: &'a Gate,
+pub struct Pass {
+    gate: Arc<Gate>,
     pub number: u64,
 }
 
@@ -80,15 +80,15 @@ impl Gate {
     }
 
     /// Waits until the gate is open and enters it.
-    pub async fn pass(&self) -> Pass<'_> {
+    pub async fn pass(self: &Arc<Self>) -> Pass {
         let number = self.wait_for(|s| (!s.closed).then(|| s.enter())).await;
-        Pass { gate: self, number }
+        Pass { gate: Arc::clone(self), number }
     }
 
     /// Enters the gate although it is closed: for the one who closed it.
     #[must_use]
-    pub fn pass_closed(&self, _closed: &Closed<'_>) -> Pass<'_> {
-        Pass { gate: self, number: self.state().enter() }
+    pub fn pass_closed(self: &Arc<Self>, _closed: &Closed<'_>) -> Pass {
+        Pass { gate: Arc::clone(self), number: self.state().enter() }
     }
 
     /// The number that the next commit will get: everything sent so far is below it.
@@ -141,7 +141,7 @@ impl Closed<'_> {
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.state().inside.remove(&self.number);
         self.gate.changed.notify_waiters();
@@ -169,7 +169,7 @@ mod tests {
 
     #[tokio::test]
     async fn closing_waits_for_what_passed_and_keeps_out_what_comes() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let pass = gate.pass().await;
         let mut closing = Box::pin(gate.close(LONG));
         assert!(futures_util::FutureExt::now_or_never(&mut closing).is_none());
@@ -184,7 +184,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_gate_that_can_not_close_is_open_again() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let pass = gate.pass().await;
         assert!(gate.close(Duration::from_millis(5)).await.is_err());
         drop(gate.pass().await);
@@ -195,7 +195,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_barrier_waits_only_for_what_was_sent_before() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let first = gate.pass().await;
         let number = gate.next_number();
         let _later = gate.pass().await;

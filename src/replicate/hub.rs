@@ -19,8 +19,9 @@ use crate::agent::client::{self, ClientError, Control};
 use crate::agent::tls::Identity;
 use crate::cluster::members::{self, MembersError};
 use crate::config::{Config, NodeConfig};
-use crate::replicate::backlog::Backlog;
-use crate::replicate::effects::SpillBudget;
+use crate::replicate::backlog::{Backlog, Entry};
+use crate::replicate::effects::{EffectLog, SpillBudget};
+use crate::replicate::flight::Decision;
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
 use crate::replicate::marks::MarkPool;
@@ -86,7 +87,7 @@ pub struct Counters {
 pub struct Hub {
     pub config: Arc<Config>,
     pub identity: Identity,
-    pub gate: Gate,
+    pub gate: Arc<Gate>,
     pub marks: Arc<MarkPool>,
     pub spill: Arc<SpillBudget>,
     /// Grows with each DDL commit.
@@ -120,7 +121,7 @@ impl Hub {
         Self {
             config,
             identity,
-            gate: Gate::default(),
+            gate: Arc::default(),
             marks: Arc::default(),
             spill: Arc::new(spill),
             schema_number: AtomicU64::new(1),
@@ -151,6 +152,24 @@ impl Hub {
             Reign::Serving { epoch, secret } => Some((*epoch, Arc::clone(secret))),
             Reign::Starting | Reign::Stopping => None,
         }
+    }
+
+    /// The epoch that serves now.
+    #[must_use]
+    pub fn reign_epoch(&self) -> Option<u64> {
+        self.epoch_and_secret().map(|(epoch, _)| epoch)
+    }
+
+    /// Puts a transaction that is about to be committed into the backlog of every node that is joining. Called inside the
+    /// gate, so a cut lies before or after it.
+    pub fn enter_backlogs(&self, database: &Arc<str>, log: &Arc<EffectLog>, decision: &Decision) -> Vec<Arc<Entry>> {
+        let backlogs = lock(&self.backlogs);
+        let enter = |backlog: &Arc<Backlog>| {
+            let entry = Arc::new(Entry::new(Arc::clone(database), Arc::clone(log), decision.clone()));
+            backlog.push(Arc::clone(&entry));
+            entry
+        };
+        backlogs.values().map(enter).collect()
     }
 
     /// The node with this name.

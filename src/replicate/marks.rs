@@ -21,6 +21,8 @@ struct Marks {
     /// By database: `(id, last n)` of marks that nobody holds.
     free: HashMap<String, Vec<(i32, i64)>>,
     last_id: i32,
+    /// Grows when all is loaded anew: marks of sessions of before are not given back.
+    generation: u64,
 }
 
 /// A mark that a session holds.
@@ -31,8 +33,7 @@ pub struct Mark {
     pub n: i64,
     /// Its one permit is out while a transaction of this mark is not finished everywhere.
     idle: Arc<Semaphore>,
-    /// Never used again until the member that was gone is filled.
-    pub retired: bool,
+    generation: u64,
 }
 
 impl Mark {
@@ -46,7 +47,14 @@ impl Mark {
 }
 
 impl MarkPool {
-    /// Forgets everything and starts from what the leader says: `(id, n)` of one database.
+    /// Forgets everything: a new epoch loads it again.
+    pub fn reset(&self) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = marks.generation + 1;
+        *marks = Marks { generation, ..Marks::default() };
+    }
+
+    /// Starts from what the leader says: `(id, n)` of one database.
     pub fn load(&self, database: &str, rows: Vec<(i32, i64)>) {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         marks.last_id = rows.iter().map(|(id, _)| *id).fold(marks.last_id, i32::max);
@@ -64,18 +72,18 @@ impl MarkPool {
             }
             None => return None,
         };
-        Some(Mark { id, n, idle: Arc::new(Semaphore::new(1)), retired: false })
+        Some(Mark { id, n, idle: Arc::new(Semaphore::new(1)), generation: marks.generation })
     }
 
     /// Gives a mark back, if its last transaction is finished; otherwise when it is.
     pub fn give_back(self: &Arc<Self>, database: &str, mark: Mark) {
-        if mark.retired {
-            return;
-        }
         let pool = Arc::clone(self);
         let database = database.to_owned();
         let put = move || {
             let mut marks = pool.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            if marks.generation != mark.generation {
+                return;
+            }
             if let Some(free) = marks.free.get_mut(&database) {
                 free.push((mark.id, mark.n));
             }

@@ -12,6 +12,7 @@ pub mod follower;
 pub mod gate;
 pub mod hub;
 pub mod join;
+pub mod maintain;
 pub mod marks;
 pub mod resolve;
 pub mod schema;
