@@ -95,7 +95,9 @@ impl Postmaster {
 /// through their shared memory.
 pub(super) fn remove_of_zombie(pgdata: &Path) -> io::Result<()> {
     match read(pgdata)? {
-        Some(found) if matches!(process(found.pid), Some((_, 'Z' | 'X'))) => fs::remove_file(pgdata.join("postmaster.pid")),
+        Some(found) if matches!(process(found.pid), Some((_, 'Z' | 'X'))) => {
+            fs::remove_file(pgdata.join("postmaster.pid"))
+        }
         _ => Ok(()),
     }
 }
