@@ -7,9 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::hello::{Hello, HelloReply};
-use crate::message::{
-    Extent, ExtentContent, FilesReply, FilesRequest, Reply, Request, WalReply, WalRequest,
-};
+use crate::message::{Extent, ExtentContent, FilesReply, FilesRequest, Reply, Request, WalReply, WalRequest};
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"pgtD";
@@ -148,14 +146,7 @@ impl Header {
         if kind.is_none() && flags & FLAG_OPTIONAL == 0 {
             return Err(FrameError::UnknownKind(code));
         }
-        Ok(Header {
-            kind,
-            flags,
-            stream,
-            sequence,
-            head_bytes: head as usize,
-            bulk_bytes: bulk as usize,
-        })
+        Ok(Header { kind, flags, stream, sequence, head_bytes: head as usize, bulk_bytes: bulk as usize })
     }
 
     /// Bytes that follow the header.
@@ -198,32 +189,20 @@ pub trait Message: Serialize + DeserializeOwned {
 impl Frame {
     /// Encodes a message. Only fails if the message is too long, which is the caller's mistake.
     pub fn encode<M: Message>(message: &M, sequence: u32) -> Result<Frame, FrameError> {
-        let head = postcard::to_stdvec(message).map_err(|error| FrameError::Content {
-            kind: M::KIND,
-            why: error.to_string(),
-        })?;
+        let head = postcard::to_stdvec(message)
+            .map_err(|error| FrameError::Content { kind: M::KIND, why: error.to_string() })?;
         let bulk = message.bulk().cloned().unwrap_or_default();
         let bytes = head.len() + bulk.len();
         if bytes > PAYLOAD_BYTES_MAX {
             return Err(FrameError::TooLargeToSend { bytes });
         }
-        Ok(Frame {
-            kind: M::KIND,
-            flags: 0,
-            stream: 0,
-            sequence,
-            head: head.into(),
-            bulk,
-        })
+        Ok(Frame { kind: M::KIND, flags: 0, stream: 0, sequence, head: head.into(), bulk })
     }
 
     /// The message in this frame, which must be of the kind of `M` and nothing more.
     pub fn decode<M: Message>(self) -> Result<M, FrameError> {
         if self.kind != M::KIND {
-            return Err(FrameError::Kind {
-                expected: M::KIND,
-                found: self.kind,
-            });
+            return Err(FrameError::Kind { expected: M::KIND, found: self.kind });
         }
         let content = |why: String| FrameError::Content { kind: M::KIND, why };
         let (mut message, rest) =

@@ -2,6 +2,7 @@
 //!
 //! `PGTANDEM_BLESS=1 cargo test -p pgtandem-proto` writes the golden files anew; a change of an existing one is a
 //! change of the protocol and needs a new version.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that panics has failed")]
 
 use std::fs;
 use std::path::PathBuf;
@@ -136,10 +137,7 @@ fn files_and_wal_are_as_they_always_were() {
     check("files_reply_vanished", &extent(ExtentContent::Vanished));
     check("wal_request_start", &WalRequest::Start { from: Lsn(0x100_0000), timeline: 2 });
     check("wal_request_acknowledge", &WalRequest::Acknowledge { flushed: Lsn(0x100_0100) });
-    check(
-        "wal_reply_data",
-        &WalReply::Data { start: Lsn(1), flushed: Lsn(2), bytes: Bytes::from_static(b"some WAL") },
-    );
+    check("wal_reply_data", &WalReply::Data { start: Lsn(1), flushed: Lsn(2), bytes: Bytes::from_static(b"some WAL") });
     check("wal_reply_flushed", &WalReply::Flushed { flushed: Lsn(2) });
     check("wal_reply_failed", &WalReply::Failed(failure()));
 }

@@ -78,11 +78,7 @@ impl Authority {
             let path = folder.join(file);
             fs::read_to_string(&path).map_err(|source| CertificateError::Io { path, source })
         };
-        Ok(Authority {
-            cluster: cluster.to_owned(),
-            key: KeyPair::from_pem(&read(CA_KEY_FILE)?)?,
-            pem: read(CA_FILE)?,
-        })
+        Ok(Authority { cluster: cluster.to_owned(), key: KeyPair::from_pem(&read(CA_KEY_FILE)?)?, pem: read(CA_FILE)? })
     }
 
     /// A certificate and key for a node, or for [`PROXY`].
@@ -99,11 +95,7 @@ impl Authority {
         params.use_authority_key_identifier_extension = true;
         let issuer = Issuer::new(authority_params(&self.cluster)?, &self.key);
         let certificate = params.signed_by(&key, &issuer)?;
-        Ok(IdentityFiles {
-            ca_pem: self.pem.clone(),
-            certificate_pem: certificate.pem(),
-            key_pem: key.serialize_pem(),
-        })
+        Ok(IdentityFiles { ca_pem: self.pem.clone(), certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
     }
 }
 

@@ -59,8 +59,12 @@ impl ClientError {
             ClientError::Connect { .. } => {
                 "check that pgtandem agent runs on that host and that its port is reachable from here"
             }
-            ClientError::Tls { .. } => "check that both hosts have certificates of the same cluster, and the right clock",
-            ClientError::Connection(_) | ClientError::Silent { .. } => "see the agent's log on that node, then try again",
+            ClientError::Tls { .. } => {
+                "check that both hosts have certificates of the same cluster, and the right clock"
+            }
+            ClientError::Connection(_) | ClientError::Silent { .. } => {
+                "see the agent's log on that node, then try again"
+            }
             ClientError::Unexpected { .. } => "install the same version of pgtandem on all hosts",
         };
         Failure { code: FailureCode::Peer, what: self.to_string(), hint: hint.to_owned() }

@@ -8,16 +8,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgtandem_proto::membership::{Epoch, NodeState};
-use pgtandem_proto::message::{Failure, FailureCode, Lsn, NodeFacts, PostgresState, Reply, Request};
-use tokio::time::{MissedTickBehavior, interval};
+use pgtandem_proto::message::{Failure, FailureCode, Lsn, PostgresState, Reply, Request};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::connection::{Connection, ConnectionError};
 use super::node::Node;
 use super::recovery::Running;
+use super::source::AgentSource;
 use crate::cluster::record as rules;
+use crate::sync::target::Target;
 
 /// How often a request that runs says how far it is, milliseconds. The caller's limit on silence is longer.
 const PROGRESS_MS: u64 = 500;
+/// Longest wait from the end of recovery until the postmaster says that it runs, milliseconds.
+const LEFT_RECOVERY_MS_MAX: u64 = 10_000;
+const LEFT_RECOVERY_POLL_MS: u64 = 1;
 
 /// Serves requests until the connection ends; then ends the recovery that it started.
 pub async fn serve(node: Arc<Node>, connection: Connection, owner: u64) -> Result<(), ConnectionError> {
@@ -50,7 +55,7 @@ async fn serve_requests(node: &Arc<Node>, connection: Connection, owner: u64) ->
                 () = cancel.cancelled() => break Reply::Failed(cut_off(node)),
                 reply = &mut work => break reply.unwrap_or_else(Reply::Failed),
                 _ = tick.tick() => {
-                    let progress = *node.progress.borrow();
+                    let progress = node.recovery.progress().unwrap_or_default();
                     sender.send(&Reply::Progress(progress)).await?;
                 }
                 next = receiver.receive::<Request>() => {
@@ -86,7 +91,9 @@ async fn abandon(node: &Node, running: Running) {
     tracing::warn!(epoch = running.epoch, source = running.source, "a recovery is aborted");
     running.cancel.cancel();
     node.tunnels.cut(None).await.unwrap_or_default();
-    running.target.lock().await.abort().await;
+    if let Err(error) = running.target.lock().await.abort().await {
+        tracing::error!(%error, "a recovery was not aborted in order");
+    }
     if let Err(error) = node.supervisor.stop(true, "its recovery was ended before it became a member").await {
         tracing::error!(%error, "PostgreSQL of an aborted recovery could not be stopped");
     }
@@ -126,17 +133,20 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             node.supervisor.stop(immediate, "it was told to stop").await.map_err(|error| error.failure())?;
             Ok(Reply::Done)
         }
-        Request::Facts => Ok(Reply::Facts(Box::new(facts(node).await))),
+        Request::Facts => {
+            let facts = crate::sync::facts::gather(node.postgres()).await.map_err(|error| error.failure())?;
+            Ok(Reply::Facts(Box::new(facts)))
+        }
         Request::Fill { epoch, source } => fill(node, owner, epoch, &source).await,
         Request::CatchUp { epoch, source, lag_bytes_max } => catch_up(node, owner, epoch, &source, lag_bytes_max).await,
         Request::HoldRelay => {
             let running = node.recovery.of(owner)?;
-            let position = running.target.lock().await.hold().await.map_err(|error| error.failure())?;
+            let position = running.target.lock().await.hold().map_err(|error| error.failure())?;
             Ok(Reply::Lsn(position))
         }
         Request::LeaveRecovery { x } => leave_recovery(node, owner, x).await,
         Request::DropSlot { node: other } => {
-            crate::agent::pending::source::drop_slot(node.postgres(), &other).await.map_err(|error| error.failure())?;
+            crate::sync::source::drop_slot(node.postgres(), &other).await.map_err(|error| error.failure())?;
             Ok(Reply::Done)
         }
         Request::CutTunnels => {
@@ -169,10 +179,6 @@ async fn cut_tunnels(node: &Node, below: Option<Epoch>) -> Result<(), Failure> {
     }
 }
 
-async fn facts(node: &Node) -> NodeFacts {
-    crate::agent::pending::facts::gather(&node.config, node.postgres()).await
-}
-
 async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Reply, Failure> {
     // Checked before anything happens; stored, which checks again, before anything is touched.
     rules::enter(&node.record(), epoch, NodeState::Seeding)
@@ -183,17 +189,11 @@ async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Rep
         .map_err(|error| error.failure())?;
     node.tunnels.cut(None).await.unwrap_or_default();
     node.supervisor.stop(false, "the node is being filled").await.map_err(|error| error.failure())?;
-    running.target.lock().await.fill().await.map_err(|error| error.failure())?;
+    running.target.lock().await.fill(running.channels.clone()).await.map_err(|error| error.failure())?;
     Ok(Reply::Done)
 }
 
-async fn catch_up(
-    node: &Node,
-    owner: u64,
-    epoch: Epoch,
-    source: &str,
-    lag_bytes_max: u64,
-) -> Result<Reply, Failure> {
+async fn catch_up(node: &Node, owner: u64, epoch: Epoch, source: &str, lag_bytes_max: u64) -> Result<Reply, Failure> {
     let running = node.recovery.of(owner)?;
     if running.epoch != epoch || running.source != source {
         return Err(Failure {
@@ -205,19 +205,30 @@ async fn catch_up(
     node.change_record(move |record| rules::enter(record, epoch, NodeState::CatchingUp))
         .await
         .map_err(|error| error.failure())?;
-    running.target.lock().await.catch_up(lag_bytes_max).await.map_err(|error| error.failure())?;
+    running
+        .target
+        .lock()
+        .await
+        .catch_up(running.channels.clone(), lag_bytes_max)
+        .await
+        .map_err(|error| error.failure())?;
     Ok(Reply::Done)
 }
 
 async fn leave_recovery(node: &Node, owner: u64, x: Lsn) -> Result<Reply, Failure> {
     let running = node.recovery.of(owner)?;
     running.target.lock().await.leave_recovery(x).await.map_err(|error| error.failure())?;
-    if node.postgres().state() != PostgresState::Running {
-        return Err(Failure {
-            code: FailureCode::Postgres,
-            what: format!("PostgreSQL left recovery and is gone: {}", node.postgres().last_words()),
-            hint: "read postgresql.log in the node's state_dir".to_owned(),
-        });
+    // The postmaster says so a moment after its startup process has ended; tunnels wait for that.
+    let began = Instant::now();
+    while node.postgres().state() != PostgresState::Running {
+        if began.elapsed() > Duration::from_millis(LEFT_RECOVERY_MS_MAX) {
+            return Err(Failure {
+                code: FailureCode::Postgres,
+                what: format!("PostgreSQL left recovery and does not run: {}", node.postgres().last_words()),
+                hint: "read postgresql.log in the node's state_dir".to_owned(),
+            });
+        }
+        sleep(Duration::from_millis(LEFT_RECOVERY_POLL_MS)).await;
     }
     node.supervisor.keep_running();
     Ok(Reply::Done)
@@ -229,10 +240,8 @@ fn begin(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Running,
         what: format!("{source:?} is no other node of this node's configuration"),
         hint: "use the same configuration file on all hosts".to_owned(),
     })?;
-    node.recovery.begin(owner, epoch, source, || {
-        let _ = other;
-        crate::agent::pending::target::Target
-    })
+    let channels = AgentSource::new(node.identity.clone(), other.clone());
+    node.recovery.begin(owner, epoch, source, channels, Target::new(node.postgres().clone()))
 }
 
 fn wrong_state(state: NodeState, verb: &str) -> Failure {

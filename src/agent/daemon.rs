@@ -29,7 +29,7 @@ use super::tls::{Identity, TlsError, peer_name};
 use super::{client, control, tunnels};
 use crate::cluster::record as rules;
 use crate::config::{Config, NodeConfig};
-use crate::agent::pending::source::{self, SourceContext};
+use crate::sync::source::{self, SourceContext};
 
 /// Connections at a time, tunnels included. The next one waits in the kernel's queue.
 pub const CONNECTIONS_MAX: usize = 1024;
@@ -71,10 +71,10 @@ pub async fn run(config: Config, node: String) -> Result<(), AgentError> {
     let listener = TcpListener::bind(address)
         .await
         .map_err(|source| AgentError::Listen { address: address.to_string(), source })?;
-    let agent = Agent::start(config, &node, listener).await?;
     let signals = || -> io::Result<_> { Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)) };
     let (mut terminate, mut interrupt) =
         signals().map_err(|source| AgentError::Io { path: "signal handlers".into(), source })?;
+    let agent = Agent::start(config, &node, listener).await?;
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM"),
         _ = interrupt.recv() => tracing::info!("SIGINT"),
@@ -171,7 +171,9 @@ async fn settle(node: &Node) -> Result<(), AgentError> {
         NodeState::Blank if running => node.supervisor.keep_running(),
         NodeState::Blank => {}
         NodeState::Forked => {
-            node.supervisor.stop(false, "this node went on alone while the other side did, too; its data are kept").await?;
+            node.supervisor
+                .stop(false, "this node went on alone while the other side did, too; its data are kept")
+                .await?;
         }
         // The recovery that it belongs to has ended with the agent.
         NodeState::Seeding | NodeState::CatchingUp | NodeState::Joining => {
@@ -230,7 +232,7 @@ enum ServeError {
     #[error("refused: {0}")]
     Refused(String),
     #[error(transparent)]
-    Sync(#[from] crate::agent::pending::SyncError),
+    Sync(#[from] crate::sync::SyncError),
 }
 
 async fn serve(
@@ -329,12 +331,9 @@ async fn answer(
     checked: Result<(), Failure>,
 ) -> Result<(), ServeError> {
     let reply = match checked.and_then(|()| hello.negotiate(node.identity.cluster())) {
-        Ok((version, features)) => HelloReply::Accepted {
-            version,
-            features,
-            node: node.config.name.clone(),
-            promised: node.record().promised,
-        },
+        Ok((version, features)) => {
+            HelloReply::Accepted { version, features, node: node.config.name.clone(), promised: node.record().promised }
+        }
         Err(failure) => HelloReply::Refused(failure),
     };
     Ok(connection.send(&reply).await?)
@@ -384,7 +383,11 @@ async fn open_tunnel(node: &Node, epoch: Epoch) -> Result<(tunnels::Registered, 
     }
     let path = tunnels::socket_path(&node.config);
     let server = UnixStream::connect(&path).await.map_err(|error| {
-        refuse(FailureCode::Postgres, format!("{}: {error}", path.display()), "see postgresql.log in the node's state_dir")
+        refuse(
+            FailureCode::Postgres,
+            format!("{}: {error}", path.display()),
+            "see postgresql.log in the node's state_dir",
+        )
     })?;
     Ok((registered, server))
 }
@@ -398,7 +401,10 @@ fn source_context(node: &Node, hello: &Hello) -> Result<SourceContext, Failure> 
     let (record, postgres) = (node.record(), node.postgres().state());
     if record.state != NodeState::InSync || postgres != PostgresState::Running {
         return Err(refuse(
-            format!("node {} is {:?} and its PostgreSQL {postgres:?}: it can be no source", node.config.name, record.state),
+            format!(
+                "node {} is {:?} and its PostgreSQL {postgres:?}: it can be no source",
+                node.config.name, record.state
+            ),
             "fill from a member; see pgtandem status",
         ));
     }

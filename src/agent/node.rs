@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use pgtandem_proto::membership::{NodeState, Record};
-use pgtandem_proto::message::{Failure, FailureCode, NodeStatus, Progress};
-use tokio::sync::watch;
+use pgtandem_proto::message::{Failure, FailureCode, NodeStatus};
 
 use super::postgres::Postgres;
 use super::record::{RecordFileError, RecordStore};
@@ -55,8 +54,6 @@ pub struct Node {
     pub supervisor: Supervisor,
     pub tunnels: Tunnels,
     pub recovery: RecoverySlot,
-    /// Progress of the recovery under way, or of the last one.
-    pub progress: watch::Sender<Progress>,
     /// The file. Locked by blocking tasks only.
     store: Arc<Mutex<RecordStore>>,
     /// What the file says; read by everybody.
@@ -74,7 +71,6 @@ impl Node {
             identity,
             tunnels: Tunnels::default(),
             recovery: RecoverySlot::default(),
-            progress: watch::Sender::new(Progress::default()),
             store: Arc::new(Mutex::new(store)),
             record,
         }
@@ -118,7 +114,7 @@ impl Node {
             record: Record::clone(&self.record()),
             postgres: self.postgres().state(),
             postgres_detail: self.supervisor.detail(),
-            progress: self.recovery.is_busy().then(|| *self.progress.borrow()),
+            progress: self.recovery.progress(),
         }
     }
 

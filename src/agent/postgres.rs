@@ -45,7 +45,9 @@ pub enum PostgresError {
     Foreign { pid: i32, data_dir: String, port: String, socket_dir: String, expected: String },
     #[error("PostgreSQL on {pgdata} did not start: {why}")]
     Start { pgdata: String, why: String },
-    #[error("backends of the PostgreSQL that died on {pgdata} are still there after {OLD_BACKENDS_SECONDS_MAX} s: {why}")]
+    #[error(
+        "backends of the PostgreSQL that died on {pgdata} are still there after {OLD_BACKENDS_SECONDS_MAX} s: {why}"
+    )]
     OldBackends { pgdata: String, why: String },
     #[error("PostgreSQL on {pgdata} was still {doing} after {seconds} s")]
     Limit { pgdata: String, doing: &'static str, seconds: u64 },
@@ -80,7 +82,9 @@ impl PostgresError {
                     "check that role {ROLE} exists as superuser and that pg_hba.conf has the line: local all {ROLE} peer map={ROLE}"
                 ),
             ),
-            PostgresError::Io { .. } => (FailureCode::Postgres, "check the owner and mode of that file or folder".to_owned()),
+            PostgresError::Io { .. } => {
+                (FailureCode::Postgres, "check the owner and mode of that file or folder".to_owned())
+            }
         };
         Failure { code, what: self.to_string(), hint }
     }
@@ -149,8 +153,9 @@ impl Postgres {
     pub fn state(&self) -> PostgresState {
         match self.postmaster() {
             Ok(Some(postmaster)) => match postmaster.status {
-                PostmasterStatus::Ready => PostgresState::Running,
-                PostmasterStatus::Standby => PostgresState::Standby,
+                // The postmaster calls a hot standby ready, too.
+                PostmasterStatus::Ready if pidfile::in_production(&self.node.pgdata) => PostgresState::Running,
+                PostmasterStatus::Ready | PostmasterStatus::Standby => PostgresState::Standby,
                 PostmasterStatus::Starting => PostgresState::Starting,
                 PostmasterStatus::Stopping => PostgresState::Stopped,
             },
@@ -297,7 +302,9 @@ impl Postgres {
         let log = server::log_since(&self.log_path(), log_start);
         let lines: Vec<&str> = log
             .lines()
-            .filter(|line| line.contains("FATAL") || line.contains("PANIC") || line.contains("ERROR") || line.contains("DETAIL"))
+            .filter(|line| {
+                line.contains("FATAL") || line.contains("PANIC") || line.contains("ERROR") || line.contains("DETAIL")
+            })
             .map(str::trim)
             .collect();
         match (lines.is_empty(), started) {

@@ -41,8 +41,11 @@ impl RecordStore {
         };
         let Some(record) = decode(&bytes) else {
             tracing::error!(path = %path.display(), "the record is damaged: this node is Blank and has to be filled; kept as record.bad");
-            fs::rename(&path, folder.join("record.bad"))
-                .map_err(|source| RecordFileError::Io { path, doing: "moved away", source })?;
+            fs::rename(&path, folder.join("record.bad")).map_err(|source| RecordFileError::Io {
+                path,
+                doing: "moved away",
+                source,
+            })?;
             return Ok(blank());
         };
         if record.cluster != cluster || record.node != node {
@@ -147,9 +150,6 @@ mod tests {
     fn the_record_of_another_node_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         stored(folder.path());
-        assert!(matches!(
-            RecordStore::open(folder.path(), "shop", "b"),
-            Err(RecordFileError::OtherNode { .. })
-        ));
+        assert!(matches!(RecordStore::open(folder.path(), "shop", "b"), Err(RecordFileError::OtherNode { .. })));
     }
 }

@@ -7,11 +7,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pgtandem_proto::membership::Epoch;
-use pgtandem_proto::message::{Failure, FailureCode};
-use tokio::sync::Mutex as AsyncMutex;
+use pgtandem_proto::message::{Failure, FailureCode, Progress};
+use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::pending::target::Target;
+use crate::sync::target::{Source, Target};
 
 /// A recovery under way.
 #[derive(Clone)]
@@ -21,6 +21,8 @@ pub struct Running {
     owner: u64,
     /// Node that is copied from.
     pub source: String,
+    pub channels: Arc<dyn Source>,
+    pub progress: watch::Receiver<Progress>,
     /// Ends its work and its connection.
     pub cancel: CancellationToken,
     pub target: Arc<AsyncMutex<Target>>,
@@ -38,7 +40,8 @@ impl RecoverySlot {
         owner: u64,
         epoch: Epoch,
         source: &str,
-        target: impl FnOnce() -> Target,
+        channels: Arc<dyn Source>,
+        target: Target,
     ) -> Result<Running, Failure> {
         let mut slot = self.lock();
         if let Some(running) = slot.as_ref() {
@@ -58,8 +61,10 @@ impl RecoverySlot {
             epoch,
             owner,
             source: source.to_owned(),
+            channels,
+            progress: target.progress(),
             cancel: CancellationToken::new(),
-            target: Arc::new(AsyncMutex::new(target())),
+            target: Arc::new(AsyncMutex::new(target)),
         };
         *slot = Some(running.clone());
         Ok(running)
@@ -92,9 +97,10 @@ impl RecoverySlot {
         *self.lock() = None;
     }
 
+    /// How far the recovery under way is; None if there is none.
     #[must_use]
-    pub fn is_busy(&self) -> bool {
-        self.lock().is_some()
+    pub fn progress(&self) -> Option<Progress> {
+        self.lock().as_ref().map(|running| *running.progress.borrow())
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Running>> {

@@ -44,10 +44,8 @@ impl Identity {
     pub fn load(folder: &Path) -> Result<Identity, TlsError> {
         let certificate_path = folder.join(CERTIFICATE_FILE);
         let chain = certificates(&certificate_path)?;
-        let (name, cluster) = chain
-            .first()
-            .and_then(peer_name)
-            .ok_or_else(|| TlsError::NoName { path: certificate_path.clone() })?;
+        let (name, cluster) =
+            chain.first().and_then(peer_name).ok_or_else(|| TlsError::NoName { path: certificate_path.clone() })?;
         let key = private_key(&folder.join(KEY_FILE))?;
         let refuse = |source| TlsError::Config { path: certificate_path.clone(), source };
         let mut roots = RootCertStore::empty();
@@ -72,12 +70,7 @@ impl Identity {
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
             .map_err(refuse)?;
-        Ok(Identity {
-            name: name.into(),
-            cluster: cluster.into(),
-            client: Arc::new(client),
-            server: Arc::new(server),
-        })
+        Ok(Identity { name: name.into(), cluster: cluster.into(), client: Arc::new(client), server: Arc::new(server) })
     }
 
     /// The node's name, or `proxy`, as the certificate says.
@@ -114,9 +107,7 @@ pub fn peer_name(certificate: &CertificateDer<'_>) -> Option<(String, String)> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let names = certificate.subject_alternative_name().ok()??;
     match names.value.general_names.as_slice() {
-        [GeneralName::DNSName(dns)] => {
-            parse_dns_name(dns).map(|(name, cluster)| (name.to_owned(), cluster.to_owned()))
-        }
+        [GeneralName::DNSName(dns)] => parse_dns_name(dns).map(|(name, cluster)| (name.to_owned(), cluster.to_owned())),
         _ => None,
     }
 }
@@ -135,7 +126,8 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     use std::os::unix::fs::PermissionsExt;
-    let mode = fs::metadata(path).map_err(|source| TlsError::Io { path: path.to_owned(), source })?.permissions().mode();
+    let mode =
+        fs::metadata(path).map_err(|source| TlsError::Io { path: path.to_owned(), source })?.permissions().mode();
     if mode & 0o077 != 0 {
         return Err(TlsError::KeyMode { path: path.to_owned(), mode: mode & 0o777 });
     }
