@@ -72,7 +72,10 @@ fn a_blank_node_is_filled_and_again() {
         recover(&mut on_b, &a).await;
         // X is the end of a commit; what comes behind it must not be on b.
         let x = lsn(&sql(&a, "insert into t values (7); select pg_current_wal_flush_lsn()").await);
-        let x = { let _ = x; lsn(&sql(&a, "select pg_logical_emit_message(true, 'pgtandem', 'cut')").await) };
+        let x = {
+            let _ = x;
+            lsn(&sql(&a, "select pg_logical_emit_message(true, 'pgtandem', 'cut')").await)
+        };
         let at_x = sql(&a, CONTENT).await;
         sql(&a, "insert into t values (8)").await;
         assert!(matches!(client::tunnel(&site.proxy(), site.node(1), 1).await, Err(ClientError::Refused { .. })));
