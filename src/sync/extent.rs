@@ -168,7 +168,7 @@ mod tests {
             pages in 1_usize..9, tail in 0_usize..8192, shorter in 0_usize..9000,
             flips in proptest::collection::vec(0_usize..70_000, 0..6),
         ) {
-            let old: Vec<u8> = (0..pages * PAGE_BYTES + tail).map(|at| (at / 7 % 251) as u8).collect();
+            let old: Vec<u8> = (0..pages * PAGE_BYTES + tail).map(|at| u8::try_from(at / 7 % 251).unwrap_or(0)).collect();
             let mut new = old[..old.len() - shorter.min(old.len() - 1)].to_vec();
             for flip in flips {
                 if let Some(byte) = new.get_mut(flip) {

@@ -224,7 +224,7 @@ async fn serve(mut stream: UnixStream, shared: &Shared) -> Result<(), SyncError>
                     return Err(error);
                 }
             }
-            () = shared.moved.notified() => {}
+            () = shared.moved.notified(), if wal.is_some() => {}
             _ = keepalive.tick() => session.handle_keepalive(shared.end(), now_us(), false),
         }
         if wal.is_some() {
