@@ -43,7 +43,10 @@ pub enum Step {
 /// The good end of a [`Step`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Done {
-    Preflight { is_member: bool, warnings: Vec<String> },
+    Preflight {
+        is_member: bool,
+        warnings: Vec<String>,
+    },
     /// The end of every step that has nothing to tell.
     Plain(Step),
     /// Nothing beyond this position was handed to the node.
@@ -56,7 +59,10 @@ pub enum Done {
 pub enum Input {
     Done(Done),
     /// The step under way failed. `retriable`: nothing was changed by it and it may be begun again.
-    StepFailed { cause: Cause, retriable: bool },
+    StepFailed {
+        cause: Cause,
+        retriable: bool,
+    },
     Progress(Progress),
     Drained(Drained),
     /// Somebody wants this recovery to end: an operator, or a proxy that stops.
@@ -281,8 +287,9 @@ impl Recovery {
         if !watched {
             return;
         }
-        if progress != self.report.progress {
-            self.report.progress = progress;
+        let grown = grown(self.report.progress, progress);
+        if grown != self.report.progress {
+            self.report.progress = grown;
             self.progressed(now);
         }
     }
@@ -378,6 +385,20 @@ impl Recovery {
             self.set_phase(now, Phase::Failed);
         }
         self.report.ended = true;
+    }
+}
+
+/// The counters of one recovery only grow, whichever part of the agent has sent them.
+fn grown(old: Progress, new: Progress) -> Progress {
+    Progress {
+        files: old.files.max(new.files),
+        bytes_total: old.bytes_total.max(new.bytes_total),
+        bytes_compared: old.bytes_compared.max(new.bytes_compared),
+        bytes_same: old.bytes_same.max(new.bytes_same),
+        bytes_sent: old.bytes_sent.max(new.bytes_sent),
+        wal_bytes_received: old.wal_bytes_received.max(new.wal_bytes_received),
+        wal_source: old.wal_source.max(new.wal_source),
+        wal_replayed: old.wal_replayed.max(new.wal_replayed),
     }
 }
 

@@ -164,7 +164,7 @@ fn the_good_way_passes_every_phase_in_order() {
 
 #[test]
 fn a_failure_before_the_join_leaves_the_member_set_alone() {
-    for broken in 0..7 {
+    for (broken, step) in GOOD_WAY.iter().enumerate().take(7) {
         let mut bench = Bench::new(false);
         for _ in 0..broken {
             bench.succeed();
@@ -174,8 +174,8 @@ fn a_failure_before_the_join_leaves_the_member_set_alone() {
         bench.finish();
         assert_eq!(bench.recovery.report().phase, Phase::Failed);
         assert_eq!(bench.recovery.report().failed, Some(Failed { phase, cause: cause() }));
-        for step in [Step::ShrinkOut, Step::Join, Step::Detach] {
-            assert!(!bench.begun.contains(&step), "{step:?} after a failure of {:?}", GOOD_WAY[broken]);
+        for unwanted in [Step::ShrinkOut, Step::Join, Step::Detach] {
+            assert!(!bench.begun.contains(&unwanted), "{unwanted:?} after a failure of {step:?}");
         }
         assert_eq!(bench.begun.contains(&Step::Abandon), broken >= 4);
         assert_eq!(bench.begun.contains(&Step::DropSlot), broken >= 1);
@@ -317,8 +317,7 @@ fn any_move() -> impl Strategy<Value = Move> {
         any::<u64>().prop_map(|version| Input::Done(Done::Joined(JoinDone { gate_ms: 1.0, version }))),
         any::<bool>().prop_map(|retriable| Input::StepFailed { cause: cause(), retriable }),
         any::<u64>().prop_map(|bytes_sent| Input::Progress(Progress { bytes_sent, ..Progress::default() })),
-        any::<(u64, u64, u64)>()
-            .prop_map(|(applied, left, peak)| Input::Drained(Drained { applied, left, peak })),
+        any::<(u64, u64, u64)>().prop_map(|(applied, left, peak)| Input::Drained(Drained { applied, left, peak })),
         Just(Input::Abort(cause())),
     ];
     prop_oneof![

@@ -22,8 +22,9 @@ pub const CUT_ATTEMPTS_MAX: u32 = 20;
 pub const LEAVE_RECOVERY_STALL_MAX: Duration = Duration::from_secs(180);
 /// Not one transaction of the backlog was applied.
 pub const DRAIN_STALL_MAX: Duration = Duration::from_secs(60);
-/// One attempt at the join. The gate itself has a far shorter limit.
-pub const JOIN_MAX: Duration = Duration::from_secs(60);
+/// One attempt at the join. The gate, the backlog and the agents have far shorter limits; this one only says that
+/// a join which never ends is one that failed.
+pub const JOIN_MAX: Duration = Duration::from_secs(300);
 /// Attempts at a join whose gate could not be closed in time; the backlog is drained again between them.
 pub const JOIN_ATTEMPTS_MAX: u32 = 20;
 /// Wait between two attempts at the gate.

@@ -16,7 +16,7 @@ use thiserror::Error;
 /// time, also when no cut was made, and ends the sequence. Each call is cancelled by dropping its future; the runner
 /// calls `abandon` after that, so an implementation must not leave the gate closed when a future is dropped.
 pub trait Replication: Send + Sync {
-    /// The number of this proxy's reign.
+    /// The number of this proxy's reign; 0 between two reigns, when nobody is served.
     fn epoch(&self) -> Epoch;
 
     /// The member set under which commits are acknowledged now.
@@ -47,11 +47,7 @@ pub trait Replication: Send + Sync {
 
     /// Takes a member out of the set: its agent is told Stale if it answers, the smaller set is stored on the others,
     /// and the next commit goes without it. `reason` is one sentence, kept as the node's last error.
-    fn remove(
-        &self,
-        node: &str,
-        reason: &str,
-    ) -> impl Future<Output = Result<MemberSet, ReplicationError>> + Send;
+    fn remove(&self, node: &str, reason: &str) -> impl Future<Output = Result<MemberSet, ReplicationError>> + Send;
 }
 
 /// The cut was made: every commit is before `x` or in the backlog.

@@ -145,7 +145,7 @@ pub struct Report {
 
 impl Report {
     #[must_use]
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             phase: Phase::Preflight,
             progress: Progress::default(),

@@ -1,3 +1,24 @@
 //! What a statement does: parse, catalog, classify, pin. Pure: no I/O, no clock.
+//!
+//! The way of a text: [`shape::mask`] gives the key under which its [`plan::Plan`] is looked up. Only if there is none:
+//! [`parse::parse`], [`needs::Needs::of`], [`catalog::query`] run on the leader, [`facts::Facts::parse`] of the answer,
+//! [`classify::classify`]. The texts for leader and followers come from the plan's methods.
 
+pub mod catalog;
+pub mod classify;
+mod copy;
+pub mod dates;
+mod ddl;
+mod expressions;
+pub mod facts;
+mod functions;
+mod insert;
+pub mod lex;
+mod modify;
+pub mod needs;
+pub mod parse;
 pub mod plan;
+pub mod refuse;
+pub mod shape;
+mod target;
+pub mod text;

@@ -3,6 +3,8 @@
 //! A [`Plan`] belongs to a *shape* (text with its literals masked), so it holds no literal of the statement that
 //! it was made from. Texts for the leader and the followers are made from the plan and the text at hand.
 
+use super::text::Edits;
+
 /// What is done with every statement of one shape, under one context and schema number.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -72,6 +74,8 @@ pub struct Write {
     pub barrier: bool,
     /// May leave work for deferred constraints until COMMIT.
     pub deferrable_constraints: bool,
+    /// Where the texts for leader and followers differ from the client's.
+    pub edits: Edits,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -98,7 +102,12 @@ pub enum EffectPlan {
         columns: usize,
     },
     /// `COPY ... FROM STDIN`: the client's data, under this text (FREEZE dropped).
-    Copy { owner: Option<Role>, text: CopyText },
+    Copy {
+        owner: Option<Role>,
+        text: CopyText,
+        /// Data go to date and time columns: look at them with [`super::dates::data_has_now`].
+        dates_matter: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

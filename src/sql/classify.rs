@@ -1,0 +1,341 @@
+//! Which lane a statement takes: the decision tree over PostgreSQL's parse tree and the leader's catalog.
+//!
+//! Whatever is not known to be right in a lane is refused. Statements that name something which does not exist go to the
+//! leader behind the guard, so that the client gets PostgreSQL's own error.
+
+use pg_query::NodeEnum;
+use pg_query::protobuf::{
+    CopyStmt, DeclareCursorStmt, ExplainStmt, TransactionStmt, TransactionStmtKind, VacuumStmt, VariableSetKind,
+    VariableSetStmt,
+};
+use serde_json::Value;
+
+use super::expressions::{Look, OWN_SCHEMA, look};
+use super::facts::{Facts, Relation};
+use super::functions::Effect;
+use super::needs::Name;
+use super::parse::{Statement, tree};
+use super::plan::{Admin, Control, Lane, Plan};
+use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
+use super::shape::Shape;
+use super::{copy, ddl, insert, modify};
+
+/// What a statement is classified from.
+pub(super) struct Context<'a> {
+    pub text: &'a str,
+    pub shape: &'a Shape,
+    pub facts: &'a Facts,
+    /// The whole statement.
+    pub tree: Value,
+}
+
+impl Context<'_> {
+    pub fn look(&self, part: &impl serde::Serialize) -> Look {
+        look_through_views(&tree(part), self.facts)
+    }
+}
+
+/// The plan for a text that PostgreSQL's parser does not take: the leader answers the error.
+#[must_use]
+pub fn unparsed() -> Plan {
+    plan(read(true))
+}
+
+pub(super) fn read(guard: bool) -> Lane {
+    Lane::Read { guard, copy_in: false }
+}
+
+fn plan(lane: Lane) -> Plan {
+    Plan { lane, changes_settings: false, drops_prepared: false }
+}
+
+/// Classifies the one statement of `text`. `shape` is the text's mask, `facts` the leader's answer to the statement's needs.
+#[must_use]
+pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts) -> Plan {
+    let context = Context { text, shape, facts, tree: tree(&statement.node) };
+    // names of our schema can be anywhere in a utility statement
+    if context.tree == Value::Null {
+        return plan(not_yet("this statement"));
+    }
+    if !is_query(&statement.node) && mentions(&context.tree, OWN_SCHEMA) {
+        return plan(own_schema());
+    }
+    match &statement.node {
+        NodeEnum::VariableSetStmt(set) => Plan { changes_settings: true, ..plan(set_variable(set)) },
+        NodeEnum::DiscardStmt(discard) => {
+            let all = discard.target == pg_query::protobuf::DiscardMode::DiscardAll as i32;
+            Plan { lane: read(false), changes_settings: all, drops_prepared: all }
+        }
+        NodeEnum::DeallocateStmt(deallocate) => Plan { drops_prepared: deallocate.isall, ..plan(read(false)) },
+        node => {
+            let lane = lane(node, &context);
+            // set_config() and functions with SET-like effects run behind no guard
+            let changes_settings = matches!(lane, Lane::Read { guard: true, .. })
+                || facts.functions.keys().any(|name| name.name == "set_config")
+                || matches!(node, NodeEnum::ExecuteStmt(_) | NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_));
+            Plan { changes_settings, ..plan(lane) }
+        }
+    }
+}
+
+fn is_query(node: &NodeEnum) -> bool {
+    matches!(
+        node,
+        NodeEnum::SelectStmt(_) | NodeEnum::InsertStmt(_) | NodeEnum::UpdateStmt(_) | NodeEnum::DeleteStmt(_)
+    )
+}
+
+fn mentions(value: &Value, name: &str) -> bool {
+    match value {
+        Value::String(text) => text == name,
+        Value::Array(items) => items.iter().any(|item| mentions(item, name)),
+        Value::Object(fields) => fields.values().any(|field| mentions(field, name)),
+        _ => false,
+    }
+}
+
+fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
+    match node {
+        NodeEnum::SelectStmt(_) => select(&context.tree, context.facts),
+        NodeEnum::InsertStmt(statement) => insert::lane(statement, context),
+        NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
+        NodeEnum::DeleteStmt(statement) => modify::delete(statement, context),
+        NodeEnum::MergeStmt(_) => refused(
+            "MERGE is not replicated by this version of pgtandem",
+            "Use INSERT ... ON CONFLICT, or UPDATE and INSERT in one transaction.",
+        ),
+        NodeEnum::CopyStmt(statement) => copy_lane(statement, context),
+        NodeEnum::TransactionStmt(statement) => transaction(statement),
+        NodeEnum::ConstraintsSetStmt(_) => Lane::Control(Control::Other),
+        NodeEnum::VariableShowStmt(show) if show.name == "pool_nodes" => Lane::Admin(Admin::PoolNodes),
+        NodeEnum::ExplainStmt(statement) => explain(statement, context),
+        NodeEnum::DeclareCursorStmt(statement) => declare(statement, context),
+        NodeEnum::PrepareStmt(statement) => match statement.query.as_ref().and_then(|query| query.node.as_ref()) {
+            Some(NodeEnum::SelectStmt(_)) => match select(&context.tree, context.facts) {
+                Lane::Read { .. } => read(false),
+                other => other,
+            },
+            _ => refused(
+                "PREPARE of a statement that writes is not supported",
+                "Prepare it through the driver (the extended protocol), which pgtandem follows.",
+            ),
+        },
+        NodeEnum::ExecuteStmt(_) => read(true),
+        NodeEnum::VacuumStmt(statement) => vacuum(statement, context),
+        NodeEnum::VariableShowStmt(_)
+        | NodeEnum::FetchStmt(_)
+        | NodeEnum::ClosePortalStmt(_)
+        | NodeEnum::ListenStmt(_)
+        | NodeEnum::UnlistenStmt(_)
+        | NodeEnum::NotifyStmt(_)
+        | NodeEnum::LockStmt(_)
+        | NodeEnum::CheckPointStmt(_) => read(false),
+        NodeEnum::DoStmt(_) | NodeEnum::CallStmt(_) => refused(
+            "DO and CALL are not replicated by this version of pgtandem: what they write is not known",
+            "Send their statements themselves.",
+        ),
+        NodeEnum::LoadStmt(_) => refused(
+            "LOAD is not supported: the library would be there for one server only",
+            "Put the library into shared_preload_libraries on every server.",
+        ),
+        other => ddl::lane(other, context),
+    }
+}
+
+/// Judges a query that only reads: SELECT, VALUES, TABLE, WITH, or what EXPLAIN, DECLARE and PREPARE hold.
+fn select(part: &Value, facts: &Facts) -> Lane {
+    let found = look_through_views(part, facts);
+    if found.own_schema {
+        own_schema()
+    } else if let Some(what) = found.writes {
+        data_modifying_with(what)
+    } else if let Some(setting) = &found.refused_setting {
+        refused(format!("set_config() of {setting} is not supported"), "Use SET, which says what is possible.")
+    } else if found.effect == Some(Effect::Writes) {
+        let what = found.impure.unwrap_or_default();
+        refused(
+            format!("{what} writes, and that is not replicated by this version of pgtandem"),
+            "Large objects: use a bytea column.",
+        )
+    } else if found.into {
+        refused(
+            "SELECT ... INTO is not replicated by this version of pgtandem",
+            "Use CREATE TABLE, then INSERT ... SELECT.",
+        )
+    } else {
+        read(found.needs_guard())
+    }
+}
+
+/// Adds to the look what reading the named views and tables can call.
+fn look_through_views(part: &Value, facts: &Facts) -> Look {
+    let mut found = look(part, facts);
+    let relations: Vec<&Relation> = found.relations.iter().filter_map(|name| facts.relations.get(name)).collect();
+    for relation in relations {
+        if !relation.is_system() {
+            found.add_functions(&relation.view_functions, "a view");
+            if relation.rls || relation.view_opaque || relation.kind == "f" {
+                found.effect = Some(Effect::Unknown);
+                let reason = format!("{}, with its row-level security or foreign table,", relation.qualified());
+                found.impure.get_or_insert(reason);
+            }
+        }
+    }
+    found
+}
+
+fn explain(statement: &ExplainStmt, context: &Context<'_>) -> Lane {
+    let Some(query) = statement.query.as_ref().and_then(|query| query.node.as_ref()) else { return read(true) };
+    if let NodeEnum::SelectStmt(_) = query {
+        return select(&context.tree, context.facts);
+    }
+    let options = statement.options.iter().filter_map(|option| match option.node.as_ref() {
+        Some(NodeEnum::DefElem(option)) => Some(option),
+        _ => None,
+    });
+    let analyze = options.filter(|option| option.defname == "analyze").any(|option| ddl::is_on(option));
+    let found = context.look(query);
+    if found.own_schema {
+        own_schema()
+    } else if analyze {
+        refused(
+            "EXPLAIN ANALYZE of a statement that writes is not supported: it would write on one server only",
+            "Use EXPLAIN without ANALYZE.",
+        )
+    } else {
+        read(found.needs_guard())
+    }
+}
+
+fn declare(statement: &DeclareCursorStmt, context: &Context<'_>) -> Lane {
+    let query = statement.query.as_ref().map(|query| tree(query)).unwrap_or_default();
+    match select(&query, context.facts) {
+        // FETCH runs the query later, without a guard
+        Lane::Read { guard: true, .. } => {
+            let found = look_through_views(&query, context.facts);
+            if found.missing {
+                return read(true);
+            }
+            let what = found.impure.unwrap_or_else(|| "row-level security or a foreign table".to_owned());
+            refused(
+                format!("a cursor over a query that uses {what} is not supported: it may write"),
+                "Run the query without a cursor.",
+            )
+        }
+        lane => lane,
+    }
+}
+
+fn copy_lane(statement: &CopyStmt, context: &Context<'_>) -> Lane {
+    if statement.is_from {
+        return copy::from(statement, context);
+    }
+    select(&context.tree, context.facts)
+}
+
+fn vacuum(statement: &VacuumStmt, context: &Context<'_>) -> Lane {
+    let relations = statement.rels.iter().filter_map(|relation| match relation.node.as_ref() {
+        Some(NodeEnum::VacuumRelation(relation)) => relation.relation.as_ref(),
+        _ => None,
+    });
+    let temporary = relations
+        .filter_map(|name| context.facts.relations.get(&Name::new(&name.schemaname, &name.relname)))
+        .any(Relation::is_temporary);
+    if temporary { read(false) } else { Lane::Maintenance }
+}
+
+fn transaction(statement: &TransactionStmt) -> Lane {
+    use TransactionStmtKind as Kind;
+    let name = statement.savepoint_name.clone();
+    let chain = statement.chain;
+    Lane::Control(match TransactionStmtKind::try_from(statement.kind) {
+        Ok(Kind::TransStmtBegin | Kind::TransStmtStart) => Control::Begin { with_modes: !statement.options.is_empty() },
+        Ok(Kind::TransStmtCommit) => Control::Commit { chain },
+        Ok(Kind::TransStmtRollback) => Control::Rollback { chain },
+        Ok(Kind::TransStmtSavepoint) => Control::Savepoint { name },
+        Ok(Kind::TransStmtRelease) => Control::Release { name },
+        Ok(Kind::TransStmtRollbackTo) => Control::RollbackTo { name },
+        Ok(Kind::TransStmtPrepare | Kind::TransStmtCommitPrepared | Kind::TransStmtRollbackPrepared) => {
+            return refused(
+                "two-phase commit by clients is not supported: pgtandem uses it itself to keep the servers identical",
+                "Use COMMIT.",
+            );
+        }
+        Ok(Kind::Undefined) | Err(_) => return not_yet("this statement"),
+    })
+}
+
+/// Client encodings whose characters may have bytes below 128 after the first, so that no text can be lexed.
+const REFUSED_ENCODINGS: [&str; 10] =
+    ["sjis", "shiftjis", "mskanji", "win932", "big5", "gbk", "uhc", "gb18030", "johab", "shiftjis2004"];
+
+/// Values of a SET statement as text, lower case.
+fn set_values(set: &VariableSetStmt) -> Vec<String> {
+    use pg_query::protobuf::a_const::Val;
+    let of_const = |node: &NodeEnum| match node {
+        NodeEnum::AConst(constant) => constant.val.as_ref().map(|value| match value {
+            Val::Sval(text) => text.sval.to_ascii_lowercase(),
+            Val::Ival(number) => number.ival.to_string(),
+            Val::Boolval(value) => value.boolval.to_string(),
+            Val::Fval(number) => number.fval.clone(),
+            Val::Bsval(bits) => bits.bsval.clone(),
+        }),
+        _ => None,
+    };
+    set.args.iter().filter_map(|argument| argument.node.as_ref().and_then(of_const)).collect()
+}
+
+/// Why a SET is refused, also inside ALTER ROLE and ALTER DATABASE.
+pub(super) fn refused_setting(set: &VariableSetStmt) -> Option<Lane> {
+    let kind = VariableSetKind::try_from(set.kind).ok()?;
+    if !matches!(kind, VariableSetKind::VarSetValue | VariableSetKind::VarSetMulti) {
+        return None;
+    }
+    let values = set_values(set);
+    let name = set.name.to_ascii_lowercase();
+    match name.as_str() {
+        "standard_conforming_strings" => {
+            let on = values.iter().any(|value| matches!(value.as_str(), "on" | "true" | "yes" | "1" | "t" | "y"));
+            (!on).then(|| {
+                refused(
+                    "standard_conforming_strings = off is not supported: pgtandem could read a text differently from the server",
+                    "Write backslash escapes as E'...'.",
+                )
+            })
+        }
+        "session_replication_role" => (!values.iter().any(|value| value == "origin")).then(|| {
+            refused(
+                "session_replication_role can not be set: triggers and foreign keys would work on one server only",
+                "Disable single triggers with ALTER TABLE ... DISABLE TRIGGER.",
+            )
+        }),
+        "session_authorization" => Some(refused(
+            "SET SESSION AUTHORIZATION is not supported: the servers would run the session under different users",
+            "Use SET ROLE, or connect as that user.",
+        )),
+        "client_encoding" => {
+            let plain: Vec<String> = values.iter().map(|value| value.replace(['_', '-', ' '], "")).collect();
+            plain.iter().find(|value| REFUSED_ENCODINGS.contains(&value.as_str())).map(|value| {
+                refused(
+                    format!("the client encoding {value} is not supported: its texts can not be read safely"),
+                    "Use UTF8.",
+                )
+            })
+        }
+        _ => None,
+    }
+}
+
+fn set_variable(set: &VariableSetStmt) -> Lane {
+    if let Some(lane) = refused_setting(set) {
+        return lane;
+    }
+    if matches!(set.name.as_str(), "TRANSACTION" | "SESSION CHARACTERISTICS" | "TRANSACTION SNAPSHOT") {
+        return Lane::Control(Control::Other);
+    }
+    read(false)
+}
+
+#[cfg(test)]
+#[path = "classify_tests.rs"]
+mod tests;

@@ -1,0 +1,111 @@
+//! COPY FROM STDIN: the client's data go to the followers as they are, if every column that is left out has the same default
+//! everywhere.
+
+use pg_query::NodeEnum;
+use pg_query::protobuf::{CopyStmt, DefElem};
+
+use super::classify::Context;
+use super::ddl::is_on;
+use super::facts::{Column, DefaultKind};
+use super::lex::{Kind, Lexer, Token};
+use super::parse::node_names;
+use super::plan::{CopyText, EffectPlan, Lane, Write};
+use super::refuse::{not_yet, refused};
+use super::target::{ON_INSERT, Target, target};
+use super::text::Edits;
+
+pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
+    if statement.is_program || !statement.filename.is_empty() {
+        return refused(
+            "COPY FROM a file or program of the server is not replicated: the other servers do not have it",
+            "Use COPY ... FROM STDIN, or \\copy in psql.",
+        );
+    }
+    let relation = match target(statement.relation.as_ref(), ON_INSERT, context) {
+        Target::Decided(lane) => return lane,
+        Target::Temporary => return Lane::Read { guard: false, copy_in: true },
+        Target::Table(relation) => relation,
+    };
+    if statement.where_clause.is_some() {
+        return refused(
+            "COPY ... WHERE is not replicated by this version of pgtandem",
+            "Copy into a temporary table, then INSERT ... SELECT.",
+        );
+    }
+    let options = options(statement);
+    let listed = node_names(&statement.attlist);
+    let given = |column: &Column| listed.is_empty() || listed.contains(&column.name.as_str());
+    // COPY's own option DEFAULT (PostgreSQL 16) puts defaults in place of a marker in the data
+    let markers = options.iter().any(|option| option.defname == "default");
+    let differs = relation.columns.iter().find(|column| {
+        !column.generated && (markers || !given(column)) && (column.identity || column.default == DefaultKind::Other)
+    });
+    if let Some(column) = differs {
+        return refused(
+            format!(
+                "COPY that leaves the column {} to its default is not replicated by this version of pgtandem: the default is another value on another server",
+                column.name
+            ),
+            "Put the column into the data, or copy into a temporary table and INSERT ... SELECT from it.",
+        );
+    }
+    let freeze = options.iter().find(|option| option.defname == "freeze");
+    let text = match freeze {
+        None => CopyText::AsIs,
+        Some(option) => match without_freeze(context.text, option) {
+            Some(text) => CopyText::Instead(text),
+            None => return not_yet("this COPY"),
+        },
+    };
+    Lane::Write(Box::new(Write {
+        effect: EffectPlan::Copy {
+            owner: Some(relation.owner_role()),
+            text,
+            dates_matter: relation.columns.iter().any(|column| column.dates && given(column)),
+        },
+        hidden_returning: Vec::new(),
+        client_returning: false,
+        ddl: false,
+        barrier: false,
+        deferrable_constraints: relation.deferrable,
+        edits: Edits::default(),
+    }))
+}
+
+fn options(statement: &CopyStmt) -> Vec<&DefElem> {
+    let option = |node: &'_ pg_query::Node| matches!(node.node, Some(NodeEnum::DefElem(_)));
+    statement
+        .options
+        .iter()
+        .filter(|node| option(node))
+        .filter_map(|node| match node.node.as_ref() {
+            Some(NodeEnum::DefElem(option)) => Some(option.as_ref()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// FREEZE needs a table that was made in the same transaction, which a follower may see otherwise; it changes no content.
+fn without_freeze(text: &str, option: &DefElem) -> Option<String> {
+    let start = usize::try_from(option.location).ok()?;
+    let mut tokens = Lexer::new(text).filter(|token| token.kind.is_significant()).skip_while(|token| token.range.start < start).peekable();
+    let name = tokens.next()?;
+    let value = tokens.peek().and_then(|token: &Token| Some((token.range.clone(), token.kind, text.get(token.range.clone())?)));
+    if !is_on(option) {
+        return Some(text.to_owned());
+    }
+    match value {
+        // (FREEZE), (FREEZE, ...), and FREEZE without parentheses, which may be the last word or before another one
+        None => Some(format!("{}{}", text.get(..name.range.start)?, text.get(name.range.end..)?)),
+        Some((_, Kind::Symbol, ")" | ",")) => Some(format!("{} off{}", text.get(..name.range.end)?, text.get(name.range.end..)?)),
+        Some((range, Kind::Word | Kind::Integer | Kind::String, word)) if is_value(word) => {
+            Some(format!("{}off{}", text.get(..range.start)?, text.get(range.end..)?))
+        }
+        Some(_) => Some(format!("{}{}", text.get(..name.range.start)?, text.get(name.range.end..)?)),
+    }
+}
+
+fn is_value(word: &str) -> bool {
+    let word = word.trim_matches('\'');
+    ["on", "true", "1"].iter().any(|known| known.eq_ignore_ascii_case(word))
+}

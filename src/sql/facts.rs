@@ -1,0 +1,227 @@
+//! What the leader's catalog says about the names of a statement: the answer to [`super::catalog::query`].
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::needs::Name;
+use super::plan::Role;
+
+/// Facts of the catalog, as the session sees it. What is not found is absent.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Facts {
+    pub relations: BTreeMap<Name, Relation>,
+    pub functions: BTreeMap<Name, Vec<Function>>,
+    /// The functions behind operators that are not built in.
+    pub operators: BTreeMap<Name, Vec<Function>>,
+    pub types: BTreeMap<Name, Type>,
+    /// The session's values of [`super::catalog::MIRRORED_SETTINGS`], and `search_path` and `role` among them.
+    pub settings: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Relation {
+    /// Object identifier on the leader; other nodes may differ.
+    pub oid: u32,
+    pub schema: String,
+    pub name: String,
+    /// pg_class.relkind
+    pub kind: String,
+    /// pg_class.relpersistence: `t` is temporary
+    pub persistence: String,
+    pub owner: String,
+    pub owner_superuser: bool,
+    /// In the order of attnum, without dropped ones.
+    pub columns: Vec<Column>,
+    /// Columns of the primary key, if it is not deferrable; else empty.
+    pub key: Vec<String>,
+    /// pg_trigger.tgtype of all enabled user triggers here and in children and partitions, or-ed.
+    pub triggers: u32,
+    /// Enabled rules here or in children and partitions.
+    pub rules: bool,
+    /// Row-level security is enabled.
+    pub rls: bool,
+    /// Children by inheritance that are not partitions.
+    pub children: bool,
+    /// A foreign table among the children or partitions.
+    pub foreign: bool,
+    /// Deferrable constraints on it, or of others that reference it.
+    pub deferrable: bool,
+    /// ON DELETE CASCADE, SET NULL or SET DEFAULT of a table that references it.
+    pub cascade_delete: bool,
+    /// Columns whose change reaches other tables by ON UPDATE CASCADE, SET NULL or SET DEFAULT.
+    pub cascade_update: Vec<String>,
+    /// A table that its cascades reach has user triggers or rules, or SET DEFAULT.
+    pub cascade_opaque: bool,
+    /// Functions in CHECK constraints, also of its domains.
+    pub check_functions: Vec<Function>,
+    /// For a view: functions that reading it can call, through other views too.
+    pub view_functions: Vec<Function>,
+    /// For a view: a relation behind it is foreign or has row-level security.
+    pub view_opaque: bool,
+    /// The current role may SELECT all of it, so that RETURNING works.
+    pub may_select: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Column {
+    pub name: String,
+    /// As `format_type` writes it.
+    pub sql_type: String,
+    pub not_null: bool,
+    pub generated: bool,
+    pub identity: bool,
+    pub default: DefaultKind,
+    /// The type is or contains a date or time type.
+    pub dates: bool,
+    /// The type is or contains real or double precision.
+    pub floats: bool,
+    /// The type is of the string category.
+    pub text: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum DefaultKind {
+    #[default]
+    #[serde(rename = "n")]
+    None,
+    /// The same at every time on every node.
+    #[serde(rename = "i")]
+    Immutable,
+    #[serde(rename = "o")]
+    Other,
+}
+
+/// A function that a name can mean.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Function {
+    pub schema: String,
+    pub name: String,
+    /// pg_proc.provolatile: i, s or v
+    pub volatility: String,
+    /// Comes with PostgreSQL (object identifier below 16384).
+    pub builtin: bool,
+    /// pg_proc.prokind: f, a, w or p
+    pub kind: String,
+    /// One argument that is a row: `t.f` can call it.
+    pub of_row: bool,
+    /// Takes or gives a date or time.
+    #[serde(default)]
+    pub dates: bool,
+    /// Gives a floating point number.
+    #[serde(default)]
+    pub floats: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Type {
+    pub schema: String,
+    pub name: String,
+    pub builtin: bool,
+    pub dates: bool,
+    pub floats: bool,
+    pub text: bool,
+    /// `regclass` and the like: the text means another number on another node.
+    pub reg: bool,
+    /// A domain with a default.
+    pub has_default: bool,
+    pub check_functions: Vec<Function>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the catalog's answer can not be read: {0}")]
+pub struct FactsError(#[from] serde_json::Error);
+
+#[derive(Deserialize)]
+struct Entry<T> {
+    schema: Option<String>,
+    name: String,
+    fact: Option<T>,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    relations: Option<Vec<Entry<Relation>>>,
+    functions: Option<Vec<Entry<Vec<Function>>>>,
+    operators: Option<Vec<Entry<Vec<Function>>>>,
+    types: Option<Vec<Entry<Type>>>,
+    settings: Option<BTreeMap<String, Option<String>>>,
+}
+
+fn by_name<T>(entries: Option<Vec<Entry<T>>>) -> BTreeMap<Name, T> {
+    let entries = entries.unwrap_or_default().into_iter();
+    entries.filter_map(|entry| Some((Name { schema: entry.schema, name: entry.name }, entry.fact?))).collect()
+}
+
+impl Facts {
+    /// Reads the one value that [`super::catalog::query`] returns.
+    pub fn parse(json: &str) -> Result<Self, FactsError> {
+        let answer: Answer = serde_json::from_str(json)?;
+        let settings = answer.settings.unwrap_or_default().into_iter();
+        Ok(Self {
+            relations: by_name(answer.relations),
+            functions: by_name(answer.functions),
+            operators: by_name(answer.operators),
+            types: by_name(answer.types),
+            settings: settings.filter_map(|(name, value)| Some((name, value?))).collect(),
+        })
+    }
+
+    #[must_use]
+    pub fn relation(&self, schema: &str, name: &str) -> Option<&Relation> {
+        self.relations.get(&Name::new(schema, name))
+    }
+}
+
+impl Relation {
+    #[must_use]
+    pub fn is_temporary(&self) -> bool {
+        self.persistence == "t"
+    }
+
+    /// An ordinary or partitioned table.
+    #[must_use]
+    pub fn is_table(&self) -> bool {
+        matches!(self.kind.as_str(), "r" | "p")
+    }
+
+    /// Part of the catalog or of information_schema.
+    #[must_use]
+    pub fn is_system(&self) -> bool {
+        self.oid < FIRST_USER_OID
+    }
+
+    #[must_use]
+    pub fn column(&self, name: &str) -> Option<&Column> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
+    #[must_use]
+    pub fn owner_role(&self) -> Role {
+        Role { name: self.owner.clone(), superuser: self.owner_superuser }
+    }
+
+    /// `schema.name`, quoted.
+    #[must_use]
+    pub fn qualified(&self) -> String {
+        format!("{}.{}", quote_identifier(&self.schema), quote_identifier(&self.name))
+    }
+}
+
+/// FirstNormalObjectId of `access/transam.h`.
+pub const FIRST_USER_OID: u32 = 16384;
+
+/// An identifier in double quotes.
+#[must_use]
+pub fn quote_identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A string literal, right under `standard_conforming_strings = on`.
+#[must_use]
+pub fn quote_literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}

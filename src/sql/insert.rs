@@ -1,0 +1,259 @@
+//! INSERT: point if every value is the same everywhere, else pinned; ON CONFLICT ordered.
+
+use pg_query::NodeEnum;
+use pg_query::protobuf::{InsertStmt, Node, OnConflictAction, OverridingKind, SelectStmt};
+
+use super::classify::{Context, read};
+use super::expressions::{Look, SessionValue};
+use super::facts::{Column, DefaultKind, Relation, quote_identifier};
+use super::functions::Effect;
+use super::plan::{EffectPlan, Lane, Refusal, Write};
+use super::refuse::{data_modifying_with, not_yet, own_schema, refusal, refused};
+use super::target::{ON_INSERT, ON_UPDATE, Target, target};
+use super::text::Edits;
+
+pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
+    let updates = is_upsert(statement);
+    let events = if updates { ON_INSERT | ON_UPDATE } else { ON_INSERT };
+    let inner = context.look(&(&statement.with_clause, &statement.select_stmt, &statement.on_conflict_clause));
+    let returning = context.look(&statement.returning_clause);
+    if inner.own_schema || returning.own_schema {
+        return own_schema();
+    }
+    if let Some(what) = inner.writes {
+        return data_modifying_with(what);
+    }
+    let relation = match target(statement.relation.as_ref(), events, context) {
+        Target::Decided(lane) => return lane,
+        Target::Temporary => return read(inner.needs_guard() || returning.needs_guard()),
+        Target::Table(relation) => relation,
+    };
+    if inner.missing || returning.missing {
+        return read(true);
+    }
+    if let Some(what) = may_write(&[&inner, &returning]) {
+        return refused(
+            format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
+            "Call the function in a statement of its own and insert its result.",
+        );
+    }
+    let values = values(statement);
+    let certain = values.as_ref().and_then(|values| certainty(statement, values, relation, context));
+    let write = match certain {
+        Some(Certainty::Always) if statement.on_conflict_clause.is_none() => point(statement, relation, context),
+        Some(certain) if statement.on_conflict_clause.is_some() => {
+            upsert(statement, relation, &inner, &certain, context)
+        }
+        _ if statement.on_conflict_clause.is_some() => Err(refusal(
+            "INSERT ... ON CONFLICT is replicated only if every value and default is the same on all servers",
+            "Give a value for each serial, identity or volatile default column, and use VALUES without functions that vary.",
+        )),
+        _ => pinned(statement, relation, context),
+    };
+    write.map_or_else(Lane::Refused, |write| write.map_or_else(|| not_yet("this INSERT"), |write| Lane::Write(Box::new(write))))
+}
+
+/// What may write, for a person.
+pub(super) fn may_write(looks: &[&Look]) -> Option<String> {
+    let bad = looks.iter().find(|look| look.effect >= Some(Effect::Unknown) || look.refused_setting.is_some())?;
+    Some(bad.impure.clone().unwrap_or_else(|| "a function".to_owned()))
+}
+
+fn is_upsert(statement: &InsertStmt) -> bool {
+    statement.on_conflict_clause.as_ref().is_some_and(|clause| clause.action == OnConflictAction::OnconflictUpdate as i32)
+}
+
+/// The rows of VALUES, or one row without values for DEFAULT VALUES. None: a query gives the rows.
+fn values(statement: &InsertStmt) -> Option<Vec<&[Node]>> {
+    let Some(source) = statement.select_stmt.as_ref() else { return Some(vec![&[]]) };
+    let NodeEnum::SelectStmt(select) = source.node.as_ref()? else { return None };
+    if !is_plain_values(select) || statement.with_clause.is_some() {
+        return None;
+    }
+    let mut rows = Vec::with_capacity(select.values_lists.len());
+    for node in &select.values_lists {
+        let Some(NodeEnum::List(list)) = node.node.as_ref() else { return None };
+        rows.push(list.items.as_slice());
+    }
+    Some(rows)
+}
+
+fn is_plain_values(select: &SelectStmt) -> bool {
+    !select.values_lists.is_empty()
+        && select.with_clause.is_none()
+        && select.sort_clause.is_empty()
+        && select.limit_count.is_none()
+        && select.limit_offset.is_none()
+        && select.larg.is_none()
+        && select.locking_clause.is_empty()
+}
+
+/// How sure it is that the same text inserts the same rows everywhere.
+enum Certainty {
+    Always,
+    /// If these values of the session are given as literals, and no literal or parameter is `'now'` or the like.
+    With { session_values: Vec<SessionValue>, dates: bool },
+}
+
+fn certainty(
+    statement: &InsertStmt,
+    rows: &[&[Node]],
+    relation: &Relation,
+    context: &Context<'_>,
+) -> Option<Certainty> {
+    if statement.r#override > OverridingKind::OverridingNotSet as i32 {
+        return None;
+    }
+    let columns = columns(statement, relation)?;
+    let same_default = |column: &Column| column.default != DefaultKind::Other && !column.identity;
+    let given = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+    let filled = columns.get(..given.min(columns.len()))?;
+    let omitted = relation.columns.iter().filter(|column| !filled.iter().any(|filled| filled.name == column.name));
+    if !omitted.filter(|column| !column.generated).all(same_default) {
+        return None;
+    }
+    let mut session_values = Vec::new();
+    let mut dates = false;
+    for row in rows {
+        for (node, column) in row.iter().zip(&columns) {
+            if matches!(node.node, Some(NodeEnum::SetToDefault(_))) {
+                if !column.generated && !same_default(column) {
+                    return None;
+                }
+                continue;
+            }
+            let found = context.look(node);
+            if !found.is_pure() || found.subqueries || found.columns > 0 || found.order.is_some() || found.text_to_date {
+                return None;
+            }
+            let has_texts = !found.strings.is_empty() || !found.parameters.is_empty();
+            dates |= has_texts && (column.dates || found.dates);
+            session_values.extend(found.session_values);
+        }
+    }
+    Some(if session_values.is_empty() && !dates {
+        Certainty::Always
+    } else {
+        Certainty::With { session_values, dates }
+    })
+}
+
+/// The columns that the values are for, in order. None: there is one that the table has not, or a part of a column.
+fn columns<'r>(statement: &InsertStmt, relation: &'r Relation) -> Option<Vec<&'r Column>> {
+    if statement.cols.is_empty() {
+        return Some(relation.columns.iter().collect());
+    }
+    let column = |node: &Node| match node.node.as_ref() {
+        Some(NodeEnum::ResTarget(target)) if target.indirection.is_empty() => relation.column(&target.name),
+        _ => None,
+    };
+    statement.cols.iter().map(column).collect()
+}
+
+fn write(statement: &InsertStmt, relation: &Relation, effect: EffectPlan, edits: Edits, hidden: Vec<String>) -> Write {
+    Write {
+        effect,
+        hidden_returning: hidden,
+        client_returning: statement.returning_clause.is_some(),
+        ddl: false,
+        barrier: false,
+        deferrable_constraints: relation.deferrable,
+        edits,
+    }
+}
+
+type Made = Result<Option<Write>, Refusal>;
+
+fn point(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
+    let Some((edits, hidden)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
+    let effect = EffectPlan::Text {
+        owner: Some(relation.owner_role()),
+        counted: false,
+        lock_tables: Vec::new(),
+        dates_matter: false,
+    };
+    Ok(Some(write(statement, relation, effect, edits, hidden)))
+}
+
+fn pinned(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
+    if !relation.may_select {
+        return Err(refusal(
+            format!("INSERT into {} needs the SELECT privilege on it here, to read the values that the leader chose", relation.qualified()),
+            "GRANT SELECT on the table, or give constants for all columns.",
+        ));
+    }
+    let columns: Vec<&Column> = relation.columns.iter().filter(|column| !column.generated).collect();
+    exact_floats(columns.iter().copied(), context)?;
+    if columns.is_empty() {
+        return Err(refusal("INSERT into a table without columns of its own is supported only with VALUES or DEFAULT VALUES", ""));
+    }
+    let Some((edits, _)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
+    let names: Vec<String> = columns.iter().map(|column| quote_identifier(&column.name)).collect();
+    let list = names.join(", ");
+    let numbers = (1..=names.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
+    let table = relation.qualified();
+    let effect = EffectPlan::Rows {
+        owner: Some(relation.owner_role()),
+        insert: format!("INSERT INTO {table} ({list}) OVERRIDING SYSTEM VALUE VALUES ({numbers})"),
+        copy: format!("COPY {table} ({list}) FROM STDIN"),
+        columns: names.len(),
+    };
+    Ok(Some(write(statement, relation, effect, edits, names)))
+}
+
+/// Below 1 the text form of a float loses digits.
+fn exact_floats<'c>(mut columns: impl Iterator<Item = &'c Column>, context: &Context<'_>) -> Result<(), Refusal> {
+    let digits = context.facts.settings.get("extra_float_digits").and_then(|value| value.parse::<i32>().ok());
+    if digits.is_some_and(|digits| digits < 1) && columns.any(|column| column.floats) {
+        return Err(refusal(
+            "INSERT into a table with floating point columns needs extra_float_digits = 1 or more: below, digits would be lost on the way",
+            "RESET extra_float_digits.",
+        ));
+    }
+    Ok(())
+}
+
+fn upsert(
+    statement: &InsertStmt,
+    relation: &Relation,
+    inner: &Look,
+    certain: &Certainty,
+    context: &Context<'_>,
+) -> Made {
+    let clause = context.look(&statement.on_conflict_clause);
+    let bad = clause.impure.clone().or_else(|| clause.order.clone()).or_else(|| clause.system_column.clone());
+    if let Some(what) = bad {
+        return Err(refusal(
+            format!("INSERT ... ON CONFLICT with {what} is not replicated by this version of pgtandem"),
+            "Use constants, columns and immutable functions in DO UPDATE.",
+        ));
+    }
+    let sets = statement.on_conflict_clause.as_ref().map(|clause| clause.target_list.as_slice()).unwrap_or_default();
+    if clause.subqueries || clause.text_to_date {
+        return Err(refusal(
+            "INSERT ... ON CONFLICT with a subquery or a cast of text to a date is not replicated by this version of pgtandem",
+            "Use constants, columns and immutable functions in DO UPDATE.",
+        ));
+    }
+    if let Some(column) = super::modify::impure_default(sets, relation) {
+        return Err(refusal(format!("setting the column {column} to its DEFAULT is not replicated by this version of pgtandem"), "Give the value."));
+    }
+    let mut session_values = match certain {
+        Certainty::Always => Vec::new(),
+        Certainty::With { session_values, .. } => session_values.clone(),
+    };
+    let mut dates = matches!(certain, Certainty::With { dates: true, .. });
+    dates |= clause.dates && !(clause.strings.is_empty() && clause.parameters.is_empty());
+    session_values.extend(clause.session_values);
+    let Some((mut edits, hidden)) = Edits::find(context.text, context.shape, &session_values) else { return Ok(None) };
+    if dates {
+        edits.remember_dates(inner, context.text, context.shape);
+    }
+    let effect = EffectPlan::Text {
+        owner: None,
+        counted: true,
+        lock_tables: vec![relation.oid],
+        dates_matter: edits.has_dates(),
+    };
+    Ok(Some(Write { barrier: true, ..write(statement, relation, effect, edits, hidden) }))
+}

@@ -1,0 +1,96 @@
+//! What INSERT, UPDATE, DELETE, COPY and TRUNCATE need to know of the table that they write.
+
+use pg_query::protobuf::RangeVar;
+
+use super::classify::Context;
+use super::expressions::OWN_SCHEMA;
+use super::facts::Relation;
+use super::functions::{self, Effect};
+use super::needs::Name;
+use super::plan::Lane;
+use super::refuse::{own_schema, refused};
+
+/// Bits of pg_trigger.tgtype.
+pub(super) const ON_INSERT: u32 = 4;
+pub(super) const ON_DELETE: u32 = 8;
+pub(super) const ON_UPDATE: u32 = 16;
+pub(super) const ON_TRUNCATE: u32 = 32;
+
+/// What the statement writes.
+pub(super) enum Target<'a> {
+    /// A permanent table that effects can be made for.
+    Table(&'a Relation),
+    /// The leader's alone.
+    Temporary,
+    /// The lane is decided: an error of the leader's, or a refusal.
+    Decided(Lane),
+}
+
+/// Judges the table for triggers of these events.
+pub(super) fn target<'a>(relation: Option<&RangeVar>, events: u32, context: &Context<'a>) -> Target<'a> {
+    let missing = || Target::Decided(super::classify::read(true));
+    let Some(named) = relation else { return missing() };
+    if named.schemaname == OWN_SCHEMA {
+        return Target::Decided(own_schema());
+    }
+    let Some(relation) = context.facts.relations.get(&Name::new(&named.schemaname, &named.relname)) else {
+        return missing();
+    };
+    if relation.is_temporary() {
+        return Target::Temporary;
+    }
+    match refuse_table(relation, events) {
+        Some(lane) => Target::Decided(lane),
+        None => Target::Table(relation),
+    }
+}
+
+fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
+    let name = relation.qualified();
+    if relation.schema == OWN_SCHEMA {
+        return Some(own_schema());
+    }
+    if relation.is_system() {
+        return Some(refused(format!("writing to the system table {name} is not supported"), "Use the commands for it."));
+    }
+    let kind = match relation.kind.as_str() {
+        "v" => "a view",
+        "f" => "a foreign table",
+        "m" => "a materialized view",
+        "S" => "a sequence",
+        _ => "",
+    };
+    if !kind.is_empty() || !relation.is_table() {
+        let kind = if kind.is_empty() { "no table" } else { kind };
+        return Some(refused(
+            format!("{name} is {kind}: writing to it is not replicated by this version of pgtandem"),
+            "Write to the table behind it.",
+        ));
+    }
+    let reason = if relation.triggers & events != 0 {
+        "user triggers fire on it, and what they write is not known"
+    } else if relation.rules {
+        "it has rules, which turn a statement into others"
+    } else if relation.rls {
+        "row-level security is enabled on it"
+    } else if relation.foreign {
+        "one of its children or partitions is a foreign table"
+    } else if events & (ON_UPDATE | ON_DELETE) != 0 && relation.cascade_opaque {
+        "a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT"
+    } else if impure_checks(relation) {
+        "a CHECK constraint of it calls a function that is not immutable"
+    } else {
+        return None;
+    };
+    Some(refused(
+        format!("writing to {name} is not replicated by this version of pgtandem: {reason}"),
+        "Nothing was changed. Disable or remove it, or write to another table.",
+    ))
+}
+
+fn impure_checks(relation: &Relation) -> bool {
+    relation
+        .check_functions
+        .iter()
+        .any(|function| functions::effect(std::slice::from_ref(function), Some(2)) != Some(Effect::Pure))
+}
