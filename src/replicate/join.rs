@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pgtandem_proto::membership::{MemberSet, NodeState};
@@ -72,6 +71,16 @@ impl Applier<'_> {
             self.connections.insert(Arc::clone(database), connection);
         }
         self.connections.get_mut(database).ok_or_else(|| node_error(&self.node.name, &"no connection"))
+    }
+
+    /// Opens a session on every database, so that none has to be opened while the gate is closed.
+    async fn connect_everywhere(&mut self) -> Result<(), ReplicationError> {
+        let node = self.node.name.clone();
+        let first = self.connection(&Arc::from("postgres")).await?;
+        for database in resolve::databases(first).await.map_err(|e| node_error(&node, &e))? {
+            self.connection(&Arc::from(database)).await?;
+        }
+        Ok(())
     }
 
     /// Applies what there is until at most `left_max` transactions are left.
@@ -201,6 +210,7 @@ impl Replication for Hub {
             let control = Control::connect(&self.identity, config).await.map_err(|e| record_error(name, &e))?;
             controls.push((name.clone(), control));
         }
+        applier.connect_everywhere().await?;
         let ignore = |_: Drained| ();
         applier.apply(&backlog, SHORT_MAX, &ignore).await?;
         let closed = self.close_gate().await?;
@@ -223,7 +233,6 @@ impl Replication for Hub {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         let version = larger.version;
         self.show(larger);
-        self.schema_number.fetch_add(1, Ordering::Relaxed);
         Ok(JoinDone { gate_ms: closed.closed_ms(), version })
     }
 

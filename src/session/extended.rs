@@ -6,13 +6,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::pg::message::{self, Bind, Parse};
-use crate::session::planning::{Planned, mode_of};
+use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::wire::{EXPECTS_MAX, End, Expect, Mode, Until};
@@ -135,37 +136,27 @@ impl Session {
                 return Ok(());
             }
         };
-        let (mut hidden, mut client_returning) = (0, false);
         match &plan.lane {
             Lane::Refused(refusal) => return self.refuse_extended(&refused(refusal)).await,
             Lane::Admin(_) => {
                 self.catch_up().await?;
                 build::frame(&mut self.wire.to_client, b'1', |_| {});
             }
-            Lane::Write(write) => {
-                (hidden, client_returning) = (write.hidden_returning.len(), write.client_returning);
-                match write.leader_text(&text, &shape) {
-                    Some(text) => {
-                        build::parse(&mut self.wire.to_server, parse.name, text.as_bytes(), &types);
-                        self.wire.expects.push_back(Expect::Parse { hidden: false });
-                    }
-                    None => self.pass(frame, Expect::Parse { hidden: false }),
+            Lane::Write(write) => match write.leader_text(&text, &shape) {
+                Some(text) => {
+                    build::parse(&mut self.wire.to_server, parse.name, text.as_bytes(), &types);
+                    self.wire.expects.push_back(Expect::Parse { hidden: false });
                 }
-            }
+                None => self.pass(frame, Expect::Parse { hidden: false }),
+            },
             _ => self.pass(frame, Expect::Parse { hidden: false }),
         }
-        let mut own_columns = 0;
-        if hidden > 0 && client_returning {
-            build::describe(&mut self.wire.to_server, b'S', &name);
-            self.wire.expects.push_back(Expect::Describe { mode: Mode::Hidden });
-            self.catch_up().await?;
-            own_columns = self.wire.results.columns.saturating_sub(hidden);
-        }
+        let own_columns = self.own_columns(&name, &plan).await?;
         if self.statements.prepared.len() >= REMEMBERED_MAX {
             let error = ClientError::error("53400", "too many prepared statements in one session", "Close some.");
             return self.refuse_extended(&error).await;
         }
-        let schema_number = self.hub.schema_number.load(std::sync::atomic::Ordering::Acquire);
+        let schema_number = self.hub.schema_number.load(Ordering::Acquire);
         let prepared = Arc::new(Prepared { text, shape, plan, types, own_columns, schema_number });
         // A second Parse of the same name is an error of the server's, and the first stays.
         if name.is_empty() || !self.statements.prepared.contains_key(&name) {
@@ -182,6 +173,7 @@ impl Session {
             self.pass(frame, Expect::Bind { hidden: false });
             return Ok(());
         };
+        let Some(prepared) = self.renew(frame.slice_ref(bind.statement), prepared).await? else { return Ok(()) };
         let mode = match &prepared.plan.lane {
             Lane::Write(write) => mode_of(write),
             _ => Mode::Forward,
@@ -202,6 +194,58 @@ impl Session {
         let parameters = frame.slice_ref(bind.parameters);
         self.statements.portals.insert(portal, Portal { prepared, parameters });
         Ok(())
+    }
+
+    /// A statement that was prepared before a change of the schema is planned again, and prepared again on the leader if its
+    /// plan is another one now. `None`: it is refused now, and the client has the error.
+    async fn renew(&mut self, name: Bytes, old: Arc<Prepared>) -> Result<Option<Arc<Prepared>>, End> {
+        let schema_number = self.hub.schema_number.load(Ordering::Acquire);
+        if old.schema_number == schema_number || matches!(old.plan.lane, Lane::Admin(_)) {
+            return Ok(Some(old));
+        }
+        let (plan, shape) = match self.plan(old.text.as_bytes()).await? {
+            Planned::One { plan, shape, .. } => (plan, shape),
+            Planned::Nothing | Planned::Several(_) => return Ok(Some(old)),
+            Planned::Refused(refusal) => return self.refuse_extended(&refused(&refusal)).await.map(|()| None),
+            Planned::Failed(error) => {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                self.skip_until_sync = true;
+                return Ok(None);
+            }
+        };
+        if let Lane::Refused(refusal) = &plan.lane {
+            return self.refuse_extended(&refused(refusal)).await.map(|()| None);
+        }
+        let mut own_columns = old.own_columns;
+        if plan != old.plan {
+            let leader_text = match &plan.lane {
+                Lane::Write(write) => write.leader_text(&old.text, &shape),
+                _ => None,
+            };
+            build::close(&mut self.wire.to_server, b'S', &name);
+            self.wire.expects.push_back(Expect::Close { hidden: true });
+            let text = leader_text.as_deref().unwrap_or(&old.text);
+            build::parse(&mut self.wire.to_server, &name, text.as_bytes(), &old.types);
+            self.wire.expects.push_back(Expect::Parse { hidden: true });
+            own_columns = self.own_columns(&name, &plan).await?;
+        }
+        let types = Arc::clone(&old.types);
+        let prepared = Arc::new(Prepared { text: Arc::clone(&old.text), shape, plan, types, own_columns, schema_number });
+        self.statements.prepared.insert(name, Arc::clone(&prepared));
+        Ok(Some(prepared))
+    }
+
+    /// How many columns the client's own RETURNING has, where hidden ones follow.
+    async fn own_columns(&mut self, name: &[u8], plan: &Plan) -> Result<usize, End> {
+        let Lane::Write(write) = &plan.lane else { return Ok(0) };
+        let hidden = write.hidden_returning.len();
+        if hidden == 0 || !write.client_returning {
+            return Ok(0);
+        }
+        build::describe(&mut self.wire.to_server, b'S', name);
+        self.wire.expects.push_back(Expect::Describe { mode: Mode::Hidden });
+        self.catch_up().await?;
+        Ok(self.wire.results.columns.saturating_sub(hidden))
     }
 
     fn plan_named(&self, kind: u8, name: &[u8]) -> Option<&Arc<Prepared>> {
@@ -349,6 +393,11 @@ impl Session {
             self.log.truncate(position);
             return Ok(());
         }
+        let text = Arc::clone(&prepared.text);
+        let effect = match effect {
+            Ok(()) if !self.still_planned(&text, &prepared.plan, prepared.schema_number).await? => Err(schema_changed()),
+            effect => effect,
+        };
         if let Err(error) = effect {
             self.log.truncate(position);
             return self.refuse_extended(&error).await;
@@ -360,15 +409,6 @@ impl Session {
     fn refuse_execution(&self, write: &Write, portal: &Portal, rows_max: u32) -> Result<Option<ClientError>, End> {
         if let Some(refusal) = self.refuses_write(write) {
             return Ok(Some(refusal));
-        }
-        if portal.prepared.schema_number != self.hub.schema_number.load(std::sync::atomic::Ordering::Acquire)
-            && !self.has_own_catalog
-        {
-            return Ok(Some(ClientError::error(
-                "0A000",
-                "the statement was prepared before a change of the schema",
-                "Prepare it again.",
-            )));
         }
         if rows_max > 0 && write.client_returning && !write.hidden_returning.is_empty() {
             return Ok(Some(ClientError::error(

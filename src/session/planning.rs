@@ -87,6 +87,7 @@ impl Session {
                 return Ok(Planned::Failed(error));
             }
         }
+        self.planned_at = self.hub.schema_number.load(Ordering::Acquire);
         let shape = shape::mask(&text);
         let key = self.key(&shape.key);
         let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
@@ -139,6 +140,21 @@ impl Session {
         let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
         cache.put(key, &plan);
         Ok(Planned::One { plan, shape, text })
+    }
+
+    /// Whether a plan made under the schema number `made_at` is still what would be made now. Asked after the leader ran the
+    /// statement: a change of the schema may have been committed in between, while it waited for a lock for example.
+    ///
+    /// # Errors
+    /// If the connection to the leader ends.
+    pub async fn still_planned(&mut self, text: &str, plan: &Plan, made_at: u64) -> Result<bool, End> {
+        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.has_own_catalog {
+            return Ok(true);
+        }
+        let results = std::mem::take(&mut self.wire.results);
+        let now = self.plan(text.as_bytes()).await?;
+        self.wire.results = results;
+        Ok(matches!(now, Planned::One { plan: now, .. } if *now == *plan))
     }
 
     fn key(&self, masked: &str) -> String {
@@ -287,4 +303,10 @@ pub fn mode_of(write: &Write) -> Mode {
         0 => Mode::Forward,
         hidden => Mode::Strip { hidden, client_returning: write.client_returning },
     }
+}
+
+/// The schema changed while the statement ran, and its plan would be another one now.
+#[must_use]
+pub fn schema_changed() -> build::ClientError {
+    build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
 }

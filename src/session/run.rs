@@ -45,6 +45,8 @@ pub struct Session {
     pub context: Option<Arc<Context>>,
     /// Settings changed in this transaction: its end may change them back.
     pub settings_touched: bool,
+    /// Schema number of the last plan.
+    pub planned_at: u64,
     /// The tag of a write whose commit is not decided yet.
     pub held_tag: Option<Bytes>,
     /// Effects of the transaction under way.
@@ -90,6 +92,7 @@ impl Session {
             facts: None,
             context: None,
             settings_touched: false,
+            planned_at: 0,
             held_tag: None,
             log,
             savepoints: Vec::new(),

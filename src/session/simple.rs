@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
-use crate::session::planning::Planned;
+use crate::session::planning::{Planned, schema_changed};
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
@@ -101,7 +101,7 @@ impl Session {
                 if own {
                     self.open_own_block().await?;
                 }
-                let ok = self.write_simple(write, shape, text, own).await?;
+                let ok = self.write_simple(plan, write, shape, text, own).await?;
                 self.after(plan);
                 self.end_simple(own, ok).await
             }
@@ -157,7 +157,15 @@ impl Session {
     }
 
     /// Runs one write on the leader and keeps its effect. False: it failed, and the client has the error.
-    async fn write_simple(&mut self, write: &Write, shape: &Shape, text: &str, hold_tag: bool) -> Result<bool, End> {
+    async fn write_simple(
+        &mut self,
+        plan: &Plan,
+        write: &Write,
+        shape: &Shape,
+        text: &str,
+        hold_tag: bool,
+    ) -> Result<bool, End> {
+        let planned_at = self.planned_at;
         if let Some(refusal) = self.refuses_write(write) {
             return self.refuse_in_text(&refusal).await.map(|()| false);
         }
@@ -182,7 +190,11 @@ impl Session {
         let done = self.run_write(write, shape, text).await;
         self.wire.hold_ready = false;
         self.wire.hold_tag = false;
-        let ok = done?;
+        let mut ok = done?;
+        if ok && !self.still_planned(text, plan, planned_at).await? {
+            self.refuse_in_text(&schema_changed()).await?;
+            ok = false;
+        }
         if hold_tag {
             self.held_tag = self.wire.results.tag.clone();
         }
@@ -385,7 +397,7 @@ impl Session {
             *own = true;
         }
         let ok = match &plan.lane {
-            Lane::Write(write) => self.write_simple(write, &shape, &text, false).await?,
+            Lane::Write(write) => self.write_simple(&plan, write, &shape, &text, false).await?,
             Lane::Refused(refusal) => {
                 self.refuse_in_text(&refused(refusal)).await?;
                 false
