@@ -58,9 +58,11 @@ pub fn judge_reign(epoch: Epoch) -> Result<(), Cause> {
 /// The source must be the leader that runs and is what its record says.
 pub fn judge_source(set: &MemberSet, source: &NodeStatus) -> Result<(), Cause> {
     if source.postgres != PostgresState::Running {
+        let detail = &source.postgres_detail;
+        let detail = if detail.is_empty() { String::new() } else { format!(": {detail}") };
         return Err(Cause::new(
             CauseKind::Source,
-            format!("PostgreSQL on the leader {} is not running: {}", set.leader, source.postgres_detail),
+            format!("PostgreSQL on the leader {} is not running{detail}", set.leader),
             "its agent starts it again by itself; wait until `pgtandem status` shows it running",
         ));
     }

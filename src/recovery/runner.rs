@@ -44,6 +44,7 @@ pub async fn run<R: Replication, A: Agents>(
         replication,
         agents,
         node,
+        consent,
         epoch: replication.epoch(),
         target: Mutex::new(None),
         counters: watch::Sender::new(Counters::default()),
@@ -137,6 +138,7 @@ struct Shell<'a, R, A: Agents> {
     replication: &'a R,
     agents: &'a A,
     node: &'a str,
+    consent: bool,
     /// The reign in which this recovery was begun; it does not outlive it.
     epoch: Epoch,
     /// The one connection to the node's agent. Out of its place while a request is under way on it, so that work
@@ -244,6 +246,9 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         let mut source = self.source().await?;
         let target_status = agents::status(&mut target).await.map_err(of_node)?;
         let is_member = preflight::judge_record(self.node, &set, self.epoch, &target_status)?;
+        if is_member && !self.consent {
+            return Ok(Done::Preflight { is_member, warnings: Vec::new() });
+        }
         preflight::judge_source(&set, &agents::status(&mut source).await.map_err(of_source)?)?;
         let source_facts = agents::facts(&mut source).await.map_err(of_source)?;
         let target_facts = agents::facts(&mut target).await.map_err(of_node)?;
