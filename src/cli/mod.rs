@@ -5,6 +5,8 @@
 mod agent;
 mod demo;
 mod detach;
+
+mod proxy;
 mod records;
 mod recover;
 mod sandbox;
@@ -39,6 +41,8 @@ struct Arguments {
 enum Command {
     /// Run the daemon of a node: its PostgreSQL, its durable record, its door to the other hosts.
     Agent(agent::Agent),
+    /// Run the daemon that clients connect to.
+    Proxy(proxy::Proxy),
     /// Bring a node back: fill it with what differs and make it a member, while clients go on working.
     Recover(recover::Recover),
     /// Take a node out of the member set, or end its recovery.
@@ -69,6 +73,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Agent(command) => command.run(&arguments.config),
+        Command::Proxy(command) => command.run(&arguments.config),
         Command::Recover(command) => command.run(&arguments.config),
         Command::Detach(command) => command.run(&arguments.config),
         Command::Status(command) => command.run(&arguments.config),
