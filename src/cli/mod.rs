@@ -5,7 +5,6 @@
 mod agent;
 mod demo;
 mod detach;
-
 mod proxy;
 mod records;
 mod recover;

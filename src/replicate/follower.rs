@@ -101,7 +101,8 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Logs in as `pgtandem` (no password: `peer` on the other end), enters the epoch and prepares what is always needed.
+    /// Logs in as `pgtandem` (no password: `peer` on the other end). With a secret and an epoch: enters it and prepares what
+    /// effects need; without, the database may not even have the schema `pgtandem` yet.
     ///
     /// # Errors
     /// If the server refuses, or the connection ends.
@@ -126,12 +127,11 @@ impl Connection {
         let mut connection =
             Self { stream, input: BytesMut::with_capacity(8192), out, prepared: HashMap::new(), context: None };
         connection.exchange().await?.ok()?;
-        if let Some((secret, epoch)) = enter {
-            let epoch = epoch.to_string();
-            build::parse(&mut connection.out, b"", b"SELECT pgtandem.enter($1, $2)", &[]);
-            build::bind_text(&mut connection.out, b"", b"", &[Some(secret.as_bytes()), Some(epoch.as_bytes())]);
-            build::execute(&mut connection.out, b"", 0);
-        }
+        let Some((secret, epoch)) = enter else { return Ok(connection) };
+        let epoch = epoch.to_string();
+        build::parse(&mut connection.out, b"", b"SELECT pgtandem.enter($1, $2)", &[]);
+        build::bind_text(&mut connection.out, b"", b"", &[Some(secret.as_bytes()), Some(epoch.as_bytes())]);
+        build::execute(&mut connection.out, b"", 0);
         for (name, text) in schema::PREPARED {
             build::parse(&mut connection.out, name.as_bytes(), text.as_bytes(), &[]);
         }
