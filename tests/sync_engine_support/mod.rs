@@ -107,7 +107,7 @@ impl Cluster {
     }
 
     /// Writes on A until it is stopped.
-    pub async fn pgbench_load(&self) -> Load {
+    pub fn pgbench_load(&self) -> Load {
         Load(self.pgbench(&["-n", "-c", "2", "-T", "600"]).spawn().unwrap())
     }
 
@@ -169,7 +169,10 @@ impl Cluster {
         for table in ["pgbench_accounts", "pgbench_branches", "pgbench_tellers", "pgbench_history"] {
             let sql = format!("SELECT count(*)::text || ':' || coalesce(sum(hashtextextended(t::text, 0)), 0)::text FROM {table} t");
             let row = client.query_one(&sql, &[]).await.unwrap();
-            found.push_str(&format!("{table}={} ", row.get::<_, String>(0)));
+            found += table;
+            found += "=";
+            found += row.get(0);
+            found += " ";
         }
         found
     }
