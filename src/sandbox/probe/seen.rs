@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(seen.write_gap(ms(0), ms(100)), Gap { from: ms(50), length: ms(40) });
         assert_eq!(seen.write_gap(ms(0), ms(60)), Gap { from: ms(20), length: ms(30) });
         assert_eq!(seen.write_gap(ms(55), ms(85)), Gap { from: ms(55), length: ms(30) });
-        assert_eq!(seen.usual_write_gap(ms(0), ms(90), ms(30)), ms(30));
+        assert_eq!(seen.usual_write_gap(ms(0), ms(90), ms(30)), ms(20));
         assert_eq!(seen.writes(), 5);
     }
 
