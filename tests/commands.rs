@@ -1,4 +1,5 @@
 //! The commands status, detach and recover as an operator types them: with a running proxy, and without one.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that panics has failed")]
 
 use std::fs;
 use std::net::TcpListener;
