@@ -153,8 +153,9 @@ impl Postgres {
     pub fn state(&self) -> PostgresState {
         match self.postmaster() {
             Ok(Some(postmaster)) => match postmaster.status {
-                PostmasterStatus::Ready => PostgresState::Running,
-                PostmasterStatus::Standby => PostgresState::Standby,
+                // The postmaster calls a hot standby ready, too.
+                PostmasterStatus::Ready if pidfile::in_production(&self.node.pgdata) => PostgresState::Running,
+                PostmasterStatus::Ready | PostmasterStatus::Standby => PostgresState::Standby,
                 PostmasterStatus::Starting => PostgresState::Starting,
                 PostmasterStatus::Stopping => PostgresState::Stopped,
             },

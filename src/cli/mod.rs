@@ -17,6 +17,8 @@ use clap::{Parser, Subcommand};
 
 use crate::config::{ConfigError, DEFAULT_PATH};
 use crate::sandbox::SandboxError;
+use crate::sandbox::control::ControlError;
+use crate::sandbox::demo::DemoError;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -88,7 +90,9 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         let explained = cause.downcast_ref::<Explained>().map(|error| error.hint.clone());
         let config = || cause.downcast_ref::<ConfigError>().map(ConfigError::hint);
         let sandbox = || cause.downcast_ref::<SandboxError>().map(SandboxError::hint);
-        explained.or_else(config).or_else(sandbox)
+        let control = || cause.downcast_ref::<ControlError>().map(ControlError::hint);
+        let demo = || cause.downcast_ref::<DemoError>().map(DemoError::hint);
+        explained.or_else(config).or_else(sandbox).or_else(control).or_else(demo)
     })
 }
 

@@ -62,6 +62,9 @@ pub enum PrepareError {
     /// The follower can not prepare what the transaction did; nobody is suspect.
     #[error("{0}")]
     Unsupported(String),
+    /// A new epoch is being raised: the session's is over.
+    #[error("the epoch of this session is over")]
+    ReignOver,
     #[error(transparent)]
     Hub(#[from] HubError),
 }
@@ -74,6 +77,8 @@ pub struct Commit<'a> {
     pub database: &'a Arc<str>,
     pub log: &'a EffectLog,
     pub decision: &'a Decision,
+    /// The session's epoch.
+    pub epoch: u64,
     /// How long the leader worked on it, milliseconds.
     pub leader_ms: u64,
 }
@@ -87,6 +92,10 @@ impl Commit<'_> {
     pub async fn prepare(&self, held: &mut Vec<Prepared>) -> Result<(u64, u64), PrepareError> {
         loop {
             let view = self.hub.view();
+            // Looked at after the view: a new reign says so before it forgets the followers.
+            if self.hub.reign_epoch() != Some(self.epoch) {
+                return Err(PrepareError::ReignOver);
+            }
             held.retain(|p| view.followers.iter().any(|f| f.id == p.follower.id));
             let missing: Vec<_> =
                 view.followers.iter().filter(|f| !held.iter().any(|p| p.follower.id == f.id)).cloned().collect();

@@ -201,6 +201,24 @@ impl Connection {
         Ok(())
     }
 
+    /// Waits until the server ends the connection, without asking anything; never returns while it lives.
+    pub async fn ended(&mut self) -> ServerError {
+        loop {
+            if let Err(e) = self.fill().await {
+                return e;
+            }
+            let mut answer = Answer::default();
+            match self.absorb(&mut answer) {
+                Err(e) => return e,
+                Ok(_) => {
+                    if let Some(e) = answer.error {
+                        return e;
+                    }
+                }
+            }
+        }
+    }
+
     async fn fill(&mut self) -> Result<(), ServerError> {
         self.input.reserve(4096);
         if self.stream.read_buf(&mut self.input).await? == 0 {

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use pgtandem_proto::membership::{MemberSet, NodeState};
 use pgtandem_proto::message::Request;
@@ -100,6 +100,8 @@ pub struct Hub {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// Why a node left the set, by name.
     reasons: Mutex<HashMap<String, String>>,
+    /// When a node joined or left while this proxy ran, by name.
+    changes: Mutex<HashMap<String, SystemTime>>,
     next_follower_id: AtomicU64,
 }
 
@@ -131,6 +133,7 @@ impl Hub {
             backlogs: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
             reasons: Mutex::default(),
+            changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),
         }
     }
@@ -200,6 +203,18 @@ impl Hub {
         lock(&self.reasons).get(node).cloned()
     }
 
+    /// When this node joined or left, if it did while this proxy ran.
+    #[must_use]
+    pub fn changed_at(&self, node: &str) -> Option<SystemTime> {
+        lock(&self.changes).get(node).copied()
+    }
+
+    /// Whether a backlog is kept for this node.
+    #[must_use]
+    pub fn is_joining(&self, node: &str) -> bool {
+        lock(&self.backlogs).contains_key(node)
+    }
+
     /// A control connection to the leader's PostgreSQL, as role `pgtandem`.
     ///
     /// # Errors
@@ -236,6 +251,10 @@ impl Hub {
     /// Shows a member set to sessions: it is recorded already. Followers that stay keep their identity.
     pub fn show(&self, set: MemberSet) {
         let mut view = lock(&self.view);
+        let differs = |n: &&NodeConfig| view.set.nodes.contains(&n.name) != set.nodes.contains(&n.name);
+        for node in self.config.nodes.iter().filter(differs) {
+            lock(&self.changes).insert(node.name.clone(), SystemTime::now());
+        }
         let mut followers = Vec::new();
         for name in set.nodes.iter().filter(|n| **n != set.leader) {
             match view.followers.iter().find(|f| f.node.name == *name && !f.gone.is_cancelled()) {

@@ -13,6 +13,7 @@ use super::compare::{self, CompareError};
 use super::control::{self, ControlError};
 use super::probe::{self, Gap, Probe, Seen, Settings};
 use super::{Layout, Options, SandboxError, process, up};
+use crate::observe::progress::bytes;
 
 const SCALE: u32 = 5;
 const WRITERS: usize = 4;
@@ -46,6 +47,18 @@ pub enum DemoError {
     OpenTransaction(tokio_postgres::Error),
 }
 
+impl DemoError {
+    /// The next thing to do, one sentence.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Sandbox(error) => error.hint(),
+            Self::Recover(error) => error.hint(),
+            _ => "`pgtandem demo --keep` leaves everything up, with the logs, to be looked at".into(),
+        }
+    }
+}
+
 /// What was seen; field names are those of `--json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
@@ -68,8 +81,8 @@ pub struct Outcome {
     pub cut_gate_ms: Option<f64>,
     pub join_gate_ms: Option<f64>,
     pub recovery_s: f64,
-    pub bytes_compared: Option<f64>,
-    pub bytes_sent: Option<f64>,
+    pub bytes_compared: u64,
+    pub bytes_sent: u64,
     pub open_transaction_committed: bool,
     /// Increments that the clients were told had been committed, and what each server has.
     pub acknowledged: u64,
@@ -160,11 +173,11 @@ pub async fn run(dir: PathBuf, say: &dyn Fn(&str)) -> Result<(Layout, Outcome), 
         kill_write_gap_ms: gap_ms(seen.write_gap(killed_at, recovery_from)),
         recovery_write_gap_ms: gap_ms(seen.write_gap(recovery_from, recovery_to)),
         recovery_read_gap_ms: gap_ms(seen.read_gap(recovery_from, recovery_to)),
-        cut_gate_ms: recovered.number("cut_gate_ms"),
-        join_gate_ms: recovered.number("join_gate_ms"),
+        cut_gate_ms: recovered.view.cut_gate_ms,
+        join_gate_ms: recovered.view.join_gate_ms,
         recovery_s: recovered.took.as_secs_f64(),
-        bytes_compared: recovered.number("bytes_compared"),
-        bytes_sent: recovered.number("bytes_sent"),
+        bytes_compared: recovered.view.bytes_compared,
+        bytes_sent: recovered.view.bytes_sent,
         open_transaction_committed,
         acknowledged: seen.acknowledged().iter().sum(),
         increments,
@@ -233,7 +246,6 @@ impl Outcome {
         let number = |value: Option<f64>, unit: &str| {
             value.map_or_else(|| "not reported".to_owned(), |value| format!("{value:.1} {unit}"))
         };
-        let mib = |value: Option<f64>| number(value.map(|bytes| bytes / f64::from(1 << 20)), "MiB");
         let yes = |value: bool| if value { "yes" } else { "NO" }.to_owned();
         let increments: Vec<String> = self.increments.iter().map(|(name, n)| format!("{name} {n}")).collect();
         let rows = [
@@ -248,8 +260,8 @@ impl Outcome {
             ("pause of commits at the cut", number(self.cut_gate_ms, "ms")),
             ("pause of commits at the join", number(self.join_gate_ms, "ms")),
             ("recovery, from the command to member", format!("{:.1} s", self.recovery_s)),
-            ("compared with what node1 still had", mib(self.bytes_compared)),
-            ("sent because it differed", mib(self.bytes_sent)),
+            ("compared with what node1 still had", bytes(self.bytes_compared)),
+            ("sent because it differed", bytes(self.bytes_sent)),
             ("transaction open across the recovery committed", yes(self.open_transaction_committed)),
             ("increments acknowledged", self.acknowledged.to_string()),
             ("increments on the servers", increments.join(", ")),

@@ -98,10 +98,13 @@ impl Session {
                 database: &self.database,
                 log,
                 decision,
+                epoch: self.epoch,
                 leader_ms,
             };
             let version = match followers.prepare(held).await {
                 Ok(version) => version,
+                // Nothing was committed; what is prepared is rolled back by the marks.
+                Err(PrepareError::ReignOver) => return Err(End::ServerGone),
                 Err(error) => {
                     let error = prepare_error(&error);
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
@@ -247,6 +250,7 @@ fn prepare_error(error: &PrepareError) -> ClientError {
             format!("the transaction can not be prepared on a follower: {why}"),
             "Do this in a transaction of its own.",
         ),
+        PrepareError::ReignOver => ClientError::fatal("57P01", error.to_string(), "Connect again."),
         PrepareError::Hub(why) => ClientError::error(
             "40001",
             format!("a follower was lost and the smaller member set could not be stored: {why}"),

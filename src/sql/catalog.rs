@@ -48,8 +48,8 @@ fn qualify(template: &str) -> String {
         text = text.replace(&format!(" {operator} "), &format!(" OPERATOR(pg_catalog.{operator}) "));
     }
     for name in [
-        "json_build_object", "jsonb_build_object", "json_object_agg", "json_agg", "jsonb_agg", "unnest", "min", "bit_or", "bool_or",
-        "current_schemas", "regexp_matches", "format_type", "has_table_privilege", "pg_my_temp_schema", "current_setting", "coalesce_text",
+        "json_build_object", "jsonb_build_object", "json_object_agg", "json_agg", "jsonb_agg", "unnest", "bit_or", "bool_or",
+        "current_schemas", "regexp_matches", "format_type", "has_table_privilege", "pg_my_temp_schema", "current_setting",
     ] {
         text = text.replace(&format!(" {name}("), &format!(" pg_catalog.{name}("));
         text = text.replace(&format!("({name}("), &format!("(pg_catalog.{name}("));
@@ -60,12 +60,16 @@ fn qualify(template: &str) -> String {
         .replace("::oid", "::pg_catalog.oid")
         .replace("::name", "::pg_catalog.name")
         .replace("@functions_of", FUNCTIONS_OF)
+        .replace("@dates", DATE_TYPES)
 }
 
 /// Functions that a node tree calls: `@functions_of` stands after `LATERAL (` with the tree as `n.tree`.
 const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolatile, p.prokind
     FROM pg_catalog.regexp_matches(n.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) ([0-9]+)', 'g') AS m(m)
     JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.m[1]::pg_catalog.oid";
+
+/// Date and time types, their arrays and ranges (`pg_type.dat`).
+const DATE_TYPES: &str = "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
 
 /// Blanks around operators matter, see [`qualify`].
 const TEMPLATE: &str = r#"WITH RECURSIVE
@@ -80,7 +84,7 @@ found AS MATERIALIZED (
   SELECT a.nsp, a.name, c.oid, c.relkind FROM asked_relations a CROSS JOIN LATERAL (
     SELECT c.oid, c.relkind FROM pg_catalog.pg_class c
     LEFT JOIN spaces s ON s.oid = c.relnamespace
-    WHERE c.relname = a.name AND c.relkind <> 'i' AND c.relkind <> 'I'
+    WHERE c.relname = a.name
       AND CASE WHEN a.nsp IS NULL THEN s.pos IS NOT NULL
           ELSE EXISTS (SELECT 1 FROM named n WHERE n.nsp = a.nsp AND n.oid = c.relnamespace) END
     ORDER BY s.pos LIMIT 1) c),
@@ -205,6 +209,8 @@ SELECT json_build_object(
   FROM asked_functions a CROSS JOIN LATERAL (
     SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
+      'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates)),
+      'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]),
       'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')))) AS fact
     FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace
     LEFT JOIN spaces s ON s.oid = p.pronamespace

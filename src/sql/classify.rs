@@ -149,6 +149,14 @@ fn select(part: &Value, facts: &Facts) -> Lane {
         own_schema()
     } else if let Some(what) = found.writes {
         data_modifying_with(what)
+    } else if let Some(setting) = &found.refused_setting {
+        refused(format!("set_config() of {setting} is not supported"), "Use SET, which says what is possible.")
+    } else if found.effect == Some(Effect::Writes) {
+        let what = found.impure.unwrap_or_default();
+        refused(
+            format!("{what} writes, and that is not replicated by this version of pgtandem"),
+            "Large objects: use a bytea column.",
+        )
     } else if found.into {
         refused(
             "SELECT ... INTO is not replicated by this version of pgtandem",

@@ -53,7 +53,14 @@ pub struct Look {
     pub locks_rows: bool,
     /// Names the schema pgtandem.
     pub own_schema: bool,
+    /// A setting that may not be changed, by set_config().
+    pub refused_setting: Option<String>,
     float_aggregate: bool,
+    /// Floating point numbers are there, or may be.
+    floats: bool,
+    /// Date and time types named anywhere, and those of casts among them.
+    date_types: usize,
+    date_casts: usize,
 }
 
 impl Look {
@@ -64,7 +71,7 @@ impl Look {
 
     #[must_use]
     pub fn needs_guard(&self) -> bool {
-        self.effect == Some(Effect::Unknown) || self.missing
+        self.effect >= Some(Effect::Unknown) || self.missing
     }
 
     fn note(&mut self, effect: Effect, what: impl FnOnce() -> String) {
@@ -104,11 +111,14 @@ pub fn look(part: &Value, facts: &Facts) -> Look {
         look.missing = true;
     }
     let relations: Vec<&Relation> = look.relations.iter().filter_map(|name| facts.relations.get(name)).collect();
-    for relation in relations {
-        if look.float_aggregate && relation.columns.iter().any(|column| column.floats) && look.order.is_none() {
-            look.order = Some("an aggregate over floating point numbers".to_owned());
-        }
+    let floats = look.floats
+        || !look.parameters.is_empty()
+        || relations.iter().any(|relation| relation.columns.iter().any(|column| column.floats));
+    if look.float_aggregate && floats && look.order.is_none() {
+        look.order = Some("an aggregate over numbers that may be floating point".to_owned());
     }
+    // a type in JSON_TABLE, XMLTABLE or a column definition list: the texts are in the data
+    look.text_to_date |= look.date_types > look.date_casts;
     look
 }
 
@@ -131,6 +141,7 @@ fn visit(look: &mut Look, kind: &str, fields: &Map<String, Value>, facts: &Facts
         look.relations.insert(name);
     } else if let Some(name) = type_name(fields) {
         look.own_schema |= name.schema.as_deref() == Some(OWN_SCHEMA);
+        look.date_types += usize::from(facts.types.get(&name).is_some_and(|fact| fact.dates));
     }
     match kind {
         "FuncCall" => call(look, fields, facts),
@@ -206,6 +217,20 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         return;
     };
     let builtin = candidates.iter().all(|candidate| candidate.builtin);
+    look.dates |= candidates.iter().any(|candidate| candidate.dates || !candidate.builtin);
+    look.floats |= !functions::is_float_aggregate(&name.name) && candidates.iter().any(|candidate| candidate.floats);
+    let first = fields.get("args").and_then(|arguments| arguments.get(0));
+    // date(text), a cast in the form of a call
+    if arguments == 1 && DATE_CALLS.contains(&name.name.as_str()) {
+        look.text_to_date |= first.is_some_and(|argument| may_be_text(argument, facts));
+    }
+    if name.name == "set_config" {
+        let setting = first.and_then(|argument| argument.pointer("/node/AConst/val/Sval/sval")).and_then(Value::as_str);
+        let setting = setting.unwrap_or_default().to_ascii_lowercase();
+        if REFUSED_SETTINGS.contains(&setting.as_str()) {
+            look.refused_setting = Some(setting);
+        }
+    }
     if let (true, 0, Some(sql_type), Some(location)) =
         (builtin, arguments, functions::session_value(&name.name), location(fields))
     {
@@ -234,6 +259,8 @@ fn call_of_row(look: &mut Look, name: &Name, facts: &Facts) {
 fn operator(look: &mut Look, parts: &[&str], facts: &Facts) {
     let Some(name) = Name::of_parts(parts) else { return };
     look.own_schema |= name.schema.as_deref() == Some(OWN_SCHEMA);
+    // power and roots of whatever numbers are floating point
+    look.floats |= matches!(name.name.as_str(), "^" | "|/" | "||/");
     if let Some(effect) = facts.operators.get(&name).and_then(|candidates| functions::effect(candidates, Some(2))) {
         look.note(effect, || format!("the operator {name}"));
     }
@@ -271,8 +298,10 @@ fn cast(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         look.note(Effect::Varies, || format!("the cast to {target}"));
     }
     look.add_functions(&fact.check_functions, "a domain");
+    look.floats |= fact.floats;
     if fact.dates {
         look.dates = true;
+        look.date_casts += 1;
         if fields.get("arg").is_some_and(|argument| may_be_text(argument, facts)) {
             look.text_to_date = true;
         }
@@ -302,11 +331,7 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
         }
         "AExpr" => {
             let operator = names(fields.get("name"));
-            match operator.last().copied() {
-                Some("+" | "-" | "*" | "/" | "%") => false,
-                Some("||") => true,
-                _ => true,
-            }
+            !matches!(operator.last(), Some(&("+" | "-" | "*" | "/" | "%")))
         }
         "FuncCall" => {
             let function = names(fields.get("funcname"));
@@ -323,6 +348,12 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
         _ => true,
     }
 }
+
+const DATE_CALLS: [&str; 5] = ["date", "time", "timetz", "timestamp", "timestamptz"];
+
+/// Closed to set_config(); SET of them is judged by value.
+const REFUSED_SETTINGS: [&str; 4] =
+    ["standard_conforming_strings", "session_replication_role", "session_authorization", "client_encoding"];
 
 const RETURNS_DATES: [&str; 14] = [
     "now", "transaction_timestamp", "statement_timestamp", "date_trunc", "to_timestamp", "to_date", "make_date",
@@ -351,6 +382,7 @@ fn session_value(look: &mut Look, fields: &Map<String, Value>) {
         look.missing = true;
         return;
     };
+    look.dates |= sql_type != "pg_catalog.name";
     look.session_values.push(SessionValue { location, hidden: text_form(expression, sql_type), sql_type });
 }
 

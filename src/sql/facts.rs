@@ -107,6 +107,12 @@ pub struct Function {
     pub kind: String,
     /// One argument that is a row: `t.f` can call it.
     pub of_row: bool,
+    /// Takes or gives a date or time.
+    #[serde(default)]
+    pub dates: bool,
+    /// Gives a floating point number.
+    #[serde(default)]
+    pub floats: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]

@@ -5,7 +5,7 @@ use super::facts::Function;
 /// Volatile functions of PostgreSQL that write nothing permanent that followers must have: they run on the leader without
 /// the guard. Sequences are among them, followers' sequences are kept ahead by other means.
 const HARMLESS_VOLATILE: &[&str] = &[
-    "bt_index_check", "clock_timestamp", "currval", "dblink_get_connections", "gen_random_uuid", "lastval", "nextval",
+    "clock_timestamp", "currval", "gen_random_uuid", "lastval", "nextval",
     "pg_advisory_lock", "pg_advisory_lock_shared", "pg_advisory_unlock", "pg_advisory_unlock_all",
     "pg_advisory_unlock_shared", "pg_advisory_xact_lock", "pg_advisory_xact_lock_shared", "pg_available_extensions",
     "pg_available_extension_versions", "pg_backend_pid", "pg_blocking_pids", "pg_cancel_backend", "pg_cursor",
@@ -22,7 +22,7 @@ const HARMLESS_VOLATILE: &[&str] = &[
     "pg_prepared_xact", "pg_read_binary_file", "pg_read_file", "pg_relation_filepath", "pg_relation_size",
     "pg_safe_snapshot_blocking_pids", "pg_sequence_last_value", "pg_show_all_file_settings", "pg_show_all_settings",
     "pg_show_replication_origin_status", "pg_sleep", "pg_sleep_for", "pg_sleep_until", "pg_stat_file",
-    "pg_stat_get_activity", "pg_stat_get_backend_idset", "pg_stop_making_pinned_objects", "pg_table_size",
+    "pg_stat_get_activity", "pg_stat_get_backend_idset", "pg_table_size",
     "pg_tablespace_size", "pg_terminate_backend", "pg_timezone_abbrevs", "pg_timezone_names", "pg_total_relation_size",
     "pg_try_advisory_lock", "pg_try_advisory_lock_shared", "pg_try_advisory_xact_lock",
     "pg_try_advisory_xact_lock_shared", "pg_typeof", "pg_visible_in_snapshot", "pg_wait_for_backend_termination", "random",
@@ -33,17 +33,17 @@ const HARMLESS_VOLATILE: &[&str] = &[
 /// Stable functions of PostgreSQL whose result depends on their arguments and on settings that followers share, but not on the
 /// clock, on tables or on the node.
 const STABLE_BY_SETTINGS: &[&str] = &[
-    "array_to_json", "array_to_string", "array_to_text", "concat", "concat_ws", "date", "date_add", "date_bin",
+    "array_to_json", "array_to_string", "concat", "concat_ws", "date", "date_add", "date_bin",
     "date_part", "date_subtract", "date_trunc", "extract", "format", "generate_series", "interval", "isfinite", "json_build_array",
-    "json_build_object", "json_object", "json_populate_record", "json_populate_recordset", "json_strip_nulls",
-    "json_to_record", "json_to_recordset", "jsonb_build_array", "jsonb_build_object", "jsonb_object",
+    "json_build_object", "json_object", "json_strip_nulls",
+    "jsonb_build_array", "jsonb_build_object", "jsonb_object",
     "jsonb_path_exists_tz", "jsonb_path_match_tz", "jsonb_path_query_array_tz", "jsonb_path_query_first_tz",
-    "jsonb_path_query_tz", "jsonb_populate_record", "jsonb_populate_recordset", "jsonb_to_record", "jsonb_to_recordset",
+    "jsonb_path_query_tz", 
     "make_timestamptz", "overlaps", "phraseto_tsquery", "plainto_tsquery", "quote_literal", "quote_nullable",
     "record_to_text", "row_to_json", "text", "time", "timestamp", "timestamptz", "timetz", "timezone", "to_char",
     "to_date", "to_json", "to_jsonb", "to_number", "to_timestamp", "to_tsquery", "to_tsvector", "ts_headline", "ts_rank",
     "ts_rank_cd", "tsrange", "tstzrange", "websearch_to_tsquery", "timestamptz_pl_interval", "timestamptz_mi_interval",
-    "timestamp_gt_timestamptz", "timestamp_lt_timestamptz", "array_in", "array_out", "textanycat", "anytextcat", "money", "numeric",
+    "timestamp_gt_timestamptz", "timestamp_lt_timestamptz", "textanycat", "anytextcat", "money", "numeric",
     "int8", "daterange", "regexp_match", "string_to_table",
     // comparisons of date, timestamp and timestamptz with each other, as CHECK constraints call them
     "date_eq_timestamptz", "date_ne_timestamptz", "date_lt_timestamptz", "date_le_timestamptz", "date_gt_timestamptz",
@@ -57,7 +57,7 @@ const STABLE_BY_SETTINGS: &[&str] = &[
 const ORDER_DEPENDENT: &[&str] = &[
     "any_value", "array_agg", "json_agg", "json_agg_strict", "json_object_agg", "json_object_agg_strict",
     "json_object_agg_unique", "json_object_agg_unique_strict", "jsonb_agg", "jsonb_agg_strict", "jsonb_object_agg",
-    "jsonb_object_agg_strict", "jsonb_object_agg_unique", "jsonb_object_agg_unique_strict", "range_agg_unordered", "string_agg", "xmlagg",
+    "jsonb_object_agg_strict", "jsonb_object_agg_unique", "jsonb_object_agg_unique_strict", "string_agg", "xmlagg",
     "row_number", "rank", "dense_rank", "percent_rank", "cume_dist", "ntile", "lag", "lead", "first_value",
     "last_value", "nth_value", "mode",
 ];
@@ -85,8 +85,10 @@ pub enum Effect {
     Pure,
     /// Its value differs from node to node or time to time; nothing is written.
     Varies,
-    /// It may write.
+    /// It may write; the server's read-only guard tells.
     Unknown,
+    /// It writes, and not every version's guard stops it.
+    Writes,
 }
 
 /// The worst of all functions that a call can mean. None: there is no such function, the leader answers the error.
@@ -101,6 +103,7 @@ fn effect_of(function: &Function, arguments: Option<usize>) -> Effect {
         // the class of an aggregate says nothing of the functions that it is made of
         (false, "i") if function.kind == "f" => Effect::Pure,
         (false, _) => Effect::Unknown,
+        (true, _) if WRITERS.contains(&name) => Effect::Writes,
         // age(t) counts from today
         (true, _) if name == "age" && arguments != Some(2) => Effect::Varies,
         (true, "i") => Effect::Pure,
@@ -110,6 +113,14 @@ fn effect_of(function: &Function, arguments: Option<usize>) -> Effect {
         (true, _) => Effect::Unknown,
     }
 }
+
+/// Large objects and the like: servers before 16 let them write in a read-only transaction.
+const WRITERS: &[&str] = &[
+    "brin_desummarize_range", "brin_summarize_new_values", "brin_summarize_range", "gin_clean_pending_list", "lo_creat",
+    "lo_create", "lo_export", "lo_from_bytea", "lo_import", "lo_open", "lo_put", "lo_truncate", "lo_truncate64",
+    "lo_unlink", "lowrite", "pg_import_system_collations", "pg_replication_origin_advance",
+    "pg_replication_origin_create", "pg_replication_origin_drop",
+];
 
 /// They run a query that is given as text.
 const WRITES_ALTHOUGH_STABLE: &[&str] = &["cursor_to_xml", "query_to_xml", "query_to_xmlschema", "query_to_xml_and_xmlschema", "ts_stat", "ts_rewrite"];

@@ -55,7 +55,7 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
 
 /// What may write, for a person.
 pub(super) fn may_write(looks: &[&Look]) -> Option<String> {
-    let bad = looks.iter().find(|look| look.effect == Some(Effect::Unknown))?;
+    let bad = looks.iter().find(|look| look.effect >= Some(Effect::Unknown) || look.refused_setting.is_some())?;
     Some(bad.impure.clone().unwrap_or_else(|| "a function".to_owned()))
 }
 
@@ -228,13 +228,14 @@ fn upsert(
             "Use constants, columns and immutable functions in DO UPDATE.",
         ));
     }
+    let sets = statement.on_conflict_clause.as_ref().map(|clause| clause.target_list.as_slice()).unwrap_or_default();
     if clause.subqueries || clause.text_to_date {
         return Err(refusal(
             "INSERT ... ON CONFLICT with a subquery or a cast of text to a date is not replicated by this version of pgtandem",
             "Use constants, columns and immutable functions in DO UPDATE.",
         ));
     }
-    if let Some(column) = super::modify::impure_default(statement.on_conflict_clause.as_ref().map(|clause| &clause.target_list), relation) {
+    if let Some(column) = super::modify::impure_default(sets, relation) {
         return Err(refusal(format!("setting the column {column} to its DEFAULT is not replicated by this version of pgtandem"), "Give the value."));
     }
     let mut session_values = match certain {
@@ -246,13 +247,13 @@ fn upsert(
     session_values.extend(clause.session_values);
     let Some((mut edits, hidden)) = Edits::find(context.text, context.shape, &session_values) else { return Ok(None) };
     if dates {
-        super::modify::remember_dates(&mut edits, inner, context);
+        edits.remember_dates(inner, context.text, context.shape);
     }
     let effect = EffectPlan::Text {
         owner: None,
         counted: true,
         lock_tables: vec![relation.oid],
-        dates_matter: dates,
+        dates_matter: edits.has_dates(),
     };
     Ok(Some(Write { barrier: true, ..write(statement, relation, effect, edits, hidden) }))
 }

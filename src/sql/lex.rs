@@ -166,6 +166,20 @@ impl<'a> Lexer<'a> {
         }
     }
 
+    /// `at` is after the opening quote of `B'..'` or `X'..'`, in which a quote can not be doubled.
+    fn bits(&self, mut at: usize) -> Option<usize> {
+        loop {
+            let end = self.skip_while(at, |byte| byte != b'\'');
+            if end >= self.bytes.len() {
+                return None;
+            }
+            match self.continued(end + 1) {
+                Some(next) => at = next,
+                None => return Some(end + 1),
+            }
+        }
+    }
+
     /// `at` is at a `$` that may begin `$tag$`. None: it does not.
     fn dollar_string(&self, at: usize) -> Option<(Kind, usize)> {
         let mut tag_end = at + 1;
@@ -258,7 +272,7 @@ impl<'a> Lexer<'a> {
         let next = self.byte(at + 1);
         match self.byte(at) {
             b'e' | b'E' if next == b'\'' => self.ended(Kind::String, self.string(at + 2, true)),
-            b'b' | b'B' | b'x' | b'X' if next == b'\'' => self.ended(Kind::Bits, self.string(at + 2, false)),
+            b'b' | b'B' | b'x' | b'X' if next == b'\'' => self.ended(Kind::Bits, self.bits(at + 2)),
             b'u' | b'U' if next == b'&' && self.byte(at + 2) == b'\'' => {
                 self.ended(Kind::String, self.string(at + 3, false))
             }

@@ -82,7 +82,7 @@ fn lane(modify: &Modify<'_>, context: &Context<'_>) -> Lane {
             "Call the function in a statement of its own and use its result.",
         );
     }
-    if let Some(lane) = refuse_expressions(modify, &inner, relation, context) {
+    if let Some(lane) = refuse_expressions(modify, &inner, relation) {
         return lane;
     }
     let point = is_point(modify, &inner, relation);
@@ -106,15 +106,12 @@ fn make(
     context: &Context<'_>,
 ) -> Option<Lane> {
     let (mut edits, hidden) = Edits::find(context.text, context.shape, &inner.session_values)?;
-    let dates = reads_dates(modify, inner, relation);
-    if dates {
-        remember_dates(&mut edits, inner, context);
-    }
+    remember_dates(&mut edits, modify, relation, context);
     let effect = EffectPlan::Text {
         owner: point.then(|| relation.owner_role()),
         counted: true,
         lock_tables,
-        dates_matter: dates && !(edits.date_literals.is_empty() && edits.date_parameters.is_empty()),
+        dates_matter: edits.has_dates(),
     };
     let cascades = if modify.sets.is_empty() {
         relation.cascade_delete
@@ -132,23 +129,37 @@ fn make(
     })))
 }
 
-/// A string or parameter of the statement may be read as a date.
-fn reads_dates(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> bool {
-    inner.dates || set_columns(modify.sets).filter_map(|name| relation.column(name)).any(|column| column.dates)
+/// Notes the strings and parameters that may be read as dates. Each SET and each condition is judged on its own, so that
+/// `SET note = 'now', at = $1` minds only `$1`.
+fn remember_dates(edits: &mut Edits, modify: &Modify<'_>, relation: &Relation, context: &Context<'_>) {
+    let mut remember = |part: &Look, dates: bool| {
+        if dates || part.dates {
+            edits.remember_dates(part, context.text, context.shape);
+        }
+    };
+    for set in modify.sets {
+        let column = match set.node.as_ref() {
+            Some(NodeEnum::ResTarget(target)) => relation.column(&target.name),
+            _ => None,
+        };
+        remember(&context.look(set), column.is_none_or(|column| column.dates));
+    }
+    let mut conditions = Vec::new();
+    modify.condition.iter().for_each(|condition| conjuncts(condition, &mut conditions));
+    for condition in conditions {
+        remember(&context.look(condition), false);
+    }
+    remember(&context.look(&(modify.sources, modify.with)), false);
 }
 
-/// Notes which literals and parameters are to be looked at on every execution.
-pub(super) fn remember_dates(edits: &mut Edits, look: &Look, context: &Context<'_>) {
-    for location in &look.strings {
-        // N'..' and -'..' have their location before the literal
-        let at = context.shape.literals.partition_point(|literal| literal.end <= *location);
-        if at < context.shape.literals.len() && !edits.date_literals.contains(&at) {
-            edits.date_literals.push(at);
+/// The parts of a condition that AND joins.
+fn conjuncts<'n>(condition: &'n Node, found: &mut Vec<&'n Node>) {
+    match condition.node.as_ref() {
+        Some(NodeEnum::BoolExpr(both)) if both.boolop == BoolExprType::AndExpr as i32 => {
+            both.args.iter().for_each(|part| conjuncts(part, found));
         }
+        _ => found.push(condition),
     }
-    edits.date_parameters.extend(&look.parameters);
-    edits.date_parameters.sort_unstable();
-    edits.date_parameters.dedup();
 }
 
 fn set_columns(sets: &[Node]) -> impl Iterator<Item = &str> {
@@ -159,8 +170,8 @@ fn set_columns(sets: &[Node]) -> impl Iterator<Item = &str> {
 }
 
 /// A column that is set to its DEFAULT, which is not immutable.
-pub(super) fn impure_default<'r>(sets: Option<&Vec<Node>>, relation: &'r Relation) -> Option<&'r str> {
-    let targets = sets.into_iter().flatten().filter_map(|node| match node.node.as_ref() {
+pub(super) fn impure_default<'r>(sets: &[Node], relation: &'r Relation) -> Option<&'r str> {
+    let targets = sets.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::ResTarget(target)) => Some(target),
         _ => None,
     });
@@ -176,7 +187,7 @@ pub(super) fn impure_default<'r>(sets: Option<&Vec<Node>>, relation: &'r Relatio
 }
 
 /// What neither the point nor the ordered lane carries.
-fn refuse_expressions(modify: &Modify<'_>, inner: &Look, relation: &Relation, _: &Context<'_>) -> Option<Lane> {
+fn refuse_expressions(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> Option<Lane> {
     let verb = modify.verb;
     let reason = if let Some(what) = inner.impure.as_ref().filter(|_| !inner.is_pure()) {
         format!("{what}, whose result is another one on another server")
@@ -188,7 +199,7 @@ fn refuse_expressions(modify: &Modify<'_>, inner: &Look, relation: &Relation, _:
         "FOR UPDATE or FOR SHARE inside it".to_owned()
     } else if inner.text_to_date {
         "a cast of text from a table to a date or time type, where the text may be 'now'".to_owned()
-    } else if let Some(column) = impure_default(Some(&modify.sets.to_vec()), relation) {
+    } else if let Some(column) = impure_default(modify.sets, relation) {
         format!("DEFAULT for the column {column}, which is another value on another server")
     } else {
         return None;
@@ -224,22 +235,19 @@ fn is_point(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> bool {
 
 /// Calls `found` with column and other side of each `column = other side` that must hold.
 fn equalities<'n>(condition: &'n Node, found: &mut impl FnMut(&'n [Node], &'n Node)) {
-    match condition.node.as_ref() {
-        Some(NodeEnum::BoolExpr(both)) if both.boolop == BoolExprType::AndExpr as i32 => {
-            both.args.iter().for_each(|part| equalities(part, found));
+    let mut parts = Vec::new();
+    conjuncts(condition, &mut parts);
+    for part in parts {
+        let Some(NodeEnum::AExpr(equal)) = part.node.as_ref() else { continue };
+        let plain = equal.kind == AExprKind::AexprOp as i32
+            && matches!(node_names(&equal.name).as_slice(), ["="] | ["pg_catalog", "="]);
+        let (true, Some(left), Some(right)) = (plain, equal.lexpr.as_deref(), equal.rexpr.as_deref()) else { continue };
+        if let Some(NodeEnum::ColumnRef(column)) = left.node.as_ref() {
+            found(&column.fields, right);
         }
-        Some(NodeEnum::AExpr(equal))
-            if equal.kind == AExprKind::AexprOp as i32 && matches!(node_names(&equal.name).as_slice(), ["="] | ["pg_catalog", "="]) =>
-        {
-            let (Some(left), Some(right)) = (equal.lexpr.as_deref(), equal.rexpr.as_deref()) else { return };
-            if let Some(NodeEnum::ColumnRef(column)) = left.node.as_ref() {
-                found(&column.fields, right);
-            }
-            if let Some(NodeEnum::ColumnRef(column)) = right.node.as_ref() {
-                found(&column.fields, left);
-            }
+        if let Some(NodeEnum::ColumnRef(column)) = right.node.as_ref() {
+            found(&column.fields, left);
         }
-        _ => {}
     }
 }
 

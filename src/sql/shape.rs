@@ -15,6 +15,18 @@ pub struct Shape {
     pub key: String,
     /// Where the masked literals are in the text, in bytes, in order. Empty if nothing was masked.
     pub literals: Vec<Range<usize>>,
+    /// How many statements the text seems to have, without a parse.
+    pub statements: Statements,
+}
+
+/// A guess that errs to [`Statements::Several`] (a semicolon can be inside a function's body or a rule).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statements {
+    /// White space, comments and semicolons only.
+    None,
+    One,
+    /// Something comes after a semicolon: parse, and mask each statement's text on its own.
+    Several,
 }
 
 /// A position in every text of a shape: bytes from the end of a literal, or from the start of the text.
@@ -60,7 +72,21 @@ pub fn mask(text: &str) -> Shape {
     let mut literals = Vec::new();
     let mut copied = 0;
     let mut masking = None;
+    let mut statements = Statements::None;
+    let mut ended = false;
     for token in Lexer::new(text) {
+        if token.kind.is_significant() {
+            if token.kind == Kind::Symbol && text.as_bytes().get(token.range.start) == Some(&b';') {
+                ended = true;
+                continue;
+            }
+            statements = match statements {
+                Statements::None => Statements::One,
+                Statements::One if ended => Statements::Several,
+                known => known,
+            };
+            ended = false;
+        }
         match token.kind {
             Kind::Space | Kind::Comment => {}
             Kind::Word => {
@@ -73,12 +99,12 @@ pub fn mask(text: &str) -> Shape {
             }
             // "(SELECT 1)"
             Kind::Symbol if masking.is_none() && text.get(token.range.clone()) == Some("(") => {}
-            Kind::Unterminated => return Shape { key: text.to_owned(), literals: Vec::new() },
+            Kind::Unterminated => {
+                return Shape { key: text.to_owned(), literals: Vec::new(), statements };
+            }
             Kind::QuotedIdentifier => {
                 let name = text.get(token.range).unwrap_or_default().trim_matches('"');
-                if masking.is_none() {
-                    masking = Some(false);
-                } else if LITERALS_MATTER.contains(&name) {
+                if masking.is_none() || LITERALS_MATTER.contains(&name) {
                     masking = Some(false);
                 }
             }
@@ -103,7 +129,7 @@ pub fn mask(text: &str) -> Shape {
         }
     }
     key.push_str(text.get(copied..).unwrap_or_default());
-    Shape { key, literals }
+    Shape { key, literals, statements }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The texts that leader and followers get, spliced out of the client's text. Positions are kept relative to the masked
 //! literals, so that one plan serves every text of its shape.
 
-use super::expressions::SessionValue;
+use super::expressions::{Look, SessionValue};
 use super::facts::quote_literal;
 use super::lex::{Kind, Lexer, Token};
 use super::plan::{CopyText, EffectPlan, Write};
@@ -20,6 +20,8 @@ pub struct Edits {
     pub date_literals: Vec<usize>,
     /// Parameters that may go to date and time types, from 1.
     pub date_parameters: Vec<i32>,
+    /// A literal that is not masked, so the same in all texts of the shape, depends on the clock.
+    pub clock: bool,
 }
 
 /// `CURRENT_TIMESTAMP(3)` becomes `('...'::pg_catalog.timestamptz(3))`.
@@ -42,15 +44,24 @@ impl Edits {
         let last = tokens.iter().rev().find(|token| text.get(token.range.clone()) != Some(";"))?;
         let mut edits = Self { end: Some(Spot::of(shape, last.range.end)?), ..Self::default() };
         let mut depth = 0_i32;
+        let mut before = "";
         for token in &tokens {
             match (token.kind, text.get(token.range.clone())?) {
                 (Kind::Symbol, "(" | "[") => depth += 1,
                 (Kind::Symbol, ")" | "]") => depth -= 1,
-                (Kind::Word, word) if depth == 0 && word.eq_ignore_ascii_case("returning") => {
+                // reserved, but allowed as a label: "SELECT a AS returning"
+                (Kind::Word, word)
+                    if depth == 0
+                        && edits.returning.is_none()
+                        && word.eq_ignore_ascii_case("returning")
+                        && before != "."
+                        && !before.eq_ignore_ascii_case("as") =>
+                {
                     edits.returning = Some(Spot::of(shape, token.range.start)?);
                 }
                 _ => {}
             }
+            before = text.get(token.range.clone())?;
         }
         let mut values: Vec<&SessionValue> = values.iter().collect();
         values.sort_by_key(|value| value.location);
@@ -67,6 +78,33 @@ impl Edits {
             edits.splices.push(splice(text, shape, &tokens, value, number)?);
         }
         Some((edits, hidden))
+    }
+}
+
+impl Edits {
+    /// Notes the strings and parameters of a part of the statement, to be looked at on every execution.
+    pub(super) fn remember_dates(&mut self, look: &Look, text: &str, shape: &Shape) {
+        for location in &look.strings {
+            // N'..' has its location before the literal
+            let at = shape.literals.partition_point(|literal| literal.end <= *location);
+            let masked = shape.literals.get(at).is_some_and(|literal| literal.start <= location + 1);
+            if masked {
+                self.date_literals.push(at);
+            } else {
+                let token = Lexer::new(text).find(|token| token.kind == Kind::String && token.range.end > *location);
+                let literal = token.and_then(|token| text.get(token.range));
+                self.clock |= literal.is_none_or(super::dates::looks_like_now);
+            }
+        }
+        self.date_parameters.extend(&look.parameters);
+        self.date_literals.sort_unstable();
+        self.date_literals.dedup();
+        self.date_parameters.sort_unstable();
+        self.date_parameters.dedup();
+    }
+
+    pub(super) fn has_dates(&self) -> bool {
+        self.clock || !self.date_literals.is_empty() || !self.date_parameters.is_empty()
     }
 }
 
@@ -149,6 +187,6 @@ impl Write {
             let at = usize::try_from(*number).ok()?.checked_sub(1)?;
             *parameters.get(at)?
         });
-        literals.any(super::dates::looks_like_now) || bound.any(super::dates::looks_like_now)
+        self.edits.clock || literals.any(super::dates::looks_like_now) || bound.any(super::dates::looks_like_now)
     }
 }

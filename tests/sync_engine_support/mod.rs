@@ -268,24 +268,23 @@ impl Source for LocalSource {
             let (near, far) = Connection::pair(256 << 10);
             let context = self.context.clone();
             tokio::spawn(async move { serve_files(far, &context).await });
-            let mut inner: Link<FilesRequest, FilesReply> = Link::over("files", near);
+            let Link { outgoing, mut incoming } = Link::<FilesRequest, FilesReply>::over("files", near);
             let (link, mut pump) = Link::new("files");
             let left = Arc::clone(&self.files_left);
-            tokio::spawn(async move {
-                loop {
-                    tokio::select! {
-                        request = pump.to_write.recv() => match request {
-                            Some(request) => if inner.outgoing.send(request).await.is_err() { return },
-                            None => return,
-                        },
-                        reply = inner.incoming.receive() => match reply {
-                            Ok(Some(reply)) if left.fetch_sub(1, Ordering::Relaxed) > 0 => {
-                                if pump.was_read.send(Ok(reply)).await.is_err() { return }
-                            }
-                            _ => return,
-                        },
+            let requests = tokio::spawn(async move {
+                while let Some(request) = pump.to_write.recv().await {
+                    if outgoing.send(request).await.is_err() {
+                        return;
                     }
                 }
+            });
+            tokio::spawn(async move {
+                while let Ok(Some(reply)) = incoming.receive().await {
+                    if left.fetch_sub(1, Ordering::Relaxed) <= 0 || pump.was_read.send(Ok(reply)).await.is_err() {
+                        break;
+                    }
+                }
+                requests.abort();
             });
             Ok(link)
         })

@@ -1,5 +1,6 @@
 //! `postmaster.pid`: who runs on a data directory, and whether that process still lives.
 
+use std::io::Read;
 use std::path::Path;
 use std::{fs, io};
 
@@ -13,8 +14,9 @@ const PIDFILE_BYTES_MAX: usize = 8192;
 pub enum PostmasterStatus {
     Starting,
     Stopping,
+    /// It accepts connections; a hot standby, too.
     Ready,
-    /// A hot standby that accepts connections, or a standby that never will.
+    /// A standby that does not accept connections.
     Standby,
 }
 
@@ -88,6 +90,18 @@ impl Postmaster {
             )
         })
     }
+}
+
+/// Whether `pg_control` says that the server is no standby and accepts writes. Written in the same moment in which
+/// `pg_is_in_recovery()` becomes false (`StartupXLOG`).
+pub(super) fn in_production(pgdata: &Path) -> bool {
+    // `ControlFileData` of 13 to 18: system identifier, two version numbers, then `DBState`.
+    const STATE_OFFSET: usize = 16;
+    const DB_IN_PRODUCTION: u32 = 6;
+    let mut head = [0; STATE_OFFSET + 4];
+    let read = fs::File::open(pgdata.join("global/pg_control")).and_then(|mut file| file.read_exact(&mut head));
+    let state = head.last_chunk().map_or(0, |state| u32::from_ne_bytes(*state));
+    read.is_ok() && state == DB_IN_PRODUCTION
 }
 
 /// Removes the file of a postmaster that is a zombie: where nobody collects zombies (process 1 of some containers)

@@ -23,23 +23,26 @@ pub enum FenceError {
 }
 
 /// The limit, what was handed over, and what waits.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Fence {
     /// None: no limit.
     limit: Option<Lsn>,
     /// Nothing beyond this was ever handed over.
-    handed: Lsn0,
+    handed: u64,
     /// Position of the first byte that waits.
-    next: Lsn0,
+    next: u64,
     waiting: VecDeque<Bytes>,
     waiting_bytes: usize,
 }
 
-/// A position that starts at 0; `Lsn` itself has no default on purpose.
-type Lsn0 = u64;
-
 impl Fence {
-    /// The furthest position that was ever handed over; 0 before the first byte.
+    /// A fence for a PostgreSQL that has WAL up to `handed` already.
+    #[must_use]
+    pub fn new(handed: Lsn) -> Fence {
+        Fence { limit: None, handed: handed.0, next: 0, waiting: VecDeque::new(), waiting_bytes: 0 }
+    }
+
+    /// The furthest position that was ever handed over.
     #[must_use]
     pub fn handed(&self) -> Lsn {
         Lsn(self.handed)
@@ -132,7 +135,7 @@ mod tests {
 
     fn stops_exactly(x: u64) {
         let start = SEGMENT;
-        let mut fence = Fence::default();
+        let mut fence = Fence::new(Lsn(0));
         fence.handle_restart(Lsn(start));
         fence.handle_wal(Lsn(start), Bytes::from(vec![0; 1000])).unwrap();
         let mut out = start;
@@ -180,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_new_connection_is_held_by_the_same_limit() {
-        let mut fence = Fence::default();
+        let mut fence = Fence::new(Lsn(0));
         fence.handle_restart(Lsn(0));
         fence.handle_wal(Lsn(0), Bytes::from(vec![0; 100])).unwrap();
         fence.poll_wal().unwrap();
@@ -217,7 +220,7 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_past_the_limit_is_ever_handed_over(steps in prop::collection::vec(step(), 0..80)) {
-            let mut fence = Fence::default();
+            let mut fence = Fence::new(Lsn(0));
             let (mut arrived, mut limit, mut out) = (0_u64, u64::MAX, 0_u64);
             for step in steps {
                 match step {

@@ -87,7 +87,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Relay {
-    /// Listens in `folder`, which is made anew with mode 0700. `known`: a position that can be had from the source.
+    /// Listens in `folder`, which gets mode 0700. `known`: PostgreSQL has WAL up to here already.
     pub fn start(
         folder: &Path,
         source: Arc<dyn Source>,
@@ -114,7 +114,7 @@ impl Relay {
             source,
             identity,
             wal_segment_bytes,
-            fence: Mutex::default(),
+            fence: Mutex::new(Fence::new(known)),
             status: Mutex::new(RelayStatus { source_flushed: known.0, ..RelayStatus::default() }),
             moved: Notify::new(),
         });

@@ -76,6 +76,7 @@ impl Target {
             history: wal.history.clone(),
             start: begun.start.0,
             stop: 0,
+            wal_end: 0,
         };
         let (stop, stopped) = watch::channel(None);
         let pg_wal = node.pgdata.join("pg_wal");
@@ -85,8 +86,8 @@ impl Target {
             stop.send_replace(Some(Lsn(copied.1.stop)));
             Ok(copied)
         };
-        let ((staged, ended), ()) = tokio::try_join!(copied, fetched)?;
-        let journal = Journal { stop: ended.stop, ..journal };
+        let ((staged, ended), wal_end) = tokio::try_join!(copied, fetched)?;
+        let journal = Journal { stop: ended.stop, wal_end: wal_end.0, ..journal };
         blocking("finishing the data directory", move || finish(&node, &journal, &ended, &staged)).await
     }
 

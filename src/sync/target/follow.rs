@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgtandem_proto::message::{Lsn, PostgresState};
+use pgtandem_proto::message::Lsn;
 use tokio_postgres::Client;
 
 use super::super::error::SyncError;
@@ -49,7 +49,7 @@ impl Target {
             version_num: journal.version_num,
         };
         let folder = relay_folder(self.postgres.node());
-        let relay = Relay::start(&folder, source, identity, journal.wal_segment_bytes, Lsn(journal.stop))?;
+        let relay = Relay::start(&folder, source, identity, journal.wal_segment_bytes, Lsn(journal.wal_end))?;
         let client = self.start(&relay).await?;
         self.wait_until_near(&relay, &client, lag_bytes_max).await?;
         self.following = Some(Following { relay, wal_segment_bytes: journal.wal_segment_bytes, client });
@@ -173,13 +173,12 @@ impl Target {
     /// must be filled again before it can be a member.
     pub async fn abort(&mut self) -> Result<(), SyncError> {
         self.following = None;
-        match self.postgres.state() {
-            PostgresState::Starting | PostgresState::Standby => {
-                let stopped = self.postgres.stop(false).await;
-                stopped.map_err(|source| SyncError::Server { action: "stopping the standby", source })
-            }
-            PostgresState::Absent | PostgresState::Stopped | PostgresState::Running => Ok(()),
+        // PostgreSQL removes this file when it leaves recovery; postmaster.pid says "ready" of a hot standby, too.
+        if !self.postgres.node().pgdata.join("standby.signal").exists() {
+            return Ok(());
         }
+        let stopped = self.postgres.stop(false).await;
+        stopped.map_err(|source| SyncError::Server { action: "stopping the standby", source })
     }
 }
 

@@ -23,6 +23,8 @@ pub(super) struct Journal {
     /// Where the backup began and ended.
     pub start: u64,
     pub stop: u64,
+    /// WAL up to here lies in `pg_wal`.
+    pub wal_end: u64,
 }
 
 fn path(state_dir: &Path) -> PathBuf {

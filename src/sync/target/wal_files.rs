@@ -16,7 +16,7 @@ use super::super::wal_stream::WalStream;
 use super::journal::{sync_folder, write_durably};
 use super::{SILENCE_SECONDS_MAX, progressing};
 
-/// Takes WAL from the start of the segment of `start` until `stop` is known and reached.
+/// Takes WAL from the start of the segment of `start` until `stop` is known and reached. -> how far it came
 pub(super) async fn fetch(
     mut wal: WalStream,
     pg_wal: PathBuf,
@@ -24,7 +24,7 @@ pub(super) async fn fetch(
     timeline: u32,
     mut stop: watch::Receiver<Option<Lsn>>,
     progress: &watch::Sender<Progress>,
-) -> Result<(), SyncError> {
+) -> Result<Lsn, SyncError> {
     let segment_bytes = wal.wal_segment_bytes;
     if !wal.history.is_empty() {
         write_durably(&pg_wal.join(history_name(timeline)), &wal.history)?;
@@ -103,9 +103,10 @@ impl SegmentWriter {
         }
     }
 
-    fn finish(mut self) -> Result<(), SyncError> {
+    fn finish(mut self) -> Result<Lsn, SyncError> {
         self.finish_segment()?;
-        sync_folder(&self.pg_wal)
+        sync_folder(&self.pg_wal)?;
+        Ok(self.position)
     }
 }
 
