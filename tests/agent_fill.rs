@@ -36,14 +36,14 @@ fn lsn(text: &str) -> Lsn {
 const CONTENT: &str = "select count(*) || ':' || coalesce(sum(n), 0) from t";
 
 /// Fills b from a and brings it to the position of a marker written after that; returns its progress at the end.
-async fn recover(control: &mut Control, a: &Postgres) -> Progress {
+async fn recover(control: &mut Control, a: &Postgres, epoch: u64) -> Progress {
     let mut last = Progress::default();
-    let fill = Request::Fill { epoch: 1, source: "a".to_owned() };
+    let fill = Request::Fill { epoch, source: "a".to_owned() };
     assert_eq!(control.request_with(&fill, |progress| last = progress).await.unwrap(), Reply::Done);
     let last = status(control).await.progress.unwrap_or(last);
     assert_eq!(status(control).await.record.state, NodeState::Seeding);
     sql(a, "insert into t select generate_series(1, 1000)").await;
-    let catch_up = Request::CatchUp { epoch: 1, source: "a".to_owned(), lag_bytes_max: LAG_BYTES_MAX };
+    let catch_up = Request::CatchUp { epoch, source: "a".to_owned(), lag_bytes_max: LAG_BYTES_MAX };
     assert_eq!(ask(control, catch_up).await, Reply::Done);
     let now = status(control).await;
     assert_eq!((now.record.state, now.postgres), (NodeState::CatchingUp, PostgresState::Standby));
@@ -69,10 +69,10 @@ fn a_blank_node_is_filled_and_again() {
 
         let mut on_b = site.control(1).await;
         record(&mut on_b, Request::Promise { epoch: 1 }).await.unwrap();
-        recover(&mut on_b, &a).await;
+        recover(&mut on_b, &a, 1).await;
         // X is the end of a commit; what comes behind it must not be on b.
-        let x = lsn(&sql(&a, "insert into t values (7); select pg_current_wal_flush_lsn()").await);
-        let x = { let _ = x; lsn(&sql(&a, "select pg_logical_emit_message(true, 'pgtandem', 'cut')").await) };
+        sql(&a, "insert into t values (7)").await;
+        let x = lsn(&sql(&a, "select pg_logical_emit_message(true, 'pgtandem', 'cut')").await);
         let at_x = sql(&a, CONTENT).await;
         sql(&a, "insert into t values (8)").await;
         assert!(matches!(client::tunnel(&site.proxy(), site.node(1), 1).await, Err(ClientError::Refused { .. })));
@@ -94,7 +94,7 @@ fn a_blank_node_is_filled_and_again() {
         assert_eq!(record(&mut on_b, fill.clone()).await, Err(FailureCode::WrongState));
         record(&mut on_a, store(1, 3, &["a"], NodeState::InSync)).await.unwrap();
         record(&mut on_b, store(1, 3, &["a"], NodeState::Stale)).await.unwrap();
-        let progress = recover(&mut on_b, &a).await;
+        let progress = recover(&mut on_b, &a, 1).await;
         assert!(progress.bytes_same > progress.bytes_sent, "{progress:?}");
 
         // Its control connection ends in the middle: it is stopped and knows that it is not whole.
@@ -109,7 +109,7 @@ fn a_blank_node_is_filled_and_again() {
         assert_eq!(record(&mut on_b, Request::StartPostgres).await, Err(FailureCode::WrongState));
 
         // A newer epoch ends a recovery of an older one.
-        recover(&mut on_b, &a).await;
+        recover(&mut on_b, &a, 1).await;
         record(&mut site.control(1).await, Request::Promise { epoch: 2 }).await.unwrap();
         let cut_off = on_b.request(&Request::LeaveRecovery { x }).await;
         assert!(cut_off.is_err(), "{cut_off:?}");
@@ -118,6 +118,17 @@ fn a_blank_node_is_filled_and_again() {
             now.postgres == PostgresState::Stopped && now.progress.is_none()
         })
         .await;
+
+        // So does the death of the agent: the next one stops the standby that nobody feeds.
+        let mut on_b = site.control(1).await;
+        recover(&mut on_b, &a, 2).await;
+        agent_b.abandon().await;
+        assert_eq!(b.state(), PostgresState::Standby);
+        let agent_b = site.start(1).await;
+        assert_eq!(b.state(), PostgresState::Stopped);
+        let now = status(&mut site.control(1).await).await.record;
+        assert_eq!((now.state, now.promised, now.uncertain), (NodeState::CatchingUp, 2, true));
+
         assert_eq!(ask(&mut on_a, Request::DropSlot { node: "b".to_owned() }).await, Reply::Done);
         agent_b.stop().await.unwrap();
         agent_a.stop().await.unwrap();

@@ -130,6 +130,29 @@ fn files_and_wal_are_as_they_always_were() {
     check("files_request_begin", &FilesRequest::Begin);
     check("files_request_extents", &FilesRequest::Extents { file: 9, first: 2, have: vec![None, Some([5; 32])] });
     check("files_request_end", &FilesRequest::End);
+    check(
+        "files_reply_begun",
+        &FilesReply::Begun {
+            start: Lsn(0x200_0028),
+            timeline: 1,
+            system_identifier: 7_123_456_789_012_345_678,
+            wal_segment_bytes: 16 << 20,
+            version_num: 150_018,
+        },
+    );
+    let entry = FileEntry { id: 9, path: "base/5/1259".into(), directory: false, bytes: 98_304, mode: 0o600 };
+    check("files_reply_table", &FilesReply::Table { entries: vec![entry], last: true });
+    check(
+        "files_reply_ended",
+        &FilesReply::Ended {
+            stop: Lsn(0x200_0100),
+            backup_label: b"START WAL LOCATION".to_vec(),
+            tablespace_map: Vec::new(),
+            roots: vec![FileRoot { file: 9, bytes: 98_304, root: [3; 32] }],
+            last: true,
+        },
+    );
+    check("files_reply_failed", &FilesReply::Failed(failure()));
     let extent = |content| FilesReply::Extent(Extent { file: 9, index: 2, content, end: true });
     check("files_reply_same", &extent(ExtentContent::Same { bytes: 8192 }));
     check("files_reply_zeros", &extent(ExtentContent::Zeros { bytes: 8192 }));
@@ -138,6 +161,16 @@ fn files_and_wal_are_as_they_always_were() {
     check("wal_request_start", &WalRequest::Start { from: Lsn(0x100_0000), timeline: 2 });
     check("wal_request_acknowledge", &WalRequest::Acknowledge { flushed: Lsn(0x100_0100) });
     check("wal_reply_data", &WalReply::Data { start: Lsn(1), flushed: Lsn(2), bytes: Bytes::from_static(b"some WAL") });
+    check(
+        "wal_reply_started",
+        &WalReply::Started {
+            timeline: 2,
+            system_identifier: 7_123_456_789_012_345_678,
+            wal_segment_bytes: 16 << 20,
+            history: b"1\t0/2000100\tno recovery target specified\n".to_vec(),
+            flushed: Lsn(0x200_0100),
+        },
+    );
     check("wal_reply_flushed", &WalReply::Flushed { flushed: Lsn(2) });
     check("wal_reply_failed", &WalReply::Failed(failure()));
 }

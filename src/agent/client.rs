@@ -44,6 +44,9 @@ pub enum ClientError {
     /// It answered that it could not.
     #[error("node {node}: {}", .failure.what)]
     Failed { node: String, failure: Failure },
+    /// A request on this channel was given up before its reply came; its reply would be taken for another's.
+    #[error("the control channel to agent {node} still waits for the reply to an earlier request")]
+    GivenUp { node: String },
     #[error("agent {node} answered {request} with something else: {found}")]
     Unexpected { node: String, request: &'static str, found: String },
 }
@@ -62,7 +65,7 @@ impl ClientError {
             ClientError::Tls { .. } => {
                 "check that both hosts have certificates of the same cluster, and the right clock"
             }
-            ClientError::Connection(_) | ClientError::Silent { .. } => {
+            ClientError::Connection(_) | ClientError::Silent { .. } | ClientError::GivenUp { .. } => {
                 "see the agent's log on that node, then try again"
             }
             ClientError::Unexpected { .. } => "install the same version of pgtandem on all hosts",
@@ -138,12 +141,14 @@ pub struct Control {
     connection: Connection,
     node: String,
     promised: Epoch,
+    /// A request was sent and its final reply has not come.
+    waiting: bool,
 }
 
 impl Control {
     pub async fn connect(identity: &Identity, node: &NodeConfig) -> Result<Control, ClientError> {
         let (connection, promised) = open(identity, node, Channel::Control).await?;
-        Ok(Control { connection, node: node.name.clone(), promised })
+        Ok(Control { connection, node: node.name.clone(), promised, waiting: false })
     }
 
     /// Name of the node behind it.
@@ -163,19 +168,28 @@ impl Control {
         self.request_with(request, |_| ()).await
     }
 
-    /// As [`Control::request`], with every progress on the way. Not cancel safe: drop the channel with the future.
+    /// As [`Control::request`], with every progress on the way. A channel whose request was
+    /// given up (its future dropped, its peer silent) takes no further one.
     pub async fn request_with(
         &mut self,
         request: &Request,
         mut on_progress: impl FnMut(Progress),
     ) -> Result<Reply, ClientError> {
+        if self.waiting {
+            return Err(ClientError::GivenUp { node: self.node.clone() });
+        }
+        self.waiting = true;
         self.connection.send(request).await?;
-        loop {
+        let reply = loop {
             match self.next::<Reply>().await? {
                 Reply::Progress(progress) => on_progress(progress),
-                Reply::Failed(failure) => return Err(ClientError::Failed { node: self.node.clone(), failure }),
-                reply => return Ok(reply),
+                reply => break reply,
             }
+        };
+        self.waiting = false;
+        match reply {
+            Reply::Failed(failure) => Err(ClientError::Failed { node: self.node.clone(), failure }),
+            reply => Ok(reply),
         }
     }
 

@@ -183,6 +183,8 @@ async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Rep
     // Checked before anything happens; stored, which checks again, before anything is touched.
     rules::enter(&node.record(), epoch, NodeState::Seeding)
         .map_err(|error| super::node::ChangeError::from(error).failure())?;
+    // A server that is not ours is found before the record changes.
+    node.postgres().postmaster().map_err(|error| error.failure())?;
     let running = begin(node, owner, epoch, source)?;
     node.change_record(move |record| rules::enter(record, epoch, NodeState::Seeding))
         .await

@@ -52,10 +52,7 @@ impl Site {
                 port: free().port(),
             }
         };
-        let nodes = vec![
-            node("a", listeners[0].local_addr().unwrap()),
-            node("b", listeners[1].local_addr().unwrap()),
-        ];
+        let nodes = vec![node("a", listeners[0].local_addr().unwrap()), node("b", listeners[1].local_addr().unwrap())];
         let config = Config {
             cluster: ClusterConfig { name: "shop".to_owned() },
             proxy: ProxyConfig {
@@ -129,7 +126,9 @@ impl Drop for Site {
                 && let Some(pid) = Pid::from_raw(pid)
             {
                 let _ = kill_process(pid, Signal::QUIT);
-                while test_kill_process(pid).is_ok() && Postgres::new(node.clone()).postmaster_pid().is_ok_and(|pid| pid.is_some()) {
+                while test_kill_process(pid).is_ok()
+                    && Postgres::new(node.clone()).postmaster_pid().is_ok_and(|pid| pid.is_some())
+                {
                     std::thread::yield_now();
                 }
             }
