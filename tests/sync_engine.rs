@@ -42,6 +42,7 @@ fn a_node_is_filled_under_load_and_has_exactly_the_state_at_x() {
         assert_eq!(second.at_x, second.on_b);
         let progress = *target.progress().borrow();
         assert!(progress.bytes_same > progress.bytes_total / 2, "{progress:?}");
+        eprintln!("sent {sent_first} bytes, then {progress:?}");
         assert!(progress.bytes_sent < sent_first, "{progress:?} after {sent_first}");
         assert_eq!(progress.bytes_compared, progress.bytes_total);
         let b = cluster.b.connect("postgres").await.unwrap();

@@ -267,14 +267,20 @@ impl Message for FilesReply {
 
     fn bulk(&self) -> Option<&Bytes> {
         match self {
-            FilesReply::Extent(Extent { content: ExtentContent::Data(bytes), .. }) => Some(bytes),
+            FilesReply::Extent(Extent {
+                content: ExtentContent::Data(bytes) | ExtentContent::Pages { data: bytes, .. },
+                ..
+            }) => Some(bytes),
             _ => None,
         }
     }
 
     fn bulk_mut(&mut self) -> Option<&mut Bytes> {
         match self {
-            FilesReply::Extent(Extent { content: ExtentContent::Data(bytes), .. }) => Some(bytes),
+            FilesReply::Extent(Extent {
+                content: ExtentContent::Data(bytes) | ExtentContent::Pages { data: bytes, .. },
+                ..
+            }) => Some(bytes),
             _ => None,
         }
     }

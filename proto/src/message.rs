@@ -158,15 +158,28 @@ pub struct Progress {
 pub enum FilesRequest {
     /// Begin a backup. Creates or keeps the slot `pgtandem_<node>`. -> `Begun`, then `Table` frames, the last with `last`
     Begin,
-    /// Up to [`EXTENTS_PER_REQUEST_MAX`] consecutive extents of one file, with the hash of what is there already.
+    /// Up to [`EXTENTS_PER_REQUEST_MAX`] consecutive extents of one file, with the hashes of what is there already.
     /// -> one `Extent` each, in order
-    Extents { file: u32, first: u32, have: Vec<Option<[u8; 32]>> },
+    Extents { file: u32, first: u32, have: Vec<Option<Held>> },
     /// End the backup. -> `Ended`
     End,
 }
 
 pub const EXTENT_BYTES: usize = 1 << 20;
 pub const EXTENTS_PER_REQUEST_MAX: usize = 64;
+/// A page within an extent, the unit of what is sent where an extent differs.
+pub const PAGE_BYTES: usize = 8192;
+/// BLAKE3 of a page, cut to 128 bits. Enough: the extent's whole hash is checked after its pages were written.
+pub const PAGE_HASH_BYTES: usize = 16;
+
+/// What a node has of an extent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// BLAKE3 of the whole extent.
+    pub hash: [u8; 32],
+    /// One hash per page, the last one may be shorter; empty if only the whole extent will do.
+    pub pages: Vec<[u8; PAGE_HASH_BYTES]>,
+}
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FilesReply {
@@ -207,6 +220,14 @@ pub enum ExtentContent {
     Data(#[serde(skip)] Bytes),
     /// The file is gone.
     Vanished,
+    /// The extent has `bytes`; of its pages only those in `changed` (bit n of byte n / 8: page n) differ from what was
+    /// held. They follow each other in `data`, which travels as the bulk of the frame.
+    Pages {
+        bytes: u32,
+        changed: Vec<u8>,
+        #[serde(skip)]
+        data: Bytes,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

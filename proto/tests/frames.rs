@@ -128,7 +128,7 @@ fn control_is_as_it_always_was() {
 #[test]
 fn files_and_wal_are_as_they_always_were() {
     check("files_request_begin", &FilesRequest::Begin);
-    check("files_request_extents", &FilesRequest::Extents { file: 9, first: 2, have: vec![None, Some([5; 32])] });
+    check("files_request_extents", &FilesRequest::Extents { file: 9, first: 2, have: vec![None, Some(Held { hash: [5; 32], pages: vec![[6; 16]] })] });
     check("files_request_end", &FilesRequest::End);
     check(
         "files_reply_begun",
@@ -158,6 +158,8 @@ fn files_and_wal_are_as_they_always_were() {
     check("files_reply_zeros", &extent(ExtentContent::Zeros { bytes: 8192 }));
     check("files_reply_data", &extent(ExtentContent::Data(Bytes::from_static(b"a page"))));
     check("files_reply_vanished", &extent(ExtentContent::Vanished));
+    let pages = ExtentContent::Pages { bytes: 16_384, changed: vec![0b10], data: Bytes::from_static(b"page 1") };
+    check("files_reply_pages", &extent(pages));
     check("wal_request_start", &WalRequest::Start { from: Lsn(0x100_0000), timeline: 2 });
     check("wal_request_acknowledge", &WalRequest::Acknowledge { flushed: Lsn(0x100_0100) });
     check("wal_reply_data", &WalReply::Data { start: Lsn(1), flushed: Lsn(2), bytes: Bytes::from_static(b"some WAL") });

@@ -102,7 +102,7 @@ pub fn init_fork_of(name: &str) -> Option<&str> {
 /// Whether `name` is a fork other than the init fork of the relation whose init fork exists; those are left out,
 /// because a server that leaves recovery makes them anew from the init fork.
 #[must_use]
-pub fn unlogged_fork<'name>(name: &'name str) -> Option<&'name str> {
+pub fn unlogged_fork(name: &str) -> Option<&str> {
     let number = relation_number(name)?;
     let rest = name.get(number.len()..)?;
     (!rest.starts_with("_init")).then_some(number)

@@ -67,7 +67,7 @@ pub fn pages_belong(start: Lsn, bytes: &[u8]) -> bool {
             // A header that is cut off is not yet to be read by anyone.
             return true;
         };
-        let empty = page.iter().take(SHORT_HEADER_BYTES as usize).all(|byte| *byte == 0);
+        let empty = page.get(..24).is_none_or(|header| header.iter().all(|byte| *byte == 0));
         if address != at && !empty {
             return false;
         }

@@ -253,6 +253,7 @@ async fn flush(stream: &mut UnixStream, session: &mut Session) -> Result<(), Syn
     if output.is_empty() { Ok(()) } else { stream.write_all(&output).await.map_err(socket_error) }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "it is used with map_err")]
 fn socket_error(error: std::io::Error) -> SyncError {
     SyncError::Closed { channel: "relay", reason: error.to_string() }
 }

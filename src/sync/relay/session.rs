@@ -92,10 +92,12 @@ impl Session {
         loop {
             let event = match self.state {
                 State::Ended => return Ok(None),
-                State::Startup => match self.startup()? {
-                    true => None,
-                    false => return Ok(None),
-                },
+                State::Startup => {
+                    if !self.startup()? {
+                        return Ok(None);
+                    }
+                    None
+                }
                 State::Idle | State::Starting | State::Streaming => match self.message()? {
                     Some((tag, body)) => self.handle_message(tag, body)?,
                     None => return Ok(None),
@@ -260,7 +262,7 @@ impl Session {
 
     fn answer_row(&mut self, columns: &[(&str, u32)], values: &[Option<&[u8]>], tag: &str) {
         message(&mut self.output, b'T', |out| {
-            out.put_u16(columns.len() as u16);
+            out.put_u16(u16::try_from(columns.len()).unwrap_or(u16::MAX));
             for (name, data_type) in columns {
                 put_text(out, name);
                 out.put_u32(0);
@@ -272,11 +274,11 @@ impl Session {
             }
         });
         message(&mut self.output, b'D', |out| {
-            out.put_u16(values.len() as u16);
+            out.put_u16(u16::try_from(values.len()).unwrap_or(u16::MAX));
             for value in values {
                 match value {
                     Some(bytes) => {
-                        out.put_u32(bytes.len() as u32);
+                        out.put_u32(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
                         out.put_slice(bytes);
                     }
                     None => out.put_i32(-1),
@@ -349,7 +351,7 @@ fn message(out: &mut BytesMut, tag: u8, body: impl FnOnce(&mut BytesMut)) {
     let at = out.len();
     out.put_u32(0);
     body(out);
-    let length = (out.len() - at) as u32;
+    let length = u32::try_from(out.len() - at).unwrap_or(u32::MAX);
     if let Some(field) = out.get_mut(at..at + 4) {
         field.copy_from_slice(&length.to_be_bytes());
     }

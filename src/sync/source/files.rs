@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgtandem_proto::message::{
-    EXTENT_BYTES, EXTENTS_PER_REQUEST_MAX, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest,
+    EXTENT_BYTES, EXTENTS_PER_REQUEST_MAX, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Held,
+    PAGE_BYTES,
 };
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
@@ -26,7 +27,7 @@ use super::{SourceContext, session};
 /// Reads under way for one channel.
 const JOBS_MAX: usize = 4;
 /// Extents of one read; with [`JOBS_MAX`] they bound the memory of a channel: 32 MiB, and 8 MiB in the link.
-const JOB_EXTENTS_MAX: usize = 8;
+const JOB_EXTENTS_MAX: u32 = 8;
 /// Bytes of names in one frame of the table.
 const TABLE_FRAME_BYTES_MAX: usize = 256 << 10;
 /// Roots in one frame of the end.
@@ -74,7 +75,7 @@ pub(super) async fn serve(link: &mut Link<FilesReply, FilesRequest>, context: &S
             None => return Ok(()),
             Some(FilesRequest::Begin) if backup.is_none() => backup = Some(begin(link, context).await?),
             Some(FilesRequest::Extents { file, first, have }) if backup.is_some() => {
-                waiting.extend(split(file, first, have)?);
+                waiting.extend(split(file, first, &have)?);
             }
             Some(FilesRequest::End) if jobs.is_empty() => {
                 let Some(backup) = backup.take() else { return Err(out_of_order()) };
@@ -97,15 +98,18 @@ async fn next(jobs: &mut VecDeque<Job>) -> Result<Vec<(Extent, ExtentHash, usize
 }
 
 /// Parts of a request that are small enough for one read each.
-fn split(file: u32, first: u32, have: Vec<Option<[u8; 32]>>) -> Result<Vec<FilesRequest>, SyncError> {
+fn split(file: u32, first: u32, have: &[Option<Held>]) -> Result<Vec<FilesRequest>, SyncError> {
     if have.is_empty() || have.len() > EXTENTS_PER_REQUEST_MAX {
         return Err(SyncError::Protocol(format!("{} extents were asked for at once", have.len())));
     }
+    if have.iter().flatten().any(|held| held.pages.len() > EXTENT_BYTES / PAGE_BYTES) {
+        return Err(SyncError::Protocol("more pages were described than an extent has".into()));
+    }
     let mut parts = Vec::new();
     let mut first = first;
-    for part in have.chunks(JOB_EXTENTS_MAX) {
+    for part in have.chunks(JOB_EXTENTS_MAX as usize) {
         parts.push(FilesRequest::Extents { file, first, have: part.to_vec() });
-        first = first.checked_add(JOB_EXTENTS_MAX as u32).ok_or_else(out_of_order)?;
+        first = first.checked_add(JOB_EXTENTS_MAX).ok_or_else(out_of_order)?;
     }
     Ok(parts)
 }
@@ -171,54 +175,74 @@ fn begin_read(backup: Option<&Backup>, request: FilesRequest) -> Result<Job, Syn
         return Err(SyncError::Protocol(format!("file number {file} was asked for, which is not in the table")));
     };
     let path = backup.pgdata.join(&entry.path);
-    let read = Read { file, first, path, bytes: entry.bytes, control: entry.path == CONTROL_FILE };
+    let read = Read { file, first, path, bytes: entry.bytes };
+    if entry.path == CONTROL_FILE {
+        return Ok(tokio::spawn(read.run_until_whole(have)));
+    }
     Ok(tokio::task::spawn_blocking(move || read.run(&have)))
 }
 
 /// One read of consecutive extents.
+#[derive(Clone)]
 struct Read {
     file: u32,
     first: u32,
     path: PathBuf,
     /// Size in the table; what a file has grown by is not read.
     bytes: u64,
-    control: bool,
 }
 
 impl Read {
-    fn run(&self, have: &[Option<[u8; 32]>]) -> Result<Vec<(Extent, ExtentHash, usize)>, SyncError> {
+    fn run(&self, have: &[Option<Held>]) -> Result<Vec<(Extent, ExtentHash, usize)>, SyncError> {
         let file = match open(&self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(have.iter().enumerate().map(|(index, _)| self.vanished(index)).collect());
+                return Ok((self.first..).zip(have).map(|(index, _)| self.vanished(index)).collect());
             }
             Err(error) => return Err(SyncError::file("opening", &self.path, error)),
         };
-        have.iter().enumerate().map(|(index, have)| self.extent(&file, index, have.as_ref())).collect()
+        (self.first..).zip(have).map(|(index, have)| self.extent(&file, index, have.as_ref())).collect()
     }
 
-    fn vanished(&self, index: usize) -> (Extent, ExtentHash, usize) {
-        let index = self.first.saturating_add(index as u32);
+    /// `pg_control` is written in place while the server runs: it is read until it is whole. It is never compared.
+    async fn run_until_whole(self, have: Vec<Option<Held>>) -> Result<Vec<(Extent, ExtentHash, usize)>, SyncError> {
+        let nothing = vec![None; have.len()];
+        for _ in 0..CONTROL_READS_MAX {
+            let (read, nothing) = (self.clone(), nothing.clone());
+            let extents = tokio::task::spawn_blocking(move || read.run(&nothing)).await;
+            let extents = extents.map_err(|error| SyncError::Internal(format!("reading pg_control: {error}")))??;
+            let whole = extents.iter().any(|(extent, ..)| {
+                matches!(&extent.content, ExtentContent::Data(bytes) if control_file::parse(bytes).is_some())
+            });
+            if whole {
+                return Ok(extents);
+            }
+            tokio::time::sleep(Duration::from_millis(CONTROL_PAUSE_MS)).await;
+        }
+        Err(SyncError::refused(
+            format!("the CRC of {} was wrong in {CONTROL_READS_MAX} reads", self.path.display()),
+            "Check the source with pg_controldata; its disk may be damaged.",
+        ))
+    }
+
+    fn vanished(&self, index: u32) -> (Extent, ExtentHash, usize) {
         (Extent { file: self.file, index, content: ExtentContent::Vanished, end: true }, [0; 32], 0)
     }
 
-    fn extent(&self, file: &File, index: usize, have: Option<&ExtentHash>) -> Result<(Extent, ExtentHash, usize), SyncError> {
-        let index = self.first.saturating_add(index as u32);
+    fn extent(&self, file: &File, index: u32, have: Option<&Held>) -> Result<(Extent, ExtentHash, usize), SyncError> {
         let wanted = extent::extent_bytes(self.bytes, index);
         let offset = u64::from(index) * EXTENT_BYTES as u64;
-        let bytes = if self.control {
-            read_control_file(file, &self.path, wanted)?
-        } else {
-            extent::read_at(file, offset, wanted).map_err(|error| SyncError::file("reading", &self.path, error))?
-        };
+        let bytes = extent::read_at(file, offset, wanted).map_err(|error| SyncError::file("reading", &self.path, error))?;
         let end = bytes.len() < EXTENT_BYTES || offset + bytes.len() as u64 >= self.bytes;
         let hash = extent::hash(&bytes);
         let count = bytes.len();
-        let length = count as u32;
-        let content = if have == Some(&hash) {
+        let length = u32::try_from(count).unwrap_or(u32::MAX);
+        let content = if have.is_some_and(|held| held.hash == hash) {
             ExtentContent::Same { bytes: length }
         } else if extent::all_zeros(&bytes) {
             ExtentContent::Zeros { bytes: length }
+        } else if let Some(delta) = have.and_then(|held| extent::delta(&bytes, held)) {
+            ExtentContent::Pages { bytes: length, changed: delta.changed, data: delta.data }
         } else {
             ExtentContent::Data(bytes)
         };
@@ -231,21 +255,6 @@ fn open(path: &Path) -> io::Result<File> {
     use rustix::fs::{Mode, OFlags};
     let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     Ok(File::from(file))
-}
-
-/// `pg_control` is written in place while the server runs: it is read until it is whole.
-fn read_control_file(file: &File, path: &Path, bytes: usize) -> Result<bytes::Bytes, SyncError> {
-    for _ in 0..CONTROL_READS_MAX {
-        let read = extent::read_at(file, 0, bytes).map_err(|error| SyncError::file("reading", path, error))?;
-        if control_file::parse(&read).is_some() {
-            return Ok(read);
-        }
-        std::thread::sleep(Duration::from_millis(CONTROL_PAUSE_MS));
-    }
-    Err(SyncError::refused(
-        format!("the CRC of {} was wrong in {CONTROL_READS_MAX} reads", path.display()),
-        "Check the source with pg_controldata; its disk may be damaged.",
-    ))
 }
 
 impl Backup {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use pgtandem_proto::message::Lsn;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::super::error::SyncError;
 use super::super::relay::session::Identity;
@@ -21,6 +22,9 @@ use crate::config::NodeConfig;
 const CATCH_UP_POLL_MS: u64 = 20;
 /// Pause between two looks on the way to X and out of recovery, milliseconds.
 const CUT_POLL_MS: u64 = 1;
+
+/// Times in a row that our look at the position may be ended by replay.
+const CONFLICTS_MAX: u32 = 20;
 
 /// A standby under way. Dropping it ends the relay.
 pub(super) struct Following {
@@ -50,8 +54,8 @@ impl Target {
         };
         let folder = relay_folder(self.postgres.node());
         let relay = Relay::start(&folder, source, identity, journal.wal_segment_bytes, Lsn(journal.wal_end))?;
-        let client = self.start(&relay).await?;
-        self.wait_until_near(&relay, &client, lag_bytes_max).await?;
+        let mut client = self.start(&relay).await?;
+        self.wait_until_near(&relay, &mut client, lag_bytes_max).await?;
         self.following = Some(Following { relay, wal_segment_bytes: journal.wal_segment_bytes, client });
         Ok(())
     }
@@ -78,10 +82,10 @@ impl Target {
         connect(&self.postgres).await
     }
 
-    async fn wait_until_near(&self, relay: &Relay, client: &Client, lag_bytes_max: u64) -> Result<(), SyncError> {
+    async fn wait_until_near(&self, relay: &Relay, client: &mut Client, lag_bytes_max: u64) -> Result<(), SyncError> {
         let mut watch = Watch::new();
         loop {
-            let replayed = replayed(client).await.map_err(|error| with_last_words(error, &self.postgres))?;
+            let replayed = self.replayed(client).await?;
             let status = relay.status();
             self.note(&status, replayed.0);
             check_source(&status)?;
@@ -116,24 +120,21 @@ impl Target {
                 "Start the recovery again; the relay has to be held before X is read.",
             )
         })?;
-        let Some(following) = &self.following else { return Err(SyncError::Internal("no relay".into())) };
-        self.replay_to(following, x).await?;
+        let Some(mut following) = self.following.take() else { return Err(SyncError::Internal("no relay".into())) };
+        self.replay_to(&mut following, x).await?;
         let replayed_ms = began.elapsed().as_millis();
         let promoted = self.postgres.promote();
         promoted.map_err(|source| SyncError::Server { action: "leaving recovery", source })?;
         self.wait_for_writes(&following.client).await?;
         tracing::info!(x = %format_lsn(x), %replayed_ms, ms = %began.elapsed().as_millis(), "PostgreSQL left recovery");
-        fix_up(&self.postgres, &following.client).await?;
-        self.following = None;
-        Ok(())
+        fix_up(&self.postgres, &following.client).await
     }
 
-    async fn replay_to(&self, following: &Following, x: Lsn) -> Result<(), SyncError> {
+    async fn replay_to(&self, following: &mut Following, x: Lsn) -> Result<(), SyncError> {
         let end = record_end(x, following.wal_segment_bytes);
         let mut watch = Watch::new();
         loop {
-            let replayed =
-                replayed(&following.client).await.map_err(|error| with_last_words(error, &self.postgres))?;
+            let replayed = self.replayed(&mut following.client).await?;
             let status = following.relay.status();
             self.note(&status, replayed.0);
             if replayed > x {
@@ -145,6 +146,21 @@ impl Target {
             check_source(&status)?;
             watch.check((replayed.0, status.received_bytes, String::new()))?;
             tokio::time::sleep(Duration::from_millis(CUT_POLL_MS)).await;
+        }
+    }
+
+    /// How far PostgreSQL has replayed. A standby ends queries, and with them our session, that are in the way of
+    /// replay; that is no reason to give up.
+    async fn replayed(&self, client: &mut Client) -> Result<Lsn, SyncError> {
+        let mut tries = 0;
+        loop {
+            match replayed(client).await {
+                Err(error) if tries < CONFLICTS_MAX && in_the_way(&error, client) => {
+                    tries += 1;
+                    *client = connect(&self.postgres).await.map_err(|error| with_last_words(error, &self.postgres))?;
+                }
+                done => return done.map_err(|error| with_last_words(error, &self.postgres)),
+            }
         }
     }
 
@@ -216,6 +232,12 @@ async fn replayed(client: &Client) -> Result<Lsn, SyncError> {
     let text: Option<String> = row.and_then(|row| row.try_get(0)).map_err(|source| SyncError::Sql { action, source })?;
     let position = text.as_deref().map_or(Some(Lsn(0)), parse_lsn);
     position.ok_or_else(|| SyncError::Internal(format!("{action}: an answer that is no position")))
+}
+
+/// Whether replay ended our query or session (`ProcessRecoveryConflictInterrupt`).
+fn in_the_way(error: &SyncError, client: &Client) -> bool {
+    let SyncError::Sql { source, .. } = error else { return false };
+    client.is_closed() || source.code() == Some(&SqlState::T_R_SERIALIZATION_FAILURE)
 }
 
 /// If PostgreSQL is gone, what its log says instead of a broken connection.

@@ -9,12 +9,12 @@ use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use pgtandem_proto::message::{EXTENT_BYTES, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Progress};
+use pgtandem_proto::message::{EXTENT_BYTES, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Held, Progress};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::super::error::SyncError;
-use super::super::extent::{ExtentHash, extent_bytes, extent_count};
+use super::super::extent::{ExtentHash, delta_pages, extent_bytes, extent_count};
 use super::super::link::Link;
 use super::writer::{Place, Write, Writer, have};
 use super::{SILENCE_SECONDS_MAX, progressing};
@@ -51,12 +51,13 @@ struct Batch {
 /// A batch that was asked for, and how much of it came.
 struct Outstanding {
     batch: Batch,
+    /// Hash of each extent that was there.
     have: Vec<Option<ExtentHash>>,
     received: u32,
     cost: u64,
 }
 
-type HashJob = JoinHandle<Result<Vec<Option<ExtentHash>>, SyncError>>;
+type HashJob = JoinHandle<Result<Vec<Option<Held>>, SyncError>>;
 type Op = (Place, Write);
 
 /// Pulls all of `wanted`, in order. -> the root of each file that did not vanish
@@ -71,11 +72,7 @@ pub(super) async fn pull(
     let pulled = Puller { wanted, writes, progress }.run(link).await;
     // The writer's own error is the cause if it ended first; dropping the queue above ends it.
     let roots = writer.await.map_err(|error| SyncError::Internal(format!("writing files: {error}")))?;
-    match (pulled, roots) {
-        (_, Err(error)) => Err(error),
-        (Err(error), Ok(_)) => Err(error),
-        (Ok(()), Ok(roots)) => Ok(roots),
-    }
+    roots.and_then(|roots| pulled.map(|()| roots))
 }
 
 fn write_all(mut operations: mpsc::Receiver<Op>) -> Result<HashMap<u32, FileRoot>, SyncError> {
@@ -95,8 +92,8 @@ fn plan(wanted: &[Wanted]) -> impl Iterator<Item = Batch> + '_ {
             let first = batch * BATCH_EXTENTS_MAX;
             Batch {
                 wanted: index,
-                first: first as u32,
-                count: extents.saturating_sub(first).min(BATCH_EXTENTS_MAX) as u32,
+                first: u32::try_from(first).unwrap_or(u32::MAX),
+                count: u32::try_from(extents.saturating_sub(first).min(BATCH_EXTENTS_MAX)).unwrap_or(0),
                 last: batch + 1 == batches,
             }
         })
@@ -114,7 +111,7 @@ impl Puller<'_> {
         let wanted = Arc::clone(&self.wanted);
         let mut plan = plan(&wanted);
         let mut hashing: VecDeque<(Batch, HashJob)> = VecDeque::new();
-        let mut ready: Option<(Batch, Vec<Option<ExtentHash>>)> = None;
+        let mut ready: Option<(Batch, Vec<Option<Held>>)> = None;
         let mut outstanding: VecDeque<Outstanding> = VecDeque::new();
         let mut outstanding_bytes = 0;
         loop {
@@ -137,14 +134,11 @@ impl Puller<'_> {
                     if let Some((batch, have)) = ready.take() {
                         let cost = self.cost(batch);
                         outstanding_bytes += cost;
+                        let hashes = have.iter().map(|held| held.as_ref().map(|held| held.hash)).collect();
+                        outstanding.push_back(Outstanding { batch, have: hashes, received: 0, cost });
+                        // An empty file has nothing to ask for, only its turn among the writes.
                         if batch.count > 0 {
-                            let file = self.file(batch);
-                            room.send(FilesRequest::Extents { file, first: batch.first, have: have.clone() });
-                            outstanding.push_back(Outstanding { batch, have, received: 0, cost });
-                        } else {
-                            // An empty file: nothing to ask, but its turn among the writes. Files are written one
-                            // after the other, so it waits for those before it.
-                            outstanding.push_back(Outstanding { batch, have, received: 0, cost });
+                            room.send(FilesRequest::Extents { file: self.file(batch), first: batch.first, have });
                         }
                     }
                 }
@@ -214,10 +208,16 @@ impl Puller<'_> {
                 let count = bytes.len();
                 (Write::Data { index, bytes }, 0, count)
             }
+            ExtentContent::Pages { bytes, changed, data } => {
+                let (bytes, sent) = (bytes as usize, data.len());
+                let pages = delta_pages(bytes, &changed, &data).filter(|_| have.is_some() && bytes <= announced);
+                let pages = pages.ok_or_else(|| SyncError::Protocol("the pages of an extent do not add up".into()))?;
+                (Write::Pages { index, bytes, pages }, bytes - sent, sent)
+            }
             ExtentContent::Vanished => (Write::Vanish, 0, 0),
         };
         let bytes = match &write {
-            Write::Same { bytes, .. } | Write::Zeros { bytes, .. } => *bytes,
+            Write::Same { bytes, .. } | Write::Zeros { bytes, .. } | Write::Pages { bytes, .. } => *bytes,
             Write::Data { bytes, .. } => bytes.len(),
             Write::Vanish | Write::Finish => 0,
         };
@@ -235,7 +235,7 @@ impl Puller<'_> {
     }
 }
 
-async fn next(hashing: &mut VecDeque<(Batch, HashJob)>) -> Result<Vec<Option<ExtentHash>>, SyncError> {
+async fn next(hashing: &mut VecDeque<(Batch, HashJob)>) -> Result<Vec<Option<Held>>, SyncError> {
     match hashing.front_mut() {
         Some((_, job)) => job.await.map_err(|error| SyncError::Internal(format!("hashing files: {error}")))?,
         None => std::future::pending().await,

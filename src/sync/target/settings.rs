@@ -29,9 +29,9 @@ const RECOVERY_SETTINGS: [(&str, &str); 20] = [
     ("recovery_min_apply_delay", "0"),
     ("hot_standby", "on"),
     ("hot_standby_feedback", "off"),
-    // Replay never waits for a query on B.
-    ("max_standby_archive_delay", "0"),
-    ("max_standby_streaming_delay", "0"),
+    // Replay hardly ever waits for a query on B; our own look at its position takes less than this.
+    ("max_standby_archive_delay", "1s"),
+    ("max_standby_streaming_delay", "1s"),
     ("wal_receiver_create_temp_slot", "off"),
     ("wal_receiver_status_interval", "1s"),
     ("wal_receiver_timeout", "60s"),

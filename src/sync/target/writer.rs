@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use pgtandem_proto::message::{EXTENT_BYTES, FileRoot};
+use pgtandem_proto::message::{EXTENT_BYTES, FileRoot, Held};
 
 use super::super::error::SyncError;
 use super::super::extent::{self, ExtentHash, RootHasher};
@@ -21,6 +21,8 @@ pub(super) enum Write {
     Same { index: u32, hash: ExtentHash, bytes: usize },
     Zeros { index: u32, bytes: usize },
     Data { index: u32, bytes: Bytes },
+    /// Pages, by their offset in an extent of `bytes`; the others are right.
+    Pages { index: u32, bytes: usize, pages: Vec<(usize, Bytes)> },
     /// All extents were handled; the file ends where the last one did.
     Finish,
     /// The file is gone on A.
@@ -70,6 +72,14 @@ impl Writer {
             Write::Data { index, bytes } => {
                 current.open.write_all_at(&bytes, offset(index)).map_err(failed)?;
                 current.took(index, &extent::hash(&bytes), bytes.len()).map_err(failed)?;
+            }
+            Write::Pages { index, bytes, pages } => {
+                for (at, page) in pages {
+                    current.open.write_all_at(&page, offset(index) + at as u64).map_err(failed)?;
+                }
+                // The root is over what lies here now, so it proves that the other pages were right.
+                let whole = extent::read_at(&current.open, offset(index), bytes).map_err(failed)?;
+                current.took(index, &extent::hash(&whole), whole.len()).map_err(failed)?;
             }
             Write::Vanish => current.vanished = true,
             Write::Finish => self.finish(place)?,
@@ -133,8 +143,8 @@ impl Current {
     }
 }
 
-/// Extent hashes of what is at `path` from extent `first` on: `None` where there is nothing.
-pub(super) fn have(path: &Path, first: u32, count: u32) -> Result<Vec<Option<ExtentHash>>, SyncError> {
+/// Hashes of what is at `path` from extent `first` on: `None` where there is nothing.
+pub(super) fn have(path: &Path, first: u32, count: u32) -> Result<Vec<Option<Held>>, SyncError> {
     use rustix::fs::{Mode, OFlags};
     let nothing = vec![None; count as usize];
     let file = match rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) {
@@ -142,15 +152,15 @@ pub(super) fn have(path: &Path, first: u32, count: u32) -> Result<Vec<Option<Ext
         Err(rustix::io::Errno::NOENT) => return Ok(nothing),
         Err(error) => return Err(SyncError::file("opening", path, error.into())),
     };
-    let mut hashes = nothing;
-    for (index, hash) in (first..).zip(&mut hashes) {
+    let mut held = nothing;
+    for (index, held) in (first..).zip(&mut held) {
         let bytes = extent::read_at(&file, offset(index), EXTENT_BYTES).map_err(|error| SyncError::file("reading", path, error))?;
         if bytes.is_empty() {
             break;
         }
-        *hash = Some(extent::hash(&bytes));
+        *held = Some(extent::describe(&bytes));
     }
-    Ok(hashes)
+    Ok(held)
 }
 
 #[cfg(test)]
@@ -174,7 +184,7 @@ mod tests {
         assert!(kept.iter().all(Option::is_some));
         let mut writer = Writer::default();
         let place = place(&path);
-        writer.handle(&place, Write::Same { index: 0, hash: kept[0].unwrap(), bytes: EXTENT_BYTES }).unwrap();
+        writer.handle(&place, Write::Same { index: 0, hash: kept[0].as_ref().unwrap().hash, bytes: EXTENT_BYTES }).unwrap();
         writer.handle(&place, data(1, b"new")).unwrap();
         writer.handle(&place, data(2, b"")).unwrap();
         writer.handle(&place, Write::Finish).unwrap();
@@ -183,6 +193,24 @@ mod tests {
         assert!(content[..EXTENT_BYTES].iter().all(|byte| *byte == 7));
         assert_eq!(&content[EXTENT_BYTES..], b"new");
         assert_eq!(writer.into_roots()[&3].bytes, EXTENT_BYTES as u64 + 3);
+    }
+
+    #[test]
+    fn pages_change_only_what_they_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, vec![7; 3 * 8192 + 100]).unwrap();
+        let mut writer = Writer::default();
+        let place = place(&path);
+        let pages = vec![(8192, Bytes::from(vec![1; 8192])), (2 * 8192, Bytes::from(vec![2; 50]))];
+        writer.handle(&place, Write::Pages { index: 0, bytes: 2 * 8192 + 50, pages }).unwrap();
+        writer.handle(&place, Write::Finish).unwrap();
+        let content = std::fs::read(&path).unwrap();
+        let expected = [vec![7; 8192], vec![1; 8192], vec![2; 50]].concat();
+        assert!(content == expected);
+        let mut root = RootHasher::default();
+        root.add(&extent::hash(&expected), expected.len());
+        assert_eq!(writer.into_roots()[&3].root, root.finish().0);
     }
 
     #[test]
