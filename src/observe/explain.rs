@@ -1,5 +1,7 @@
 //! Every abnormal state in one sentence, with the next command to type. Pure.
 
+use std::fmt::Write as _;
+
 use pgtandem_proto::membership::NodeState;
 use pgtandem_proto::message::PostgresState;
 
@@ -78,11 +80,15 @@ fn member(node: &NodeView, proxy_running: bool) -> Option<Problem> {
 
 fn outside(node: &NodeView) -> Problem {
     let name = &node.name;
-    let why = node.last_error.as_deref().map(|error| format!(" ({error})")).unwrap_or_default();
+    let mut why = node.last_error.as_deref().map(|error| format!(" ({error})")).unwrap_or_default();
+    let failed = node.recovery.as_ref().and_then(|recovery| recovery.failed.as_ref());
+    if let Some(failed) = failed {
+        let _ = write!(why, "; its last recovery failed {failed} -- {}", failed.cause.hint);
+    }
     let recover = format!("pgtandem recover {name}");
     match node.state {
         None | Some(NodeState::Blank) => {
-            problem(format!("{name} is empty or its data are unknown; writes are not on it"), recover)
+            problem(format!("{name} is empty or its data are unknown; writes are not on it{why}"), recover)
         }
         Some(NodeState::Seeding) => problem(
             format!("{name} was being filled and that ended before its files were whole{why}"),
@@ -93,14 +99,14 @@ fn outside(node: &NodeView) -> Problem {
             format!("{recover}    # starts from what is there"),
         ),
         Some(NodeState::InSync) => problem(
-            format!("{name} believes that it is a member, and it is not in the set{why}; writes are not on it"),
+            format!("{name} believes that it is a member, and it is not in the set, and writes are not on it{why}"),
             recover,
         ),
         Some(NodeState::Stale) => {
-            problem(format!("{name} left the member set{why}; writes since then are not on it"), recover)
+            problem(format!("{name} left the member set, and writes since then are not on it{why}"), recover)
         }
         Some(NodeState::Suspect) => problem(
-            format!("rows on {name} differed from the leader's{why}; it is kept out"),
+            format!("rows on {name} differed from the leader's, so it is kept out{why}"),
             format!("{recover}    # copies what differs from the leader"),
         ),
         Some(NodeState::Forked) => problem(

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
-use crate::recovery::report::{Phase, Report};
+use crate::recovery::report::{Failed, Phase, Report};
 
 /// One moment of a recovery. Field names are stable; counters only grow within one recovery.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,8 @@ pub struct RecoveryView {
     /// Time spent in each phase that has ended.
     pub phase_ms: BTreeMap<String, f64>,
     pub warnings: Vec<String>,
+    /// Why it failed, if it did.
+    pub failed: Option<Failed>,
 }
 
 impl RecoveryView {
@@ -71,6 +73,7 @@ impl RecoveryView {
             version: report.version,
             phase_ms,
             warnings: report.warnings.clone(),
+            failed: report.failed.clone(),
         }
     }
 

@@ -5,6 +5,7 @@ use pgtandem_proto::message::{NodeFacts, NodeStatus, PostgresState};
 
 use super::report::{Cause, CauseKind};
 use crate::cluster::members;
+use crate::sync::facts::{Finding, compare};
 
 /// What the records say: refuses, or tells whether the node is a member now.
 pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStatus) -> Result<bool, Cause> {
@@ -78,18 +79,16 @@ pub fn judge_source(set: &MemberSet, source: &NodeStatus) -> Result<(), Cause> {
 
 /// What the facts say: refuses with every reason, or gives the warnings.
 pub fn judge_facts(node: &str, leader: &str, source: &NodeFacts, target: &NodeFacts) -> Result<Vec<String>, Cause> {
-    if target.foreign_server {
-        return Err(refused(
-            format!("a PostgreSQL that its agent did not start runs on the data directory of {node}"),
-            format!("stop it on {node} if it is not needed, then run the recovery again"),
-        ));
+    let (refusals, warnings): (Vec<_>, Vec<_>) =
+        compare(source, target).into_iter().partition(|finding| finding.refused);
+    if refusals.is_empty() {
+        return Ok(warnings.into_iter().map(|finding| format!("{} {}", finding.what, finding.hint)).collect());
     }
-    let mut warnings = Vec::new();
-    if !source.unlogged_tables.is_empty() {
-        warnings
-            .push(format!("unlogged tables of {leader} arrive empty on {node}: {}", source.unlogged_tables.join(", ")));
-    }
-    Ok(warnings)
+    let join = |part: fn(&Finding) -> &str| refusals.iter().map(part).collect::<Vec<_>>().join(" ");
+    Err(refused(
+        format!("{node} can not be filled from {leader}: {}", join(|finding| &finding.what).trim_end_matches('.')),
+        join(|finding| &finding.hint),
+    ))
 }
 
 fn refused(what: impl Into<String>, hint: impl Into<String>) -> Cause {
@@ -139,6 +138,22 @@ mod tests {
         assert!(refused(judge_record("a", &set, 3, &status("a", NodeState::InSync))));
         assert!(refused(judge_record("b", &set, 3, &status("b", NodeState::Forked))));
         assert!(refused(judge_record("b", &set, 2, &status("b", NodeState::Stale))));
+    }
+
+    #[test]
+    fn every_reason_against_a_fill_is_told_at_once() {
+        let source = NodeFacts { binaries_version_num: 150_018, architecture: "x86_64".into(), ..NodeFacts::default() };
+        let target = NodeFacts {
+            binaries_version_num: 160_004,
+            architecture: "aarch64".into(),
+            foreign_server: true,
+            ..NodeFacts::default()
+        };
+        let cause = judge_facts("b", "a", &source, &target).unwrap_err();
+        assert_eq!(cause.kind, CauseKind::Refused);
+        for part in ["b can not be filled from a", "15", "16", "aarch64", "did not start"] {
+            assert!(cause.what.contains(part), "{part} is not in {cause}");
+        }
     }
 
     #[test]

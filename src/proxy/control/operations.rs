@@ -66,18 +66,18 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
     }
 
     fn findings(&self, node: &NodeConfig, answer: Result<NodeStatus, String>) -> NodeFindings {
-        let report = self.recoveries.report(&node.name);
-        let failed = report.as_ref().and_then(|report| report.failed.as_ref()).map(ToString::to_string);
+        // A recovery that was not begun says nothing about the node.
+        let begun = self.recoveries.report(&node.name).filter(|report| {
+            report.failed.as_ref().is_none_or(|failed| failed.cause.kind != CauseKind::NeedsConsent)
+        });
         NodeFindings {
             name: node.name.clone(),
             address: node.agent.to_string(),
             earlier: self.seen.get(&node.name).status,
             answer,
-            last_error: failed
-                .map(|failed| format!("its recovery failed {failed}"))
-                .or_else(|| self.source.last_error(&node.name)),
-            recovering: report.as_ref().is_some_and(|report| !report.ended),
-            recovery: report.as_ref().map(|report| RecoveryView::new(&node.name, report)),
+            last_error: self.source.last_error(&node.name),
+            recovering: begun.as_ref().is_some_and(|report| !report.ended),
+            recovery: begun.as_ref().map(|report| RecoveryView::new(&node.name, report)),
         }
     }
 
