@@ -209,7 +209,7 @@ SELECT json_build_object(
   FROM asked_functions a CROSS JOIN LATERAL (
     SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
-      'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates)),
+      'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates) OR u.oid >= 16384::oid),
       'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]),
       'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')))) AS fact
     FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::expressions::{Look, OWN_SCHEMA, look};
 use super::facts::{Facts, Relation};
 use super::functions::Effect;
-use super::needs::Name;
+use super::needs::{Name, Needs};
 use super::parse::{Statement, tree};
 use super::plan::{Admin, Control, Lane, Plan};
 use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
@@ -71,7 +71,7 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
             let lane = lane(node, &context);
             // set_config() and functions with SET-like effects run behind no guard
             let changes_settings = matches!(lane, Lane::Read { guard: true, .. })
-                || facts.functions.keys().any(|name| name.name == "set_config")
+                || Needs::of(statement).functions.iter().any(|name| name.name == "set_config")
                 || matches!(node, NodeEnum::ExecuteStmt(_) | NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_));
             Plan { changes_settings, ..plan(lane) }
         }

@@ -173,7 +173,8 @@ fn visit(look: &mut Look, kind: &str, fields: &Map<String, Value>, facts: &Facts
         "RangeTableSample" => look.order = Some("TABLESAMPLE".to_owned()),
         "CurrentOfExpr" => look.order = Some("WHERE CURRENT OF".to_owned()),
         "WindowDef" => look.order = Some("a window function".to_owned()),
-        "IntoClause" => look.into = true,
+        // a field of its own kind
+        "" if fields.contains_key("skip_data") => look.into = true,
         "LockingClause" => look.locks_rows = true,
         "InsertStmt" => look.writes = Some("INSERT"),
         "UpdateStmt" => look.writes = Some("UPDATE"),
@@ -217,7 +218,7 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         return;
     };
     let builtin = candidates.iter().all(|candidate| candidate.builtin);
-    look.dates |= candidates.iter().any(|candidate| candidate.dates || !candidate.builtin);
+    look.dates |= candidates.iter().any(|candidate| candidate.dates);
     look.floats |= !functions::is_float_aggregate(&name.name) && candidates.iter().any(|candidate| candidate.floats);
     let first = fields.get("args").and_then(|arguments| arguments.get(0));
     // date(text), a cast in the form of a call
@@ -235,6 +236,7 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         (builtin, arguments, functions::session_value(&name.name), location(fields))
     {
         let expression = format!("pg_catalog.{}()", name.name);
+        look.dates |= sql_type != "pg_catalog.name";
         look.session_values.push(SessionValue { location, hidden: text_form(&expression, sql_type), sql_type });
         look.note(Effect::Pure, String::new);
         return;

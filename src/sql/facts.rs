@@ -107,7 +107,7 @@ pub struct Function {
     pub kind: String,
     /// One argument that is a row: `t.f` can call it.
     pub of_row: bool,
-    /// Takes or gives a date or time.
+    /// Takes or gives a date or time, or takes a type that is not built in and may be one.
     #[serde(default)]
     pub dates: bool,
     /// Gives a floating point number.
