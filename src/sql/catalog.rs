@@ -72,7 +72,7 @@ const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolat
 const DATE_TYPES: &str = "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
 
 /// Blanks around operators matter, see [`qualify`].
-const TEMPLATE: &str = r#"WITH RECURSIVE
+const TEMPLATE: &str = r"WITH RECURSIVE
 spaces(oid, pos) AS MATERIALIZED (
   SELECT n.oid, u.pos FROM pg_catalog.unnest(pg_catalog.current_schemas(true)) WITH ORDINALITY AS u(nsp, pos)
   JOIN pg_catalog.pg_namespace n ON n.nspname = u.nsp),
@@ -238,4 +238,4 @@ SELECT json_build_object(
   JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
   LEFT JOIN traits x ON x.top = t.oid),
 'settings', (SELECT json_object_agg(s.name, current_setting(s.name, true)) FROM asked_settings s)
-)::text"#;
+)::text";

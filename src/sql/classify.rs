@@ -14,7 +14,8 @@ use super::expressions::{Look, OWN_SCHEMA, look};
 use super::facts::{Facts, Relation};
 use super::functions::Effect;
 use super::needs::{Name, Needs};
-use super::parse::{Statement, tree};
+use super::lex::{Kind, Lexer};
+use super::parse::{ParseError, Statement, tree};
 use super::plan::{Admin, Control, Lane, Plan};
 use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
 use super::shape::Shape;
@@ -35,10 +36,19 @@ impl Context<'_> {
     }
 }
 
-/// The plan for a text that PostgreSQL's parser does not take: the leader answers the error.
+/// The plan for a text that PostgreSQL's parser does not take: the leader answers the error. A tree that is too deep to be read
+/// is refused unless it only reads, which the guard sees to.
 #[must_use]
-pub fn unparsed() -> Plan {
-    plan(read(true))
+pub fn unparsed(error: &ParseError, text: &str) -> Plan {
+    let first = Lexer::new(text).find(|token| token.kind == Kind::Word).and_then(|token| text.get(token.range));
+    let reads = first.is_some_and(|word| ["select", "values", "table", "with"].iter().any(|known| known.eq_ignore_ascii_case(word)));
+    match error {
+        ParseError::Tree if !reads => plan(refused(
+            "the statement is nested too deeply for pgtandem to see what it does",
+            "Split it into several statements, or put long expressions into fewer levels.",
+        )),
+        _ => plan(read(true)),
+    }
 }
 
 pub(super) fn read(guard: bool) -> Lane {
@@ -208,7 +218,7 @@ fn explain(statement: &ExplainStmt, context: &Context<'_>) -> Lane {
 }
 
 fn declare(statement: &DeclareCursorStmt, context: &Context<'_>) -> Lane {
-    let query = statement.query.as_ref().map(|query| tree(query)).unwrap_or_default();
+    let query = statement.query.as_ref().map(tree).unwrap_or_default();
     match select(&query, context.facts) {
         // FETCH runs the query later, without a guard
         Lane::Read { guard: true, .. } => {

@@ -304,6 +304,31 @@ fn freeze_is_dropped_for_followers() {
 }
 
 #[test]
+fn copy_data_are_looked_at_where_they_are_dates() {
+    let dates = |text: &str| match written(text).effect {
+        EffectPlan::Copy { dates, .. } => dates,
+        other => panic!("{text}: {other:?}"),
+    };
+    assert_eq!(dates("COPY keyless FROM STDIN"), None);
+    assert_eq!(dates("COPY t (id, v) FROM STDIN"), None);
+    assert_eq!(dates("COPY t FROM STDIN (FORMAT binary)"), None);
+    assert_eq!(dates("COPY t FROM STDIN").map(|dates| (dates.fields, dates.delimiter)), Some((vec![3], b'\t')));
+    let csv = dates("COPY t (at, id) FROM STDIN WITH (FORMAT csv, DELIMITER ';', QUOTE '|')").expect("a date");
+    assert_eq!((csv.fields, csv.csv, csv.delimiter, csv.quote, csv.escape), (vec![0], true, b';', b'|', b'|'));
+    assert!(dates("COPY t FROM STDIN CSV").is_some_and(|dates| dates.csv && dates.delimiter == b','));
+}
+
+#[test]
+fn what_can_not_be_parsed_goes_to_the_leader_behind_the_guard() {
+    let of = |text: &str| unparsed(&parse_one(text).expect_err(text), text).lane;
+    assert_eq!(of("SELEC 1"), read(true));
+    let deep = format!("SELECT {}1{}", "abs(".repeat(300), ")".repeat(300));
+    assert_eq!(of(&deep), read(true));
+    let deep = format!("/* c */ UPDATE t SET v = {}1{} WHERE id = 1", "abs(".repeat(300), ")".repeat(300));
+    assert!(matches!(of(&deep), Lane::Refused(_)));
+}
+
+#[test]
 fn nothing_that_is_called_is_overlooked() {
     // places where the parser's own walk does not look
     for text in [

@@ -188,7 +188,7 @@ fn clear_password(options: &[Node]) -> Option<Lane> {
 /// `md5` and 32 hexadecimal digits.
 const MD5_VERIFIER_BYTES: usize = 35;
 
-fn relations<'n>(nodes: &'n [Node]) -> impl Iterator<Item = &'n RangeVar> {
+fn relations(nodes: &[Node]) -> impl Iterator<Item = &RangeVar> {
     nodes.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::RangeVar(relation)) => Some(relation),
         _ => None,
@@ -314,11 +314,11 @@ fn alter_table(statement: &AlterTableStmt, context: &Context<'_>) -> Option<Lane
     if table.is_some_and(Relation::is_temporary) {
         return None;
     }
-    let commands = statement.cmds.iter().filter_map(|node| match node.node.as_ref() {
+    let mut commands = statement.cmds.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::AlterTableCmd(command)) => Some(command.as_ref()),
         _ => None,
     });
-    commands.filter_map(|command| alter_command(command, table, context)).next()
+    commands.find_map(|command| alter_command(command, table, context))
 }
 
 fn alter_command(command: &AlterTableCmd, table: Option<&Relation>, context: &Context<'_>) -> Option<Lane> {
@@ -334,7 +334,6 @@ fn alter_command(command: &AlterTableCmd, table: Option<&Relation>, context: &Co
         (AlterTableType::AtDetachPartition, Some(NodeEnum::PartitionCmd(partition))) if partition.concurrent => {
             Some(concurrently("DETACH PARTITION"))
         }
-        (AlterTableType::AtAddIdentity, _) => None,
         _ => None,
     }
 }

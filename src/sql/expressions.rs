@@ -23,6 +23,7 @@ pub struct SessionValue {
 
 /// The result of [`look`].
 #[derive(Clone, Debug, Default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent observations")]
 pub struct Look {
     /// The worst effect of what is called.
     pub effect: Option<Effect>,
@@ -159,10 +160,8 @@ fn visit(look: &mut Look, kind: &str, fields: &Map<String, Value>, facts: &Facts
                 call_of_row(look, &Name::new("", name), facts);
             }
         }
-        "AConst" => {
-            if fields.get("val").is_some_and(|value| value.get("Sval").is_some()) {
-                look.strings.extend(location(fields));
-            }
+        "AConst" if fields.get("val").is_some_and(|value| value.get("Sval").is_some()) => {
+            look.strings.extend(location(fields));
         }
         "ParamRef" => {
             let number = fields.get("number").and_then(Value::as_i64).and_then(|number| i32::try_from(number).ok());

@@ -97,6 +97,7 @@ pub fn effect(candidates: &[Function], arguments: Option<usize>) -> Option<Effec
     candidates.iter().map(|candidate| effect_of(candidate, arguments)).max()
 }
 
+#[allow(clippy::match_same_arms, reason = "the order of the arms is the order of the rules")]
 fn effect_of(function: &Function, arguments: Option<usize>) -> Effect {
     let name = function.name.as_str();
     match (function.builtin, function.volatility.as_str()) {

@@ -164,6 +164,7 @@ fn write(statement: &InsertStmt, relation: &Relation, effect: EffectPlan, edits:
 
 type Made = Result<Option<Write>, Refusal>;
 
+#[allow(clippy::unnecessary_wraps, reason = "the same shape as its siblings")]
 fn point(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
     let Some((edits, hidden)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
     let effect = EffectPlan::Text {

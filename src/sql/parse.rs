@@ -32,7 +32,10 @@ pub fn parse(text: &str) -> Result<Vec<Statement>, ParseError> {
     // the binding indexes into trees that a client made up; a panic of it must not end a session
     let parsed = std::panic::catch_unwind(|| pg_query::parse(text, 0))
         .map_err(|_| ParseError::Tree)?
-        .map_err(|error| ParseError::Syntax(error.to_string()))?;
+        .map_err(|error| match error {
+            pg_query::Error::Decode(_) => ParseError::Tree,
+            other => ParseError::Syntax(other.to_string()),
+        })?;
     let mut statements = Vec::with_capacity(parsed.protobuf.stmts.len());
     for raw in parsed.protobuf.stmts {
         let start = usize::try_from(raw.stmt_location).map_err(|_| ParseError::Tree)?;

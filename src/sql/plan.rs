@@ -3,6 +3,7 @@
 //! A [`Plan`] belongs to a *shape* (text with its literals masked), so it holds no literal of the statement that
 //! it was made from. Texts for the leader and the followers are made from the plan and the text at hand.
 
+use super::copy_dates::CopyDates;
 use super::text::Edits;
 
 /// What is done with every statement of one shape, under one context and schema number.
@@ -61,6 +62,7 @@ pub struct Refusal {
 
 /// A statement that changes permanent data or definitions.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "independent properties")]
 pub struct Write {
     pub effect: EffectPlan,
     /// Values to be appended to the leader's RETURNING (or a RETURNING of our own), as SQL expressions, in this order.
@@ -105,8 +107,8 @@ pub enum EffectPlan {
     Copy {
         owner: Option<Role>,
         text: CopyText,
-        /// Data go to date and time columns: look at them with [`super::dates::data_has_now`].
-        dates_matter: bool,
+        /// Data go to date and time columns: if the scanner finds one that is the clock's, the statement is refused.
+        dates: Option<CopyDates>,
     },
 }
 
