@@ -1,11 +1,20 @@
 //! The one configuration file, the same on every host.
 //!
-//! Unknown keys are refused with the nearest known one.
+//! Here stand its keys, how it is read and what an error about it says. What must hold beyond the types is in
+//! [`check`]. Nothing here looks at the machine: whether a folder exists is for the daemon that uses it.
+
+pub mod check;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+/// Where the file is when neither `--config` nor `PGTANDEM_CONFIG` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/pgtandem/pgtandem.toml";
+
+/// Longest configuration file that is read, bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,6 +57,7 @@ pub struct ProxyConfig {
     /// Effects in memory for a node that is joining, bytes.
     #[serde(default = "default_backlog_bytes_max")]
     pub backlog_bytes_max: u64,
+    /// Client connections at once; one more is refused with SQLSTATE 53300.
     #[serde(default = "default_clients_max")]
     pub clients_max: usize,
 }
@@ -84,4 +94,160 @@ pub struct NodeConfig {
     pub socket_dir: PathBuf,
     /// PostgreSQL's port; part of the socket's name.
     pub port: u16,
+}
+
+/// Why a configuration cannot be used: always with the file, and the line where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("configuration {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("configuration {path}: longer than {FILE_BYTES_MAX} bytes")]
+    TooLong { path: PathBuf },
+    #[error("configuration {path}, line {line}: unknown key \"{key}\"{}", nearest_text(.nearest.as_deref()))]
+    UnknownKey { path: PathBuf, line: usize, key: String, nearest: Option<String> },
+    #[error("configuration {path}, line {line}: {what}")]
+    Syntax { path: PathBuf, line: usize, what: String },
+    #[error("configuration {path}: {what}")]
+    Meaning { path: PathBuf, what: check::Problem },
+}
+
+impl ConfigError {
+    /// The next thing to do, one sentence.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                "name the file with --config FILE or PGTANDEM_CONFIG; `pgtandem sandbox up --dir D` makes a cluster \
+                 with its configuration in D/pgtandem.toml"
+                    .into()
+            }
+            Self::Read { .. } => {
+                "make the file readable for this user, or run the command as the user that owns it".into()
+            }
+            Self::TooLong { .. } => "this is not a configuration of pgtandem; name the right file with --config".into(),
+            Self::UnknownKey { nearest: Some(nearest), .. } => format!("write {nearest}, or remove the line"),
+            Self::UnknownKey { .. } => "remove the line; docs/settings.md lists every key".into(),
+            Self::Syntax { .. } => "correct the line; docs/settings.md has a complete example".into(),
+            Self::Meaning { what, .. } => what.hint(),
+        }
+    }
+}
+
+fn nearest_text(nearest: Option<&str>) -> String {
+    nearest.map(|name| format!("; the nearest known one is \"{name}\"")).unwrap_or_default()
+}
+
+impl Config {
+    /// Reads and checks the file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        use std::io::Read;
+        let read = |source| ConfigError::Read { path: path.into(), source };
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(read)?;
+        file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(read)?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            return Err(ConfigError::TooLong { path: path.into() });
+        }
+        Self::parse(&text, path)
+    }
+
+    /// Understands and checks `text`; `path` is only for errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| explain(&error, text, path))?;
+        check::check(&config).map_err(|what| ConfigError::Meaning { path: path.into(), what })?;
+        Ok(config)
+    }
+
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&NodeConfig> {
+        self.nodes.iter().find(|node| node.name == name)
+    }
+}
+
+/// Turns serde's error into ours. serde names an unknown key and the known ones in its message only, between
+/// backquotes: "unknown field `a`, expected one of `b`, `c`" (serde, `de::Error::unknown_field`).
+fn explain(error: &toml::de::Error, text: &str, path: &Path) -> ConfigError {
+    let start = error.span().map_or(0, |span| span.start.min(text.len()));
+    let line = 1 + text.as_bytes().iter().take(start).filter(|byte| **byte == b'\n').count();
+    let message = error.message();
+    let mut names = message.split('`').skip(1).step_by(2);
+    match names.next() {
+        Some(key) if message.starts_with("unknown field") => {
+            let nearest = names.max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
+            let (key, nearest) = (key.to_owned(), nearest.map(str::to_owned));
+            ConfigError::UnknownKey { path: path.into(), line, key, nearest }
+        }
+        _ => ConfigError::Syntax { path: path.into(), line, what: message.trim().replace('\n', ", ") },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) const GOOD: &str = r#"
+[cluster]
+name = "shop"
+
+[proxy]
+node = "a"
+listen = "127.0.0.1:6432"
+state_dir = "/var/lib/pgtandem/proxy"
+
+[[node]]
+name = "a"
+agent = "10.0.0.1:6433"
+state_dir = "/var/lib/pgtandem/agent"
+pgdata = "/var/lib/postgresql/15/main"
+bin_dir = "/usr/lib/postgresql/15/bin"
+socket_dir = "/run/pgtandem"
+port = 5432
+
+[[node]]
+name = "b"
+agent = "10.0.0.2:6433"
+state_dir = "/var/lib/pgtandem/agent"
+pgdata = "/var/lib/postgresql/15/main"
+bin_dir = "/usr/lib/postgresql/15/bin"
+socket_dir = "/run/pgtandem"
+port = 5432
+"#;
+
+    fn message(text: &str) -> String {
+        Config::parse(text, Path::new("x.toml")).expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn reads_two_hosts_and_what_it_writes_itself() {
+        let config = Config::parse(GOOD, Path::new("x.toml")).unwrap();
+        assert_eq!(config.nodes.len(), 2);
+        assert_eq!(config.proxy.gate_ms_max, 1000);
+        let again = toml::to_string(&config).unwrap();
+        assert_eq!(Config::parse(&again, Path::new("x.toml")).unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_key_names_the_nearest_and_the_line() {
+        let text = GOOD.replace("[[node]]\nname = \"a\"", "[[node]]\npg_data = \"/x\"\nname = \"a\"");
+        assert_eq!(
+            message(&text),
+            "configuration x.toml, line 11: unknown key \"pg_data\"; the nearest known one is \"pgdata\""
+        );
+        let text = GOOD.replace("listen =", "lisen =");
+        assert!(message(&text).contains("line 7: unknown key \"lisen\"; the nearest known one is \"listen\""));
+    }
+
+    #[test]
+    fn wrong_value_names_the_line() {
+        let text = GOOD.replacen("port = 5432", "port = 99999", 1);
+        assert!(message(&text).starts_with("configuration x.toml, line 17: "), "{}", message(&text));
+        assert!(message("[cluster").starts_with("configuration x.toml, line 1: "));
+    }
+
+    #[test]
+    fn missing_file_says_how_to_name_one() {
+        let error = Config::load(Path::new("/nonexistent/pgtandem.toml")).expect_err("must be refused");
+        assert!(error.to_string().contains("/nonexistent/pgtandem.toml"));
+        assert!(error.hint().contains("--config"));
+    }
 }

@@ -4,5 +4,8 @@
 //! PostgreSQL, the files of a fill, or WAL. Both ends start with HELLO; see `SPEC.md` for the order of frames.
 #![forbid(unsafe_code)]
 
+pub mod codec;
+pub mod frame;
+pub mod hello;
 pub mod membership;
 pub mod message;

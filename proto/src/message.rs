@@ -1,5 +1,9 @@
 //! The messages of each channel. Encoded with postcard inside frames; see `SPEC.md` for types and order.
+//!
+//! Bulk bytes (file extents, WAL) do not go through serde: they are skipped there and
+//! travel raw behind the encoded message in the same frame, see [`crate::frame::Message`].
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::membership::{Epoch, MemberSet, NodeState, Record};
@@ -199,8 +203,8 @@ pub enum ExtentContent {
     Same { bytes: u32 },
     /// That many zero bytes.
     Zeros { bytes: u32 },
-    /// At most [`EXTENT_BYTES`].
-    Data(Vec<u8>),
+    /// At most [`EXTENT_BYTES`]. Travels as the bulk of the frame.
+    Data(#[serde(skip)] Bytes),
     /// The file is gone.
     Vanished,
 }
@@ -230,8 +234,14 @@ pub const WAL_CHUNK_BYTES_MAX: usize = 128 * 1024;
 pub enum WalReply {
     /// `history` is the timeline history file of `timeline`, empty for timeline 1.
     Started { timeline: u32, system_identifier: u64, wal_segment_bytes: u32, history: Vec<u8>, flushed: Lsn },
-    /// At most [`WAL_CHUNK_BYTES_MAX`] bytes from `start`, all of them flushed on the source.
-    Data { start: Lsn, flushed: Lsn, bytes: Vec<u8> },
+    /// At most [`WAL_CHUNK_BYTES_MAX`] bytes from `start`, all of them flushed on the source. `bytes` travels as the
+    /// bulk of the frame.
+    Data {
+        start: Lsn,
+        flushed: Lsn,
+        #[serde(skip)]
+        bytes: Bytes,
+    },
     /// Sent when the flushed position moved and at least once a second.
     Flushed { flushed: Lsn },
     Failed(Failure),

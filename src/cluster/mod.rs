@@ -1,1 +1,4 @@
-//! The member set and the durable record: pure.
+//! The member set and the durable record: pure. No I/O, no clock.
+
+pub mod members;
+pub mod record;

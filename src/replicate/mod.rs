@@ -1,1 +1,18 @@
 //! Effects, transactions, commit, gate, followers, backlog, in-doubt resolution.
+//!
+//! A session collects the effects of its transaction in an [`effects::EffectLog`]. At COMMIT a [`flight`] applies
+//! them on each follower and prepares; the [`gate`] lets the leader's COMMIT through; followers finish.
+//! [`hub::Hub`] is what all sessions share.
+
+pub mod backlog;
+pub mod commit;
+pub mod effects;
+pub mod flight;
+pub mod follower;
+pub mod gate;
+pub mod hub;
+pub mod join;
+pub mod maintain;
+pub mod marks;
+pub mod resolve;
+pub mod schema;

@@ -1,1 +1,15 @@
-//! One client's life.
+//! One client's life: its connection, its own connection to the leader, and what it does in between.
+//!
+//! A session lives on one thread. [`wire`] moves frames both ways and knows which answers are the client's and which
+//! are hidden; [`simple`] and [`extended`] are the two protocols; [`commit`] is how a transaction with effects ends.
+
+pub mod cancel;
+pub mod commit;
+pub mod copy;
+pub mod effect;
+pub mod extended;
+pub mod planning;
+pub mod run;
+pub mod simple;
+pub mod start;
+pub mod wire;

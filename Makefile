@@ -1,0 +1,28 @@
+# make demo    the main job on this machine, with numbers      make test    every test
+# Both install what is missing first (see scripts/setup); the second time that does nothing.
+
+CARGO ?= cargo
+
+.PHONY: demo test setup bench check
+
+demo: setup
+	$(CARGO) run --locked --quiet -- demo
+
+# Same profile as the demo, so that nothing is built twice.
+test: setup
+	scripts/setup test
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --locked --workspace; \
+	else \
+		$(CARGO) test --locked --workspace -- --test-threads=2; \
+	fi
+
+bench: setup
+	$(CARGO) bench --locked
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+setup:
+	@scripts/setup

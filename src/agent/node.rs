@@ -1,0 +1,137 @@
+//! What all connections of one agent share: its record, its PostgreSQL, its tunnels, the recovery under way.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use pgtandem_proto::membership::{NodeState, Record};
+use pgtandem_proto::message::{Failure, FailureCode, NodeStatus};
+
+use super::postgres::Postgres;
+use super::record::{RecordFileError, RecordStore};
+use super::recovery::RecoverySlot;
+use super::supervisor::Supervisor;
+use super::tls::Identity;
+use super::tunnels::Tunnels;
+use crate::cluster::record::RecordError;
+use crate::config::{Config, NodeConfig};
+
+/// Why a change of the record was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    #[error(transparent)]
+    Rule(#[from] RecordError),
+    #[error(transparent)]
+    File(#[from] RecordFileError),
+    #[error("the task that writes the record ended: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl ChangeError {
+    #[must_use]
+    pub fn failure(&self) -> Failure {
+        let (code, hint) = match self {
+            ChangeError::Rule(
+                RecordError::OldEpoch { .. } | RecordError::OldMembers { .. } | RecordError::TwoSets { .. },
+            ) => (FailureCode::OldEpoch, "a newer proxy rules this node: stop the old one; see pgtandem status"),
+            ChangeError::Rule(RecordError::Transition { .. }) => {
+                (FailureCode::WrongState, "fill this node: pgtandem recover NODE; a member is detached first")
+            }
+            ChangeError::Rule(_) => (FailureCode::Request, "see pgtandem status"),
+            ChangeError::File(_) => (FailureCode::Internal, "check the disk of the node's state_dir"),
+            ChangeError::Task(_) => (FailureCode::Internal, "see the agent's log"),
+        };
+        Failure { code, what: self.to_string(), hint: hint.to_owned() }
+    }
+}
+
+/// The state of an agent. Shared by all of its tasks.
+pub struct Node {
+    /// The whole configuration.
+    pub cluster: Config,
+    /// This node's part of it.
+    pub config: NodeConfig,
+    pub identity: Identity,
+    pub supervisor: Supervisor,
+    pub tunnels: Tunnels,
+    pub recovery: RecoverySlot,
+    /// The file. Locked by blocking tasks only.
+    store: Arc<Mutex<RecordStore>>,
+    /// What the file says; read by everybody.
+    record: Arc<RwLock<Arc<Record>>>,
+}
+
+impl Node {
+    #[must_use]
+    pub fn new(cluster: Config, config: NodeConfig, identity: Identity, store: RecordStore) -> Node {
+        let record = Arc::new(RwLock::new(Arc::new(store.record().clone())));
+        Node {
+            supervisor: Supervisor::new(Postgres::new(config.clone())),
+            cluster,
+            config,
+            identity,
+            tunnels: Tunnels::default(),
+            recovery: RecoverySlot::default(),
+            store: Arc::new(Mutex::new(store)),
+            record,
+        }
+    }
+
+    #[must_use]
+    pub fn postgres(&self) -> &Postgres {
+        self.supervisor.postgres()
+    }
+
+    /// The record as it is on disk.
+    #[must_use]
+    pub fn record(&self) -> Arc<Record> {
+        self.record.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes the record; durable when this returns. Happens whole even if the future is dropped.
+    pub async fn change_record(
+        &self,
+        change: impl FnOnce(&Record) -> Result<Record, RecordError> + Send + 'static,
+    ) -> Result<Arc<Record>, ChangeError> {
+        let (store, current) = (self.store.clone(), self.record.clone());
+        tokio::task::spawn_blocking(move || {
+            let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+            let next = change(store.record())?;
+            if &next != store.record() {
+                store.replace(next)?;
+                let next = Arc::new(store.record().clone());
+                tracing::info!(promised = next.promised, state = ?next.state, uncertain = next.uncertain, members = ?next.members, "record stored");
+                *current.write().unwrap_or_else(PoisonError::into_inner) = next;
+            }
+            let current = current.read().unwrap_or_else(PoisonError::into_inner).clone();
+            Ok(current)
+        })
+        .await?
+    }
+
+    #[must_use]
+    pub fn status(&self) -> NodeStatus {
+        NodeStatus {
+            record: Record::clone(&self.record()),
+            postgres: self.postgres().state(),
+            postgres_detail: self.supervisor.detail(),
+            progress: self.recovery.progress(),
+        }
+    }
+
+    /// The configuration of another node, to copy from or to serve.
+    #[must_use]
+    pub fn other(&self, name: &str) -> Option<&NodeConfig> {
+        self.cluster.nodes.iter().find(|node| node.name == name && node.name != self.config.name)
+    }
+
+    /// Whether the proxy may use this node's PostgreSQL in this state: a member, or one that is about to be.
+    #[must_use]
+    pub fn state_serves(state: NodeState) -> bool {
+        matches!(state, NodeState::InSync | NodeState::Joining | NodeState::CatchingUp)
+    }
+
+    #[must_use]
+    pub fn lock_path(node: &NodeConfig) -> PathBuf {
+        node.state_dir.join("agent.lock")
+    }
+}

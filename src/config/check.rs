@@ -1,0 +1,247 @@
+//! What must hold in a configuration beyond the types of its values. Pure.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use super::{Config, NodeConfig};
+
+/// Nodes in one cluster.
+pub const NODES_MAX: usize = 32;
+/// Bytes of a cluster's or a node's name.
+pub const NAME_BYTES_MAX: usize = 32;
+/// Bytes of a path that ends up in a unix socket's address (`sun_path` has 108, with a zero byte at its end).
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// Name of the proxy in certificates; no node can have it.
+pub const PROXY_NAME: &str = "proxy";
+
+/// What is wrong with the meaning of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    #[error("there is no [[node]]")]
+    NoNodes,
+    #[error("there are {0} nodes, at most {NODES_MAX} are possible")]
+    TooManyNodes(usize),
+    #[error("{what} is called \"{name}\"; a name has 1 to {NAME_BYTES_MAX} of {allowed}")]
+    BadName { what: &'static str, name: String, allowed: &'static str },
+    #[error("a node is called \"{PROXY_NAME}\"; the proxy has that name in the certificates")]
+    ReservedName,
+    #[error("two nodes are called \"{0}\"")]
+    DuplicateName(String),
+    #[error("proxy.node is \"{node}\", which is no [[node]]; there are: {known}")]
+    UnknownProxyNode { node: String, known: String },
+    #[error("{first} and {second} both listen on {address}")]
+    SameAddress { first: String, second: String, address: SocketAddr },
+    #[error("{what} is {address}: port 0 is no port to connect to")]
+    NoPort { what: String, address: SocketAddr },
+    #[error("agent of node \"{node}\" is {address}: other hosts cannot connect to that")]
+    NotReachable { node: String, address: SocketAddr },
+    #[error("{first} and {second}, on the same host, both use {}", .path.display())]
+    SamePath { first: String, second: String, path: PathBuf },
+    #[error("{what} is {}, which is no absolute path", .path.display())]
+    Relative { what: String, path: PathBuf },
+    #[error("{what}: the socket {} is {bytes} bytes long, PostgreSQL and Linux allow {SOCKET_PATH_BYTES_MAX}", .path.display())]
+    SocketPathTooLong { what: String, path: PathBuf, bytes: usize },
+    #[error("{what} is {value}; it must be from {min} to {max}")]
+    OutOfRange { what: &'static str, value: u64, min: u64, max: u64 },
+}
+
+impl Problem {
+    /// The next thing to do, one sentence.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        match self {
+            Self::NoNodes => "add a [[node]] for each PostgreSQL server".into(),
+            Self::TooManyNodes(_) => "remove nodes, or make a second cluster".into(),
+            Self::BadName { .. } | Self::ReservedName | Self::DuplicateName(_) => "choose another name".into(),
+            Self::UnknownProxyNode { .. } => "write the name of the node on whose host the proxy runs".into(),
+            Self::SameAddress { .. } | Self::NoPort { .. } => "choose a free port".into(),
+            Self::NotReachable { .. } => "write the address by which the other hosts reach this node".into(),
+            Self::SamePath { .. } => "give each its own folder".into(),
+            Self::Relative { .. } => "write the whole path, from /".into(),
+            Self::SocketPathTooLong { .. } => "choose a shorter folder, for example below /run".into(),
+            Self::OutOfRange { .. } => "choose a value within these limits, or remove the line".into(),
+        }
+    }
+}
+
+/// Checks everything that can be known without looking at the machine; the first problem found is returned.
+pub fn check(config: &Config) -> Result<(), Problem> {
+    names(config)?;
+    addresses(config)?;
+    paths(config)?;
+    limits(config)
+}
+
+fn names(config: &Config) -> Result<(), Problem> {
+    let good = |name: &str, others: &[u8]| {
+        (1..=NAME_BYTES_MAX).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || others.contains(&byte))
+    };
+    let cluster = &config.cluster.name;
+    if !good(cluster, b"_") {
+        let allowed = "A-Z a-z 0-9 _";
+        return Err(Problem::BadName { what: "the cluster", name: cluster.clone(), allowed });
+    }
+    match config.nodes.len() {
+        0 => return Err(Problem::NoNodes),
+        count if count > NODES_MAX => return Err(Problem::TooManyNodes(count)),
+        _ => {}
+    }
+    let mut seen = HashSet::new();
+    for NodeConfig { name, .. } in &config.nodes {
+        if !good(name, b"_-") {
+            let allowed = "A-Z a-z 0-9 _ -";
+            return Err(Problem::BadName { what: "a node", name: name.clone(), allowed });
+        }
+        if name == PROXY_NAME {
+            return Err(Problem::ReservedName);
+        }
+        // Names of certificates and replication slots do not tell `-` from `_`, nor capitals from small letters.
+        let folded = name.to_ascii_lowercase().replace('-', "_");
+        if !seen.insert(folded) {
+            return Err(Problem::DuplicateName(name.clone()));
+        }
+    }
+    if config.node(&config.proxy.node).is_none() {
+        let known = config.nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(Problem::UnknownProxyNode { node: config.proxy.node.clone(), known });
+    }
+    Ok(())
+}
+
+fn addresses(config: &Config) -> Result<(), Problem> {
+    let mut taken: Vec<(String, SocketAddr)> = Vec::new();
+    let proxy = ("proxy.listen".to_owned(), config.proxy.listen);
+    let agents = config.nodes.iter().map(|node| (format!("the agent of node \"{}\"", node.name), node.agent));
+    for (what, address) in std::iter::once(proxy).chain(agents) {
+        if address.port() == 0 {
+            return Err(Problem::NoPort { what, address });
+        }
+        if let Some((first, _)) = taken.iter().find(|(_, other)| collide(*other, address)) {
+            return Err(Problem::SameAddress { first: first.clone(), second: what, address });
+        }
+        taken.push((what, address));
+    }
+    match config.nodes.iter().find(|node| node.agent.ip().is_unspecified()) {
+        Some(node) => Err(Problem::NotReachable { node: node.name.clone(), address: node.agent }),
+        None => Ok(()),
+    }
+}
+
+fn collide(a: SocketAddr, b: SocketAddr) -> bool {
+    // A proxy that listens everywhere (0.0.0.0) also listens where an agent does; whether that is on its own host
+    // is only known for the agent of the same address family, so equal ports are refused there.
+    a.port() == b.port() && (a.ip() == b.ip() || a.ip().is_unspecified() && a.is_ipv4() == b.is_ipv4())
+}
+
+fn paths(config: &Config) -> Result<(), Problem> {
+    let proxy_host = config.node(&config.proxy.node).map(|node| node.agent.ip());
+    let mut taken: HashMap<(IpAddr, PathBuf), String> = HashMap::new();
+    let mut take = |host: Option<IpAddr>, what: String, path: &Path, alone: bool| {
+        if !path.is_absolute() {
+            return Err(Problem::Relative { what, path: path.into() });
+        }
+        let Some(host) = host.filter(|_| alone) else { return Ok(()) };
+        match taken.insert((host, path.into()), what.clone()) {
+            Some(first) => Err(Problem::SamePath { first, second: what, path: path.into() }),
+            None => Ok(()),
+        }
+    };
+    take(proxy_host, "proxy.state_dir".into(), &config.proxy.state_dir, true)?;
+    socket("proxy.state_dir".into(), config.proxy.state_dir.join("control.sock"))?;
+    for node in &config.nodes {
+        let host = Some(node.agent.ip());
+        let name = |key: &str| format!("{key} of node \"{}\"", node.name);
+        take(host, name("state_dir"), &node.state_dir, true)?;
+        take(host, name("pgdata"), &node.pgdata, true)?;
+        take(host, name("bin_dir"), &node.bin_dir, false)?;
+        take(host, name("socket_dir"), &node.socket_dir, false)?;
+        let file = node.socket_dir.join(format!(".s.PGSQL.{}", node.port));
+        take(host, name("socket_dir and port"), &file, true)?;
+        socket(name("socket_dir"), file)?;
+    }
+    Ok(())
+}
+
+fn socket(what: String, path: PathBuf) -> Result<(), Problem> {
+    let bytes = path.as_os_str().len();
+    if bytes > SOCKET_PATH_BYTES_MAX { Err(Problem::SocketPathTooLong { what, path, bytes }) } else { Ok(()) }
+}
+
+fn limits(config: &Config) -> Result<(), Problem> {
+    let proxy = &config.proxy;
+    for (what, value, min, max) in [
+        ("proxy.threads", proxy.threads as u64, 0, 1024),
+        ("proxy.gate_ms_max", proxy.gate_ms_max, 1, 60_000),
+        ("proxy.follower_ms_max", proxy.follower_ms_max, 100, 3_600_000),
+        ("proxy.effects_disk_max", proxy.effects_disk_max, 1 << 20, 1 << 50),
+        ("proxy.backlog_bytes_max", proxy.backlog_bytes_max, 1 << 20, 1 << 40),
+        ("proxy.clients_max", proxy.clients_max as u64, 1, 1_000_000),
+    ] {
+        if !(min..=max).contains(&value) {
+            return Err(Problem::OutOfRange { what, value, min, max });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config::parse(super::super::tests::GOOD, Path::new("x.toml")).unwrap()
+    }
+
+    #[test]
+    fn names_are_checked() {
+        let mut bad = config();
+        bad.nodes[1].name = "A".into();
+        assert_eq!(check(&bad), Err(Problem::DuplicateName("A".into())));
+        bad.nodes[1].name = "b c".into();
+        assert!(matches!(check(&bad), Err(Problem::BadName { .. })));
+        bad.nodes[1].name = "proxy".into();
+        assert_eq!(check(&bad), Err(Problem::ReservedName));
+        bad.nodes[1].name = "b".into();
+        bad.proxy.node = "c".into();
+        assert_eq!(
+            check(&bad).expect_err("unknown").to_string(),
+            "proxy.node is \"c\", which is no [[node]]; there are: a, b"
+        );
+        bad.cluster.name = String::new();
+        assert!(matches!(check(&bad), Err(Problem::BadName { what: "the cluster", .. })));
+    }
+
+    #[test]
+    fn one_port_serves_one_thing() {
+        let mut bad = config();
+        bad.nodes[1].agent = bad.nodes[0].agent;
+        assert!(matches!(check(&bad), Err(Problem::SameAddress { .. })));
+        let mut bad = config();
+        bad.proxy.listen = "0.0.0.0:6433".parse().unwrap();
+        assert!(matches!(check(&bad), Err(Problem::SameAddress { .. })));
+        bad.proxy.listen = "0.0.0.0:0".parse().unwrap();
+        assert!(matches!(check(&bad), Err(Problem::NoPort { .. })));
+    }
+
+    #[test]
+    fn folders_are_shared_only_between_hosts() {
+        let mut bad = config();
+        bad.nodes[1].agent = "10.0.0.1:7000".parse().unwrap();
+        assert!(matches!(check(&bad), Err(Problem::SamePath { .. })));
+        let mut bad = config();
+        bad.nodes[0].pgdata = "data".into();
+        assert!(matches!(check(&bad), Err(Problem::Relative { .. })));
+        let mut bad = config();
+        bad.nodes[0].socket_dir = format!("/{}", "x".repeat(100)).into();
+        assert!(matches!(check(&bad), Err(Problem::SocketPathTooLong { .. })));
+    }
+
+    #[test]
+    fn limits_have_limits() {
+        let mut bad = config();
+        bad.proxy.gate_ms_max = 0;
+        assert!(check(&bad).expect_err("0").to_string().contains("must be from 1 to 60000"));
+    }
+}

@@ -1,0 +1,201 @@
+//! The progress of a recovery as it is shown: one JSON object with stable field names, or one line of text.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use crate::recovery::report::{Phase, Report};
+
+/// One moment of a recovery. Field names are stable; counters only grow within one recovery.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryView {
+    pub node: String,
+    pub phase: Phase,
+    /// Files found on the source.
+    pub files: u64,
+    pub bytes_total: u64,
+    pub bytes_compared: u64,
+    /// Of those compared: the same on both, so not sent.
+    pub bytes_same: u64,
+    pub bytes_sent: u64,
+    pub wal_bytes_received: u64,
+    /// How far the node's replay is behind the source, bytes of WAL; while it is a standby.
+    pub lag_bytes: Option<u64>,
+    /// Where the cut was made, as PostgreSQL writes positions.
+    pub cut_lsn: Option<String>,
+    pub backlog_applied: u64,
+    pub backlog_left: u64,
+    pub backlog_peak: u64,
+    pub cut_attempts: u32,
+    pub join_attempts: u32,
+    /// How long the gate was closed: for that time commits waited, and nothing else.
+    pub cut_gate_ms: Option<f64>,
+    pub join_gate_ms: Option<f64>,
+    /// Version of the member set that contains the node.
+    pub version: Option<u64>,
+    /// Time spent in each phase that has ended.
+    pub phase_ms: BTreeMap<String, f64>,
+    pub warnings: Vec<String>,
+}
+
+impl RecoveryView {
+    #[must_use]
+    pub fn new(node: &str, report: &Report) -> Self {
+        let progress = report.progress;
+        let standby = matches!(report.phase, Phase::CatchingUp | Phase::Cut | Phase::LeavingRecovery);
+        let phase_ms = report
+            .phases
+            .iter()
+            .map(|(phase, spent)| (phase.name().replace(' ', "_"), spent.as_secs_f64() * 1000.0))
+            .collect();
+        Self {
+            node: node.into(),
+            phase: report.phase,
+            files: progress.files,
+            bytes_total: progress.bytes_total,
+            bytes_compared: progress.bytes_compared,
+            bytes_same: progress.bytes_same,
+            bytes_sent: progress.bytes_sent,
+            wal_bytes_received: progress.wal_bytes_received,
+            lag_bytes: (standby && progress.wal_replayed > 0)
+                .then(|| progress.wal_source.saturating_sub(progress.wal_replayed)),
+            cut_lsn: report.x.map(|x| format!("{:X}/{:X}", x.0 >> 32, x.0 & 0xFFFF_FFFF)),
+            backlog_applied: report.drained.applied,
+            backlog_left: report.drained.left,
+            backlog_peak: report.drained.peak,
+            cut_attempts: report.cut_attempts,
+            join_attempts: report.join_attempts,
+            cut_gate_ms: report.cut_gate_ms,
+            join_gate_ms: report.join_gate_ms,
+            version: report.version,
+            phase_ms,
+            warnings: report.warnings.clone(),
+        }
+    }
+
+    /// One line for a person: where it is, and the counters that matter there.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let mut line = format!("{}: {}", self.node, self.phase.name());
+        match self.phase {
+            Phase::Seeding => {
+                let percent = self.bytes_compared.saturating_mul(100).checked_div(self.bytes_total).unwrap_or(0);
+                let _ = write!(
+                    line,
+                    "  {} of {} compared ({}%), {} sent",
+                    bytes(self.bytes_compared),
+                    bytes(self.bytes_total),
+                    percent.min(100),
+                    bytes(self.bytes_sent)
+                );
+            }
+            Phase::CatchingUp => {
+                if let Some(lag) = self.lag_bytes {
+                    let _ = write!(line, "  {} of WAL behind", bytes(lag));
+                }
+            }
+            Phase::Cut if self.cut_attempts > 1 => {
+                let _ = write!(line, "  attempt {}", self.cut_attempts);
+            }
+            Phase::LeavingRecovery => {
+                if let (Some(gate_ms), Some(x)) = (self.cut_gate_ms, &self.cut_lsn) {
+                    let _ = write!(line, "  cut at {x}, gate closed for {gate_ms:.1} ms");
+                }
+            }
+            Phase::Draining => {
+                let _ = write!(line, "  {} transactions applied, {} left", self.backlog_applied, self.backlog_left);
+            }
+            Phase::Joining if self.join_attempts > 1 => {
+                let _ = write!(line, "  attempt {}", self.join_attempts);
+            }
+            _ => {}
+        }
+        line
+    }
+
+    /// The last word on a recovery that succeeded, several lines.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let total_ms: f64 = self.phase_ms.values().sum();
+        let mut text = format!("{} is a member again after {:.1} s.\n", self.node, total_ms / 1000.0);
+        let _ = writeln!(
+            text,
+            "  files      {} compared, {} the same, {} sent; {} of WAL",
+            bytes(self.bytes_compared),
+            bytes(self.bytes_same),
+            bytes(self.bytes_sent),
+            bytes(self.wal_bytes_received)
+        );
+        let _ = writeln!(
+            text,
+            "  backlog    {} transactions applied, at most {} waiting",
+            self.backlog_applied, self.backlog_peak
+        );
+        let _ = writeln!(
+            text,
+            "  pauses     commits waited {} at the cut and {} at the join; reads did not wait",
+            milliseconds(self.cut_gate_ms),
+            milliseconds(self.join_gate_ms)
+        );
+        text
+    }
+}
+
+fn milliseconds(ms: Option<f64>) -> String {
+    ms.map_or_else(|| "an unknown time".into(), |ms| format!("{ms:.1} ms"))
+}
+
+/// Bytes for people: three digits and a binary unit.
+#[must_use]
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut scaled = count;
+    let mut tenths = 0;
+    let mut unit = "B";
+    for name in UNITS.iter().skip(1) {
+        if scaled < 1024 {
+            break;
+        }
+        tenths = (scaled % 1024) * 10 / 1024;
+        scaled /= 1024;
+        unit = name;
+    }
+    if unit == "B" || scaled >= 100 { format!("{scaled} {unit}") } else { format!("{scaled}.{tenths} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(250 << 20), "250 MiB");
+        assert_eq!(bytes(u64::MAX), "16383 PiB");
+    }
+
+    #[test]
+    fn a_line_says_what_matters_in_its_phase() {
+        let mut report = Report::new();
+        report.progress.bytes_total = 4 << 30;
+        report.progress.bytes_compared = 1 << 30;
+        report.phase = Phase::Seeding;
+        let line = RecoveryView::new("b", &report).line();
+        assert_eq!(line, "b: seeding  1.0 GiB of 4.0 GiB compared (25%), 0 B sent");
+        report.phase = Phase::Draining;
+        report.drained.left = 7;
+        assert!(RecoveryView::new("b", &report).line().ends_with("0 transactions applied, 7 left"));
+    }
+
+    #[test]
+    fn field_names_are_stable() {
+        let value = serde_json::to_value(RecoveryView::new("b", &Report::new())).unwrap();
+        for name in ["phase", "bytes_compared", "bytes_sent", "backlog_peak", "cut_gate_ms", "join_gate_ms"] {
+            assert!(value.get(name).is_some(), "{name} is gone");
+        }
+        assert_eq!(value["phase"], "preflight");
+    }
+}

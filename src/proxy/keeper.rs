@@ -1,0 +1,128 @@
+//! The watch over the servers: a follower that does not answer leaves the member set, although nobody writes; when the leader's
+//! PostgreSQL ends, a new epoch is raised as soon as its agent has started it again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pgtandem_proto::membership::NodeState;
+use tokio_util::sync::CancellationToken;
+
+use crate::pg::build;
+use crate::proxy::reign;
+use crate::replicate::follower::{Answer, Connection, ServerError};
+use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
+
+/// Time between two questions to a server.
+const ASK_MS: u64 = 500;
+/// How long a server may take to answer one.
+const ANSWER_MS_MAX: u64 = 10_000;
+/// Pause between two attempts to raise an epoch.
+const RAISE_PAUSE_MS: u64 = 500;
+
+/// Watches until `stop`.
+pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
+    tokio::select! {
+        () = keep_leader(&hub) => {}
+        () = keep_followers(&hub) => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+async fn ask(connection: &mut Connection) -> Result<(), ServerError> {
+    build::query(&mut connection.out, b"SELECT 1");
+    within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok).map(|_| ())
+}
+
+async fn keep_leader(hub: &Arc<Hub>) {
+    loop {
+        let lost = watch_leader(hub).await;
+        tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
+        while let Err(e) = reign::raise(hub).await {
+            tracing::error!(error = %e, "no new epoch yet");
+            tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
+        }
+    }
+}
+
+/// Asks the leader for as long as it answers.
+async fn watch_leader(hub: &Hub) -> HubError {
+    let (mut connection, started) = match connect_leader(hub).await {
+        Ok(connected) => connected,
+        Err(e) => return e,
+    };
+    loop {
+        let error = match ask(&mut connection).await {
+            Ok(()) => wait_or_end(&mut connection).await,
+            Err(e) => Some(e),
+        };
+        if let Some(error) = error {
+            // Perhaps a person ended our backend alone: then the server is still the one that it was.
+            match connect_leader(hub).await {
+                Ok((again, same)) if same == started => connection = again,
+                _ => return error.into(),
+            }
+        }
+    }
+}
+
+/// A connection, and when that server was started.
+async fn connect_leader(hub: &Hub) -> Result<(Connection, String), HubError> {
+    let mut connection = hub.leader_connection("postgres").await?;
+    build::query(&mut connection.out, b"SELECT pg_catalog.pg_postmaster_start_time()");
+    let answer = within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok)?;
+    let started = answer.values.into_iter().flatten().next().unwrap_or_default();
+    Ok((connection, String::from_utf8_lossy(&started).into_owned()))
+}
+
+/// The pause between two questions; ends early when the server closes the connection.
+async fn wait_or_end(connection: &mut Connection) -> Option<ServerError> {
+    tokio::time::timeout(Duration::from_millis(ASK_MS), connection.ended()).await.ok()
+}
+
+async fn keep_followers(hub: &Arc<Hub>) {
+    let mut watched = tokio::task::JoinSet::new();
+    let mut known: Vec<u64> = Vec::new();
+    loop {
+        for follower in &hub.view().followers {
+            if !known.contains(&follower.id) {
+                known.push(follower.id);
+                watched.spawn(watch_follower(Arc::clone(hub), Arc::clone(follower)));
+            }
+        }
+        while watched.try_join_next().is_some() {}
+        let present: Vec<u64> = hub.view().followers.iter().map(|f| f.id).collect();
+        known.retain(|id| present.contains(id));
+        tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+    }
+}
+
+async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
+    let watch = async {
+        loop {
+            let Reign::Serving { epoch, secret } = hub.reign.borrow().clone() else {
+                tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+                continue;
+            };
+            let mut connection = match hub.tunnel_connection(&follower.node, "postgres", epoch, Some(&secret)).await {
+                Ok(connection) => connection,
+                Err(e) => return e,
+            };
+            loop {
+                if let Err(e) = ask(&mut connection).await {
+                    return e;
+                }
+                if let Some(e) = wait_or_end(&mut connection).await {
+                    return e;
+                }
+            }
+        }
+    };
+    let error = tokio::select! {
+        error = watch => error,
+        () = follower.gone.cancelled() => return,
+    };
+    let reason = format!("its PostgreSQL did not answer: {error}");
+    if let Err(e) = hub.lost(&follower, NodeState::Stale, &reason).await {
+        tracing::error!(error = %e, "a lost follower could not be taken out of the member set");
+    }
+}

@@ -1,0 +1,153 @@
+//! May this node be recovered? Pure: the judgement over records and facts, before anything is touched.
+
+use pgtandem_proto::membership::{Epoch, MemberSet, NodeState};
+use pgtandem_proto::message::{NodeFacts, NodeStatus, PostgresState};
+
+use super::report::{Cause, CauseKind};
+use crate::cluster::members;
+
+/// What the records say: refuses, or tells whether the node is a member now.
+pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStatus) -> Result<bool, Cause> {
+    judge_leader(node, set)?;
+    if target.record.promised > epoch {
+        return Err(refused(
+            format!("{node} obeys epoch {}, and this proxy reigns in the older epoch {epoch}", target.record.promised),
+            "another proxy has started since; stop this one and run the recovery from there",
+        ));
+    }
+    match target.record.state {
+        NodeState::Forked => Err(refused(
+            format!("{node} went on alone while this side did, too; its data may hold the only copy of writes"),
+            format!(
+                "look at the data of {node} first; when nothing of it is needed, move its data directory and its record away"
+            ),
+        )),
+        NodeState::Blank
+        | NodeState::Seeding
+        | NodeState::CatchingUp
+        | NodeState::Joining
+        | NodeState::InSync
+        | NodeState::Stale
+        | NodeState::Suspect => Ok(members::contains(set, node)),
+    }
+}
+
+/// The leader is never the target of a recovery.
+pub fn judge_leader(node: &str, set: &MemberSet) -> Result<(), Cause> {
+    if set.leader == node {
+        return Err(refused(
+            format!("{node} is the leader: it is what the other nodes are filled from"),
+            "name another node; `pgtandem status` lists them",
+        ));
+    }
+    Ok(())
+}
+
+/// Between two reigns nobody is served, and nothing may be copied.
+pub fn judge_reign(epoch: Epoch) -> Result<(), Cause> {
+    if epoch == 0 {
+        return Err(Cause::new(
+            CauseKind::Leader,
+            "the proxy does not serve yet: it is taking a new epoch",
+            "wait until `pgtandem status` shows an epoch, then run the recovery again",
+        ));
+    }
+    Ok(())
+}
+
+/// The source must be the leader that runs and is what its record says.
+pub fn judge_source(set: &MemberSet, source: &NodeStatus) -> Result<(), Cause> {
+    if source.postgres != PostgresState::Running {
+        let detail = &source.postgres_detail;
+        let detail = if detail.is_empty() { String::new() } else { format!(": {detail}") };
+        return Err(Cause::new(
+            CauseKind::Source,
+            format!("PostgreSQL on the leader {} is not running{detail}", set.leader),
+            "its agent starts it again by itself; wait until `pgtandem status` shows it running",
+        ));
+    }
+    if source.record.state != NodeState::InSync {
+        return Err(Cause::new(
+            CauseKind::Source,
+            format!("the leader {} is recorded as {:?}, not as in sync", set.leader, source.record.state),
+            "look at `pgtandem status`; nothing is copied from a node that is not proven current",
+        ));
+    }
+    Ok(())
+}
+
+/// What the facts say: refuses with every reason, or gives the warnings.
+pub fn judge_facts(node: &str, leader: &str, source: &NodeFacts, target: &NodeFacts) -> Result<Vec<String>, Cause> {
+    if target.foreign_server {
+        return Err(refused(
+            format!("a PostgreSQL that its agent did not start runs on the data directory of {node}"),
+            format!("stop it on {node} if it is not needed, then run the recovery again"),
+        ));
+    }
+    let mut warnings = Vec::new();
+    if !source.unlogged_tables.is_empty() {
+        warnings
+            .push(format!("unlogged tables of {leader} arrive empty on {node}: {}", source.unlogged_tables.join(", ")));
+    }
+    Ok(warnings)
+}
+
+fn refused(what: impl Into<String>, hint: impl Into<String>) -> Cause {
+    Cause::new(CauseKind::Refused, what, hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use pgtandem_proto::membership::Record;
+
+    use super::*;
+
+    fn status(node: &str, state: NodeState) -> NodeStatus {
+        NodeStatus {
+            record: Record {
+                cluster: "shop".into(),
+                node: node.into(),
+                promised: 3,
+                members: None,
+                state,
+                uncertain: false,
+                generations: Vec::new(),
+                verified_at: None,
+                overrides: Vec::new(),
+            },
+            postgres: PostgresState::Running,
+            postgres_detail: String::new(),
+            progress: None,
+        }
+    }
+
+    #[test]
+    fn a_lost_node_may_come_back_whatever_it_was_doing() {
+        let set = members::first("a");
+        for state in [NodeState::Blank, NodeState::Seeding, NodeState::CatchingUp, NodeState::Stale, NodeState::InSync]
+        {
+            assert_eq!(judge_record("b", &set, 3, &status("b", state)), Ok(false));
+        }
+        let two = members::with(&set, "b").unwrap();
+        assert_eq!(judge_record("b", &two, 3, &status("b", NodeState::InSync)), Ok(true));
+    }
+
+    #[test]
+    fn the_leader_a_forked_node_and_an_old_proxy_are_refused() {
+        let set = members::first("a");
+        let refused = |result: Result<bool, Cause>| result.unwrap_err().kind == CauseKind::Refused;
+        assert!(refused(judge_record("a", &set, 3, &status("a", NodeState::InSync))));
+        assert!(refused(judge_record("b", &set, 3, &status("b", NodeState::Forked))));
+        assert!(refused(judge_record("b", &set, 2, &status("b", NodeState::Stale))));
+    }
+
+    #[test]
+    fn nothing_is_copied_from_a_source_that_is_not_current() {
+        let set = members::first("a");
+        assert_eq!(judge_source(&set, &status("a", NodeState::InSync)), Ok(()));
+        assert!(judge_source(&set, &status("a", NodeState::Stale)).is_err());
+        let mut stopped = status("a", NodeState::InSync);
+        stopped.postgres = PostgresState::Stopped;
+        assert!(judge_source(&set, &stopped).is_err());
+    }
+}

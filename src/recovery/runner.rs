@@ -1,0 +1,324 @@
+//! Runs one recovery: takes work from the state machine, does it with the agents and the proxy, and reports.
+//!
+//! Thin: what comes next and how long it may take is decided in `core`. The control connection to the node's agent is
+//! kept from Preflight to the end, because what the agent does for a recovery ends with that connection.
+
+use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use pgtandem_proto::membership::{Epoch, NodeState};
+use pgtandem_proto::message::{Failure, Progress, Request};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::agents::{self, Agents};
+use super::core::{Done, Input, Output, Recovery, Step};
+use super::limits::LAG_BYTES_MAX;
+use super::preflight;
+use super::replication::{Drained, Replication};
+use super::report::{Cause, CauseKind, Report};
+use crate::cluster::members;
+
+/// How one recovery ends early.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// An operator wants it to end.
+    pub aborted: CancellationToken,
+    /// The proxy stops.
+    pub proxy: CancellationToken,
+}
+
+/// Recovers `node`, and publishes every change of the report. Never panics, always ends: as a member, or with
+/// [`Report::failed`].
+pub async fn run<R: Replication, A: Agents>(
+    replication: &R,
+    agents: &A,
+    node: &str,
+    consent: bool,
+    published: &watch::Sender<Report>,
+    stop: &Stop,
+) -> Report {
+    let shell = Shell {
+        replication,
+        agents,
+        node,
+        consent,
+        epoch: replication.epoch(),
+        target: Mutex::new(None),
+        counters: watch::Sender::new(Counters::default()),
+    };
+    let mut counters = shell.counters.subscribe();
+    let mut recovery = Recovery::new(Instant::now(), consent);
+    let mut work: Option<Work<'_>> = None;
+    let mut stop_wanted = true;
+    let mut phase = None;
+    loop {
+        while let Some(output) = recovery.poll_output() {
+            match output {
+                Output::Begin(step) => work = Some(Box::pin(shell.perform(step))),
+                Output::Cancel => work = None,
+            }
+        }
+        let report = recovery.report();
+        if phase != Some(report.phase) {
+            phase = Some(report.phase);
+            info!(node, phase = report.phase.name(), "recovery");
+        }
+        published.send_replace(report.clone());
+        if recovery.is_ended() {
+            if let Some(failed) = &report.failed {
+                warn!(node, phase = failed.phase.name(), hint = failed.cause.hint, "recovery failed: {}", failed.cause);
+            }
+            return report.clone();
+        }
+        let deadline = recovery.poll_timeout().map(tokio::time::Instant::from_std);
+        tokio::select! {
+            input = under_way(&mut work) => {
+                work = None;
+                // The last counters of this work belong to it.
+                count(&mut recovery, &mut counters);
+                recovery.handle(Instant::now(), input);
+            }
+            Ok(()) = counters.changed() => count(&mut recovery, &mut counters),
+            () = until(deadline) => recovery.handle_timeout(Instant::now()),
+            cause = stopped(stop), if stop_wanted => {
+                stop_wanted = false;
+                recovery.handle(Instant::now(), Input::Abort(cause));
+            }
+        }
+    }
+}
+
+fn count(recovery: &mut Recovery, counters: &mut watch::Receiver<Counters>) {
+    let now = *counters.borrow_and_update();
+    recovery.handle(Instant::now(), Input::Progress(now.progress));
+    recovery.handle(Instant::now(), Input::Drained(now.drained));
+}
+
+type Work<'a> = Pin<Box<dyn Future<Output = Input> + Send + 'a>>;
+
+async fn under_way(work: &mut Option<Work<'_>>) -> Input {
+    match work {
+        Some(work) => work.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn stopped(stop: &Stop) -> Cause {
+    tokio::select! {
+        () = stop.aborted.cancelled() => Cause::new(
+            CauseKind::Stopping,
+            "the recovery was ended by an operator",
+            "run it again when you want the node back; it starts from what is there",
+        ),
+        () = stop.proxy.cancelled() => Cause::new(
+            CauseKind::Stopping,
+            "the proxy is stopping",
+            "start the proxy and run the recovery again; it starts from what is there",
+        ),
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    progress: Progress,
+    drained: Drained,
+}
+
+struct Shell<'a, R, A: Agents> {
+    replication: &'a R,
+    agents: &'a A,
+    node: &'a str,
+    consent: bool,
+    /// The reign in which this recovery was begun; it does not outlive it.
+    epoch: Epoch,
+    /// The one connection to the node's agent. Out of its place while a request is under way on it, so that work
+    /// which is dropped drops the connection, too.
+    target: Mutex<Option<A::Control>>,
+    /// Latest values only: a slow reader never holds up a fill.
+    counters: watch::Sender<Counters>,
+}
+
+/// Why a step failed, and whether it may be begun again.
+struct Broken {
+    cause: Cause,
+    retriable: bool,
+}
+
+impl From<Cause> for Broken {
+    fn from(cause: Cause) -> Self {
+        Self { cause, retriable: false }
+    }
+}
+
+impl From<super::replication::ReplicationError> for Broken {
+    fn from(error: super::replication::ReplicationError) -> Self {
+        Self { retriable: error.is_retriable(), cause: error.into() }
+    }
+}
+
+impl<R: Replication, A: Agents> Shell<'_, R, A> {
+    async fn perform(&self, step: Step) -> Input {
+        match self.try_perform(step).await {
+            Ok(done) => Input::Done(done),
+            Err(Broken { cause, retriable }) => Input::StepFailed { cause, retriable },
+        }
+    }
+
+    async fn try_perform(&self, step: Step) -> Result<Done, Broken> {
+        let node = self.node;
+        match step {
+            Step::Preflight => return self.preflight().await,
+            Step::Detach => {
+                self.replication.remove(node, "an operator detached it in order to recover it").await?;
+            }
+            Step::Fill => {
+                self.same_reign()?;
+                let source = self.replication.members().leader;
+                self.order(Request::Fill { epoch: self.epoch, source }).await?;
+            }
+            Step::CatchUp => {
+                self.same_reign()?;
+                let source = self.replication.members().leader;
+                let request = Request::CatchUp { epoch: self.epoch, source, lag_bytes_max: LAG_BYTES_MAX };
+                self.order(request).await?;
+            }
+            Step::HoldRelay => {
+                let mut control = self.take_target()?;
+                let held = agents::hold(&mut control).await.map_err(of_node)?;
+                self.put_target(control);
+                return Ok(Done::Held(held));
+            }
+            Step::Cut => {
+                self.same_reign()?;
+                return Ok(Done::Cut(self.replication.cut(node).await?));
+            }
+            Step::LeaveRecovery { x } => self.order(Request::LeaveRecovery { x }).await?,
+            Step::Drain => {
+                self.same_reign()?;
+                let counters = &self.counters;
+                let on_progress = |drained| counters.send_modify(|now| now.drained = drained);
+                self.replication.drain(node, &on_progress).await?;
+            }
+            Step::Join => {
+                self.same_reign()?;
+                let members = self.replication.members();
+                self.order(Request::Store {
+                    members,
+                    state: NodeState::Joining,
+                    uncertain: true,
+                    new_generation: None,
+                    note: None,
+                })
+                .await?;
+                return Ok(Done::Joined(self.replication.join(node).await?));
+            }
+            Step::ShrinkOut => {
+                if members::contains(&self.replication.members(), node) {
+                    self.replication.remove(node, "its join failed").await?;
+                }
+            }
+            Step::Abandon => self.replication.abandon(node).await,
+            Step::Release => drop(self.take_target().ok()),
+            Step::DropSlot => {
+                let mut source = self.source().await?;
+                let request = Request::DropSlot { node: node.into() };
+                agents::order(&mut source, request, &mut |_| {}).await.map_err(of_source)?;
+            }
+        }
+        Ok(Done::Plain(step))
+    }
+
+    async fn preflight(&self) -> Result<Done, Broken> {
+        let set = self.replication.members();
+        preflight::judge_leader(self.node, &set)?;
+        preflight::judge_reign(self.epoch)?;
+        let mut target = self.agents.connect(self.node).await.map_err(of_node)?;
+        let mut source = self.source().await?;
+        let target_status = agents::status(&mut target).await.map_err(of_node)?;
+        let is_member = preflight::judge_record(self.node, &set, self.epoch, &target_status)?;
+        if is_member && !self.consent {
+            return Ok(Done::Preflight { is_member, warnings: Vec::new() });
+        }
+        preflight::judge_source(&set, &agents::status(&mut source).await.map_err(of_source)?)?;
+        let source_facts = agents::facts(&mut source).await.map_err(of_source)?;
+        let target_facts = agents::facts(&mut target).await.map_err(of_node)?;
+        let warnings = preflight::judge_facts(self.node, &set.leader, &source_facts, &target_facts)?;
+        let promise = Request::Promise { epoch: self.epoch };
+        agents::order(&mut target, promise, &mut |_| {}).await.map_err(of_node)?;
+        if !is_member && target_status.record.state == NodeState::InSync {
+            // It was left behind without being told; no agent lets a node be filled that believes to be a member.
+            let stale = Request::Store {
+                members: set,
+                state: NodeState::Stale,
+                uncertain: false,
+                new_generation: None,
+                note: None,
+            };
+            agents::order(&mut target, stale, &mut |_| {}).await.map_err(of_node)?;
+        }
+        self.put_target(target);
+        Ok(Done::Preflight { is_member, warnings })
+    }
+
+    /// Sends a request to the node's agent and waits for its end; its counters are published.
+    async fn order(&self, request: Request) -> Result<(), Broken> {
+        let mut control = self.take_target()?;
+        let counters = &self.counters;
+        let mut on_progress = |progress| counters.send_modify(|now| now.progress = progress);
+        agents::order(&mut control, request, &mut on_progress).await.map_err(of_node)?;
+        self.put_target(control);
+        Ok(())
+    }
+
+    async fn source(&self) -> Result<A::Control, Broken> {
+        let leader = self.replication.members().leader;
+        Ok(self.agents.connect(&leader).await.map_err(of_source)?)
+    }
+
+    fn same_reign(&self) -> Result<(), Cause> {
+        if self.replication.epoch() == self.epoch {
+            return Ok(());
+        }
+        Err(Cause::new(
+            CauseKind::Stopping,
+            format!("the reign of epoch {} ended while {} was being recovered", self.epoch, self.node),
+            "run the recovery again; it starts from what is there",
+        ))
+    }
+
+    fn take_target(&self) -> Result<A::Control, Cause> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(|| {
+            Cause::new(
+                CauseKind::Node,
+                format!("the connection to the agent of {} has ended", self.node),
+                "run the recovery again; it starts from what is there",
+            )
+        })
+    }
+
+    fn put_target(&self, control: A::Control) {
+        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(control);
+    }
+}
+
+fn of_node(failure: Failure) -> Cause {
+    Cause::new(CauseKind::Node, failure.what, failure.hint)
+}
+
+fn of_source(failure: Failure) -> Cause {
+    Cause::new(CauseKind::Source, failure.what, failure.hint)
+}
+
+#[cfg(test)]
+#[path = "runner_tests.rs"]
+mod tests;

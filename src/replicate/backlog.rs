@@ -1,0 +1,170 @@
+//! The backlog: the effects of committed transactions, in the order of sending, for a node that is joining.
+//!
+//! An entry is put in before the leader's COMMIT is sent, because that is the order that counts, and settled when the
+//! leader has answered. In memory; past its limit the recovery fails and the node stays out: clients never pay.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::replicate::effects::EffectLog;
+use crate::replicate::flight::Decision;
+
+/// Transactions that one batch of the applier holds at most.
+pub const BATCH_MAX: usize = 100;
+/// Memory that an entry costs besides its data.
+const ENTRY_BYTES: u64 = 1024;
+
+const PENDING: u8 = 0;
+const COMMITTED: u8 = 1;
+const DROPPED: u8 = 2;
+
+/// One transaction. Its effects may still turn out to be rolled back.
+#[derive(Debug)]
+pub struct Entry {
+    pub database: Arc<str>,
+    pub log: Arc<EffectLog>,
+    pub decision: Decision,
+    outcome: AtomicU8,
+}
+
+impl Entry {
+    #[must_use]
+    pub fn new(database: Arc<str>, log: Arc<EffectLog>, decision: Decision) -> Self {
+        Self { database, log, decision, outcome: AtomicU8::new(PENDING) }
+    }
+
+    /// The leader has answered.
+    pub fn settle(&self, committed: bool) {
+        self.outcome.store(if committed { COMMITTED } else { DROPPED }, Ordering::Release);
+    }
+}
+
+#[derive(Debug)]
+pub struct Backlog {
+    state: Mutex<State>,
+    bytes_max: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    entries: VecDeque<Arc<Entry>>,
+    bytes: u64,
+    overflowed: bool,
+    peak: u64,
+    applied: u64,
+}
+
+/// What the applier gets next.
+#[derive(Debug)]
+pub enum Next {
+    /// Transactions of one database, to be applied in one; DDL comes alone.
+    Batch(Vec<Arc<Entry>>),
+    /// The first one is not settled yet.
+    Unsettled,
+    Empty,
+    /// Past its limit: the recovery has failed.
+    Overflowed,
+}
+
+impl Backlog {
+    #[must_use]
+    pub fn new(bytes_max: u64) -> Self {
+        Self { state: Mutex::default(), bytes_max }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn push(&self, entry: Arc<Entry>) {
+        let mut state = self.state();
+        if state.overflowed {
+            return;
+        }
+        state.bytes += cost(&entry);
+        if state.bytes > self.bytes_max {
+            *state = State { overflowed: true, ..State::default() };
+            return;
+        }
+        state.entries.push_back(entry);
+        state.peak = state.peak.max(state.entries.len() as u64);
+    }
+
+    /// Takes what can be applied next.
+    pub fn next(&self) -> Next {
+        let mut state = self.state();
+        if state.overflowed {
+            return Next::Overflowed;
+        }
+        let mut batch: Vec<Arc<Entry>> = Vec::new();
+        loop {
+            let Some(first) = state.entries.front() else { break };
+            match first.outcome.load(Ordering::Acquire) {
+                PENDING if batch.is_empty() => return Next::Unsettled,
+                PENDING => break,
+                DROPPED => {}
+                _ => {
+                    let fits = batch.first().is_none_or(|b| b.database == first.database && !b.log.ddl && !first.log.ddl);
+                    if !fits || batch.len() >= BATCH_MAX {
+                        break;
+                    }
+                    batch.push(Arc::clone(first));
+                }
+            }
+            let taken = state.entries.pop_front();
+            state.bytes -= taken.map_or(0, |e| cost(&e)).min(state.bytes);
+        }
+        state.applied += batch.len() as u64;
+        if batch.is_empty() { Next::Empty } else { Next::Batch(batch) }
+    }
+
+    /// Waiting now, largest number that waited at once, applied so far.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64, u64) {
+        let state = self.state();
+        (state.entries.len() as u64, state.peak, state.applied)
+    }
+}
+
+fn cost(entry: &Entry) -> u64 {
+    ENTRY_BYTES + entry.log.bytes() + entry.log.effects().len() as u64 * 128
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replicate::effects::SpillBudget;
+
+    fn entry(database: &str, ddl: bool) -> Arc<Entry> {
+        let mut log = EffectLog::new(Arc::new(SpillBudget::new(std::env::temp_dir(), 0)));
+        log.ddl = ddl;
+        let decision = Decision { secret: "s".into(), mark_id: 1, mark_n: 1, gid: "g".into() };
+        Arc::new(Entry::new(database.into(), Arc::new(log), decision))
+    }
+
+    #[test]
+    fn order_is_kept_and_nothing_overtakes_what_is_not_settled() {
+        let backlog = Backlog::new(1 << 20);
+        let entries = [entry("a", false), entry("a", false), entry("a", true), entry("b", false)];
+        entries.iter().for_each(|e| backlog.push(Arc::clone(e)));
+        assert!(matches!(backlog.next(), Next::Unsettled));
+        entries[0].settle(true);
+        assert!(matches!(backlog.next(), Next::Batch(b) if b.len() == 1));
+        assert!(matches!(backlog.next(), Next::Unsettled));
+        entries[1].settle(false);
+        entries[2].settle(true);
+        entries[3].settle(true);
+        assert!(matches!(backlog.next(), Next::Batch(b) if b.len() == 1 && b[0].log.ddl));
+        assert!(matches!(backlog.next(), Next::Batch(b) if &*b[0].database == "b"));
+        assert!(matches!(backlog.next(), Next::Empty));
+    }
+
+    #[test]
+    fn past_its_limit_it_says_so_and_holds_nothing() {
+        let backlog = Backlog::new(2 * ENTRY_BYTES);
+        (0..3).for_each(|_| backlog.push(entry("a", false)));
+        assert!(matches!(backlog.next(), Next::Overflowed));
+        assert_eq!(backlog.progress().0, 0);
+    }
+}

@@ -1,0 +1,286 @@
+//! A flight: everything that one follower gets for one transaction, in one go.
+//!
+//! `BEGIN; effects with their counts asserted inside the SQL; mark; PREPARE TRANSACTION`, without a Sync inside, so that
+//! an error keeps the rest from running. COPY needs a round trip of its own: its count is compared before the PREPARE.
+
+use std::sync::Arc;
+
+use crate::pg::build;
+use crate::replicate::effects::{Effect, EffectLog, EffectRole, Range, StatementText};
+use crate::replicate::follower::{Answer, BATCH_BYTES_MAX, Connection, ServerError};
+use crate::replicate::schema::Context;
+
+/// Bytes of one `CopyData` message to a follower.
+const COPY_PIECE_BYTES: u64 = 64 * 1024;
+
+/// What decides a half: its mark, and the name under which it is prepared.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    pub secret: Arc<str>,
+    pub mark_id: i32,
+    pub mark_n: i64,
+    pub gid: String,
+}
+
+/// `pgtandem:<cluster>:<epoch>:<mark>:<n>`
+#[must_use]
+pub fn gid(cluster: &str, epoch: u64, mark_id: i32, mark_n: i64) -> String {
+    format!("pgtandem:{cluster}:{epoch}:{mark_id}:{mark_n}")
+}
+
+/// Mark and n of a name that [`gid`] made for this cluster.
+#[must_use]
+pub fn parse_gid(gid: &str, cluster: &str) -> Option<(i32, i64)> {
+    let rest = gid.strip_prefix("pgtandem:")?.strip_prefix(cluster)?.strip_prefix(':')?;
+    let mut parts = rest.split(':');
+    let (_epoch, mark, n) = (parts.next()?, parts.next()?, parts.next()?);
+    if parts.next().is_some() { None } else { Some((mark.parse().ok()?, n.parse().ok()?)) }
+}
+
+/// Applies the effects and prepares. After an error nothing of it is left on the follower and the connection is usable,
+/// unless the error says that the server is sick.
+///
+/// # Errors
+/// The follower's answer, or the end of the connection.
+pub async fn prepare(connection: &mut Connection, log: &EffectLog, decision: &Decision) -> Result<(), ServerError> {
+    let text = format!("PREPARE TRANSACTION '{}'", decision.gid);
+    let result = async {
+        let mut writer = Writer::begin(connection);
+        writer.effects(log).await?;
+        writer.mark(decision);
+        build::parse(&mut writer.connection.out, b"", text.as_bytes(), &[]);
+        build::bind_text(&mut writer.connection.out, b"", b"", &[]);
+        build::execute(&mut writer.connection.out, b"", 0);
+        let answer = writer.end().await?;
+        match answer.tags.last() {
+            Some(tag) if &tag[..] == b"PREPARE TRANSACTION" => Ok(()),
+            tag => Err(ServerError::Other(format!("PREPARE TRANSACTION was answered with {tag:?}"))),
+        }
+    }
+    .await;
+    settle(connection, result).await
+}
+
+/// Applies several transactions in one, as a node that is joining does, and commits.
+///
+/// # Errors
+/// As [`prepare`].
+pub async fn apply(connection: &mut Connection, work: &[(Arc<EffectLog>, Decision)]) -> Result<(), ServerError> {
+    let result = async {
+        let mut writer = Writer::begin(connection);
+        for (log, decision) in work {
+            writer.effects(log).await?;
+            writer.mark(decision);
+        }
+        writer.execute("pgtandem_commit", &[]);
+        writer.end().await.map(|_| ())
+    }
+    .await;
+    settle(connection, result).await
+}
+
+/// `COMMIT PREPARED` or `ROLLBACK PREPARED` for each name. One that is not there is done already.
+///
+/// # Errors
+/// The follower's answer, or the end of the connection.
+pub async fn finish(connection: &mut Connection, gid: &str, commit: bool) -> Result<(), ServerError> {
+    let verb = if commit { "COMMIT" } else { "ROLLBACK" };
+    build::query(&mut connection.out, format!("{verb} PREPARED '{gid}'").as_bytes());
+    match connection.exchange().await?.ok() {
+        Ok(_) => Ok(()),
+        Err(e) if e.sqlstate() == Some("42704") => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Brings a connection back to idle after a batch that failed.
+async fn settle(connection: &mut Connection, result: Result<(), ServerError>) -> Result<(), ServerError> {
+    let Err(error) = result else { return Ok(()) };
+    if !error.is_sick() {
+        connection.out.clear();
+        // The Close messages of forget() precede the query, outside any batch: they end with it.
+        connection.forget();
+        build::query(&mut connection.out, b"ROLLBACK");
+        connection.exchange().await?;
+    }
+    Err(error)
+}
+
+struct Writer<'c> {
+    connection: &'c mut Connection,
+    answer: Answer,
+    role: Option<Arc<str>>,
+    buffer: Vec<u8>,
+}
+
+impl<'c> Writer<'c> {
+    fn begin(connection: &'c mut Connection) -> Self {
+        let mut writer = Self { connection, answer: Answer::default(), role: None, buffer: Vec::new() };
+        writer.execute("pgtandem_begin", &[]);
+        writer
+    }
+
+    fn execute(&mut self, statement: &str, values: &[Option<&[u8]>]) {
+        build::bind_text(&mut self.connection.out, b"", statement.as_bytes(), values);
+        build::execute(&mut self.connection.out, b"", 0);
+    }
+
+    async fn effects(&mut self, log: &EffectLog) -> Result<(), ServerError> {
+        for effect in log.effects() {
+            match effect {
+                Effect::Statement { context, role, text, types, parameters } => {
+                    self.enter(context, role);
+                    self.read(log, *parameters)?;
+                    let out_name = match text {
+                        StatementText::Shared(text) => self.connection.prepare(text, types),
+                        StatementText::Once(text) => {
+                            build::parse(&mut self.connection.out, b"", text.as_bytes(), types);
+                            String::new()
+                        }
+                    };
+                    build::bind_raw(&mut self.connection.out, b"", out_name.as_bytes(), &self.buffer, &[]);
+                    build::execute(&mut self.connection.out, b"", 0);
+                    if self.connection.out.len() >= BATCH_BYTES_MAX {
+                        self.send_part().await?;
+                    }
+                }
+                Effect::Rows { context, role, text, data, .. } => {
+                    self.enter(context, role);
+                    self.rows(log, text, *data).await?;
+                }
+                Effect::Copy { context, role, text, data, rows } => {
+                    self.enter(context, role);
+                    self.copy(log, text, *data, *rows).await?;
+                }
+            }
+        }
+        self.leave_role();
+        Ok(())
+    }
+
+    async fn rows(&mut self, log: &EffectLog, text: &Arc<str>, data: Range) -> Result<(), ServerError> {
+        let name = self.connection.prepare(text, &[]);
+        let mut at = 0;
+        while at < data.len {
+            self.read(log, Range { start: data.start + at, len: 4 })?;
+            let len = self.buffer.first_chunk().map_or(0, |b| u64::from(u32::from_be_bytes(*b)));
+            self.read(log, Range { start: data.start + at + 4, len })?;
+            at += 4 + len;
+            build::bind_raw(&mut self.connection.out, b"", name.as_bytes(), &self.buffer, &[]);
+            build::execute(&mut self.connection.out, b"", 0);
+            if self.connection.out.len() >= BATCH_BYTES_MAX {
+                self.send_part().await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, log: &EffectLog, range: Range) -> Result<(), ServerError> {
+        log.read(range, &mut self.buffer).map_err(|e| ServerError::Other(e.to_string()))
+    }
+
+    /// Brings the session into the context and role of the next effect, if it is not in them.
+    fn enter(&mut self, context: &Arc<Context>, role: &EffectRole) {
+        if self.connection.context.as_ref().is_none_or(|c| **c != **context) {
+            self.leave_role();
+            let values: Vec<Option<&[u8]>> = context.settings.iter().map(|s| Some(s.as_bytes())).collect();
+            self.execute("pgtandem_apply", &values);
+            self.connection.context = Some(Arc::clone(context));
+        }
+        let role: Option<Arc<str>> = match role {
+            EffectRole::Client => Some(context.role.as_str().into()),
+            EffectRole::Named(name) => Some(Arc::clone(name)),
+            EffectRole::Own => None,
+        };
+        if self.role != role {
+            match &role {
+                Some(name) => self.execute("pgtandem_role", &[Some(name.as_bytes())]),
+                None => self.leave_role(),
+            }
+            self.role = role;
+        }
+    }
+
+    fn leave_role(&mut self) {
+        if self.role.take().is_some() {
+            self.execute("pgtandem_role", &[Some(b"none")]);
+        }
+    }
+
+    fn mark(&mut self, decision: &Decision) {
+        let (id, n) = (decision.mark_id.to_string(), decision.mark_n.to_string());
+        let secret = Arc::clone(&decision.secret);
+        self.execute("pgtandem_mark", &[Some(secret.as_bytes()), Some(id.as_bytes()), Some(n.as_bytes())]);
+    }
+
+    async fn send_part(&mut self) -> Result<(), ServerError> {
+        self.connection.send_large(&mut self.answer).await?;
+        match self.answer.error.take() {
+            // The rest of the batch would be skipped; the Sync makes the server read on.
+            Some(error) => {
+                build::sync(&mut self.connection.out);
+                self.connection.exchange().await?;
+                Err(error)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the batch and reads all its answers.
+    async fn end(&mut self) -> Result<Answer, ServerError> {
+        build::sync(&mut self.connection.out);
+        if self.connection.out.len() >= BATCH_BYTES_MAX {
+            self.connection.send_large(&mut self.answer).await?;
+        }
+        let answer = self.connection.exchange().await?;
+        match self.answer.error.take() {
+            Some(error) => Err(error),
+            None => answer.ok(),
+        }
+    }
+
+    async fn copy(&mut self, log: &EffectLog, text: &str, data: Range, rows: u64) -> Result<(), ServerError> {
+        self.end().await?;
+        build::query(&mut self.connection.out, text.as_bytes());
+        let mut answer = Answer::default();
+        let mut at = 0;
+        while at < data.len && answer.status == 0 {
+            let len = COPY_PIECE_BYTES.min(data.len - at);
+            self.read(log, Range { start: data.start + at, len })?;
+            build::copy_data(&mut self.connection.out, &self.buffer);
+            self.connection.send_large(&mut answer).await?;
+            at += len;
+        }
+        // Status is there already if the COPY failed: the server ended it, and ignores what else arrives.
+        if answer.status == 0 {
+            build::copy_done(&mut self.connection.out);
+            let rest = self.connection.exchange().await?;
+            answer.error = answer.error.or(rest.error);
+            answer.tags.extend(rest.tags);
+        }
+        let answer = answer.ok()?;
+        let copied = answer.tags.last().and_then(|t| crate::pg::message::tag_count(t));
+        if copied == Some(rows) {
+            Ok(())
+        } else {
+            Err(ServerError::Answer {
+                sqlstate: "22012".into(),
+                message: format!("COPY of {rows} rows gave {copied:?} on the follower"),
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_prepared_transactions_are_read_back_and_others_are_not_ours() {
+        let name = gid("shop", 7, 12, 99);
+        assert_eq!(parse_gid(&name, "shop"), Some((12, 99)));
+        for foreign in ["pgtandem:shop2:7:12:99", "app-1", "pgtandem:shop:7:12", "pgtandem:shop:7:12:99:1", "pgtandem:shop:7:x:9"] {
+            assert_eq!(parse_gid(foreign, "shop"), None, "{foreign}");
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! What all sessions of a proxy share: the member set under which commits are acknowledged, the gate, the marks,
+//! the backlogs, and the state of the reign.
+//!
+//! Changes of the member set go one at a time: recorded on the agents first, shown to sessions then.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use pgtandem_proto::membership::{MemberSet, NodeState};
+use pgtandem_proto::message::Request;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::client::{self, ClientError, Control};
+use crate::agent::tls::Identity;
+use crate::cluster::members::{self, MembersError};
+use crate::config::{Config, NodeConfig};
+use crate::replicate::backlog::{Backlog, Entry};
+use crate::replicate::effects::{EffectLog, SpillBudget};
+use crate::replicate::flight::Decision;
+use crate::replicate::follower::{Connection, ServerError};
+use crate::replicate::gate::Gate;
+use crate::replicate::marks::MarkPool;
+
+/// How long a node that is leaving the set may take to be told so.
+const TELL_MS_MAX: u64 = 1000;
+/// How long the remaining members may take to store a smaller set before the waiting commits fail.
+const STORE_MS_MAX: u64 = 60_000;
+/// Pause between two attempts to store.
+const STORE_RETRY_MS: u64 = 200;
+/// Limit for opening a connection to a follower's PostgreSQL.
+const OPEN_MS_MAX: u64 = 10_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    #[error(transparent)]
+    Agent(#[from] ClientError),
+    #[error(transparent)]
+    Members(#[from] MembersError),
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error("the member set without {node} could not be stored within {STORE_MS_MAX} ms: {why}")]
+    NotStored { node: String, why: String },
+    #[error("node {0} is not in the configuration")]
+    UnknownNode(String),
+    #[error("{0}")]
+    Other(String),
+}
+
+/// The member set under which commits are acknowledged, and the followers in it.
+#[derive(Debug)]
+pub struct View {
+    pub set: MemberSet,
+    pub followers: Vec<Arc<Follower>>,
+}
+
+/// A follower for as long as it stays a member; a node that joins again is a new one.
+#[derive(Debug)]
+pub struct Follower {
+    pub id: u64,
+    pub node: NodeConfig,
+    /// Cancelled when it leaves the member set: whoever waits for it stops waiting.
+    pub gone: CancellationToken,
+}
+
+/// Where the reign of this proxy stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reign {
+    /// No epoch yet, or a new one is being raised: nobody is served.
+    Starting,
+    Serving { epoch: u64, secret: Arc<str> },
+    Stopping,
+}
+
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub commits: AtomicU64,
+    pub halves_remade: AtomicU64,
+    pub refused: AtomicU64,
+    pub sessions: AtomicU64,
+}
+
+pub struct Hub {
+    pub config: Arc<Config>,
+    pub identity: Identity,
+    pub gate: Arc<Gate>,
+    pub marks: Arc<MarkPool>,
+    pub spill: Arc<SpillBudget>,
+    /// Grows with each DDL commit.
+    pub schema_number: AtomicU64,
+    pub counters: Counters,
+    pub reign: watch::Sender<Reign>,
+    view: Mutex<Arc<View>>,
+    pub(crate) backlogs: Mutex<HashMap<String, Arc<Backlog>>>,
+    /// Held while the member set changes.
+    pub(crate) changing: tokio::sync::Mutex<()>,
+    /// Why a node left the set, by name.
+    reasons: Mutex<HashMap<String, String>>,
+    /// When a node joined or left while this proxy ran, by name.
+    changes: Mutex<HashMap<String, SystemTime>>,
+    next_follower_id: AtomicU64,
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hub").field("set", &self.view().set).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What the mutexes here protect is consistent between statements, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Hub {
+    #[must_use]
+    pub fn new(config: Arc<Config>, identity: Identity, set: MemberSet) -> Self {
+        let spill = SpillBudget::new(config.proxy.state_dir.clone(), config.proxy.effects_disk_max);
+        Self {
+            config,
+            identity,
+            gate: Arc::default(),
+            marks: Arc::default(),
+            spill: Arc::new(spill),
+            schema_number: AtomicU64::new(1),
+            counters: Counters::default(),
+            reign: watch::Sender::new(Reign::Starting),
+            view: Mutex::new(Arc::new(View { set, followers: Vec::new() })),
+            backlogs: Mutex::default(),
+            changing: tokio::sync::Mutex::new(()),
+            reasons: Mutex::default(),
+            changes: Mutex::default(),
+            next_follower_id: AtomicU64::new(1),
+        }
+    }
+
+    /// Whether effects are kept at all: with one node configured everything is forwarded.
+    #[must_use]
+    pub fn replicates(&self) -> bool {
+        self.config.nodes.len() > 1
+    }
+
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&lock(&self.view))
+    }
+
+    #[must_use]
+    pub fn epoch_and_secret(&self) -> Option<(u64, Arc<str>)> {
+        match &*self.reign.borrow() {
+            Reign::Serving { epoch, secret } => Some((*epoch, Arc::clone(secret))),
+            Reign::Starting | Reign::Stopping => None,
+        }
+    }
+
+    /// The epoch that serves now.
+    #[must_use]
+    pub fn reign_epoch(&self) -> Option<u64> {
+        self.epoch_and_secret().map(|(epoch, _)| epoch)
+    }
+
+    /// Puts a transaction that is about to be committed into the backlog of every node that is joining. Called inside the
+    /// gate, so a cut lies before or after it.
+    pub fn enter_backlogs(&self, database: &Arc<str>, log: &Arc<EffectLog>, decision: &Decision) -> Vec<Arc<Entry>> {
+        let backlogs = lock(&self.backlogs);
+        let enter = |backlog: &Arc<Backlog>| {
+            let entry = Arc::new(Entry::new(Arc::clone(database), Arc::clone(log), decision.clone()));
+            backlog.push(Arc::clone(&entry));
+            entry
+        };
+        backlogs.values().map(enter).collect()
+    }
+
+    /// The node with this name.
+    ///
+    /// # Errors
+    /// If the configuration has none.
+    pub fn node(&self, name: &str) -> Result<&NodeConfig, HubError> {
+        self.config.nodes.iter().find(|n| n.name == name).ok_or_else(|| HubError::UnknownNode(name.to_owned()))
+    }
+
+    /// The leader's node.
+    ///
+    /// # Errors
+    /// If the configuration does not have it.
+    pub fn leader(&self) -> Result<NodeConfig, HubError> {
+        let leader = self.view().set.leader.clone();
+        self.node(&leader).cloned()
+    }
+
+    #[must_use]
+    pub fn socket_path(node: &NodeConfig) -> PathBuf {
+        node.socket_dir.join(format!(".s.PGSQL.{}", node.port))
+    }
+
+    /// Why this node left the member set, if it did while this proxy ran.
+    #[must_use]
+    pub fn reason(&self, node: &str) -> Option<String> {
+        lock(&self.reasons).get(node).cloned()
+    }
+
+    /// When this node joined or left, if it did while this proxy ran.
+    #[must_use]
+    pub fn changed_at(&self, node: &str) -> Option<SystemTime> {
+        lock(&self.changes).get(node).copied()
+    }
+
+    /// Whether a backlog is kept for this node.
+    #[must_use]
+    pub fn is_joining(&self, node: &str) -> bool {
+        lock(&self.backlogs).contains_key(node)
+    }
+
+    /// A control connection to the leader's PostgreSQL, as role `pgtandem`.
+    ///
+    /// # Errors
+    /// If PostgreSQL refuses or is not there.
+    pub async fn leader_connection(&self, database: &str) -> Result<Connection, HubError> {
+        let path = Self::socket_path(&self.leader()?);
+        let open = async {
+            let stream = UnixStream::connect(&path).await.map_err(ServerError::Io)?;
+            Connection::open(Box::new(stream), database, "pgtandem control", None).await
+        };
+        Ok(within(OPEN_MS_MAX, open).await?)
+    }
+
+    /// A connection to a node's PostgreSQL through its agent, as role `pgtandem`.
+    ///
+    /// # Errors
+    /// If the agent or PostgreSQL refuses or is not there.
+    pub async fn tunnel_connection(
+        &self,
+        node: &NodeConfig,
+        database: &str,
+        epoch: u64,
+        secret: Option<&str>,
+    ) -> Result<Connection, ServerError> {
+        let open = async {
+            let stream = client::tunnel(&self.identity, node, epoch)
+                .await
+                .map_err(|e| ServerError::Other(e.to_string()))?;
+            Connection::open(Box::new(stream), database, "pgtandem", secret.map(|s| (s, epoch))).await
+        };
+        within(OPEN_MS_MAX, open).await
+    }
+
+    /// Shows a member set to sessions: it is recorded already. Followers that stay keep their identity.
+    pub fn show(&self, set: MemberSet) {
+        let mut view = lock(&self.view);
+        let differs = |n: &&NodeConfig| view.set.nodes.contains(&n.name) != set.nodes.contains(&n.name);
+        for node in self.config.nodes.iter().filter(differs) {
+            lock(&self.changes).insert(node.name.clone(), SystemTime::now());
+        }
+        let mut followers = Vec::new();
+        for name in set.nodes.iter().filter(|n| **n != set.leader) {
+            match view.followers.iter().find(|f| f.node.name == *name && !f.gone.is_cancelled()) {
+                Some(follower) => followers.push(Arc::clone(follower)),
+                None => {
+                    if let Ok(node) = self.node(name) {
+                        let id = self.next_follower_id.fetch_add(1, Ordering::Relaxed);
+                        followers.push(Arc::new(Follower {
+                            id,
+                            node: node.clone(),
+                            gone: CancellationToken::new(),
+                        }));
+                        lock(&self.reasons).remove(name);
+                    }
+                }
+            }
+        }
+        for follower in view.followers.iter().filter(|f| !set.nodes.contains(&f.node.name)) {
+            follower.gone.cancel();
+        }
+        *view = Arc::new(View { set, followers });
+    }
+
+    /// Ends what is known of followers: a new epoch is being raised, and every connection of the old one is over.
+    pub fn forget_followers(&self) {
+        let mut view = lock(&self.view);
+        for follower in &view.followers {
+            follower.gone.cancel();
+        }
+        *view = Arc::new(View { set: view.set.clone(), followers: Vec::new() });
+    }
+
+    /// Takes a follower out of the member set. When this returns, the smaller set is recorded on the remaining
+    /// members, and commits may be acknowledged without it. Does nothing if it left already.
+    ///
+    /// # Errors
+    /// If the smaller set can not be recorded within the limit: no commit may be acknowledged then.
+    pub async fn lost(&self, follower: &Follower, state: NodeState, reason: &str) -> Result<(), HubError> {
+        let _one_at_a_time = self.changing.lock().await;
+        let view = self.view();
+        if follower.gone.is_cancelled() || !view.followers.iter().any(|f| f.id == follower.id) {
+            return Ok(());
+        }
+        tracing::warn!(node = %follower.node.name, ?state, reason, "follower leaves the member set");
+        self.shrink(&view.set, &follower.node.name, state, reason).await
+    }
+
+    /// As [`Self::lost`], by name and for a person.
+    ///
+    /// # Errors
+    /// If the node is not a follower in the set, or the set can not be recorded.
+    pub async fn remove_member(&self, name: &str, reason: &str) -> Result<MemberSet, HubError> {
+        let _one_at_a_time = self.changing.lock().await;
+        let view = self.view();
+        self.shrink(&view.set, name, NodeState::Stale, reason).await?;
+        Ok(self.view().set.clone())
+    }
+
+    async fn shrink(&self, set: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
+        let smaller = members::without(set, name)?;
+        lock(&self.reasons).insert(name.to_owned(), reason.to_owned());
+        let generation = format!("{:032x}", rand::random::<u128>());
+        let node = self.node(name)?;
+        let tell = self.store(node, &smaller, state, None, Some(reason));
+        if let Err(e) = within_agent(TELL_MS_MAX, tell).await {
+            tracing::info!(node = name, error = %e, "the node that leaves could not be told; it will be when it answers");
+        }
+        for member in &smaller.nodes {
+            let node = self.node(member)?;
+            let deadline = tokio::time::Instant::now() + Duration::from_millis(STORE_MS_MAX);
+            loop {
+                match self.store(node, &smaller, NodeState::InSync, Some(&generation), None).await {
+                    Ok(()) => break,
+                    Err(e) if tokio::time::Instant::now() >= deadline => {
+                        return Err(HubError::NotStored { node: name.to_owned(), why: e.to_string() });
+                    }
+                    Err(e) => {
+                        tracing::warn!(node = %member, error = %e, "the smaller member set is not stored yet");
+                        tokio::time::sleep(Duration::from_millis(STORE_RETRY_MS)).await;
+                    }
+                }
+            }
+        }
+        self.show(smaller);
+        Ok(())
+    }
+
+    /// Stores a member set and the node's state in it, durably, through the node's agent.
+    ///
+    /// # Errors
+    /// If the agent does not answer or refuses.
+    pub async fn store(
+        &self,
+        node: &NodeConfig,
+        set: &MemberSet,
+        state: NodeState,
+        generation: Option<&str>,
+        note: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut control = Control::connect(&self.identity, node).await?;
+        store_on(&mut control, set, state, generation, note).await
+    }
+}
+
+/// As [`Hub::store`], on a connection that is open already.
+///
+/// # Errors
+/// If the agent does not answer or refuses.
+pub async fn store_on(
+    control: &mut Control,
+    set: &MemberSet,
+    state: NodeState,
+    generation: Option<&str>,
+    note: Option<&str>,
+) -> Result<(), ClientError> {
+    let request = Request::Store {
+        members: set.clone(),
+        state,
+        uncertain: false,
+        new_generation: generation.map(str::to_owned),
+        note: note.map(str::to_owned),
+    };
+    control.request(&request).await.map(|_| ())
+}
+
+/// # Errors
+/// [`ServerError::Timeout`] past the limit.
+pub async fn within<T>(ms_max: u64, work: impl Future<Output = Result<T, ServerError>>) -> Result<T, ServerError> {
+    tokio::time::timeout(Duration::from_millis(ms_max), work).await.unwrap_or(Err(ServerError::Timeout(ms_max)))
+}
+
+async fn within_agent<T>(ms_max: u64, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, HubError> {
+    match tokio::time::timeout(Duration::from_millis(ms_max), work).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(HubError::Other(format!("no answer within {ms_max} ms"))),
+    }
+}

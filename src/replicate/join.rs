@@ -1,0 +1,272 @@
+//! A node joins: cut, backlog, join. The hub's side of a recovery.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use pgtandem_proto::membership::{MemberSet, NodeState};
+use pgtandem_proto::message::Lsn;
+
+use crate::agent::client::Control;
+use crate::cluster::members;
+use crate::config::NodeConfig;
+use crate::pg::build;
+use crate::recovery::replication::{
+    CutDone, Drained, JoinDone, Replication, ReplicationError, ReplicationErrorKind as Kind,
+};
+use crate::replicate::backlog::{Backlog, Next};
+use crate::replicate::flight;
+use crate::replicate::follower::Connection;
+use crate::replicate::hub::{Hub, HubError, store_on};
+use crate::replicate::resolve;
+
+/// A backlog of at most that many transactions is short: the rest is applied while the gate is closed.
+const SHORT_MAX: u64 = 20;
+/// Pause while the first transaction of the backlog is not decided yet.
+const UNSETTLED_POLL_US: u64 = 200;
+/// How long the backlog may stand still before the recovery fails.
+const STANDSTILL_MS_MAX: u64 = 60_000;
+
+/// The applier's sessions on the node that is joining, one per database.
+struct Applier<'a> {
+    hub: &'a Hub,
+    node: NodeConfig,
+    epoch: u64,
+    secret: Arc<str>,
+    connections: HashMap<Arc<str>, Connection>,
+}
+
+fn node_error(node: &str, e: &impl std::fmt::Display) -> ReplicationError {
+    ReplicationError::new(
+        Kind::Node,
+        format!("node {node} could not be brought up to date: {e}"),
+        format!("See the log of PostgreSQL and of the agent on {node}, then type: pgtandem recover {node}"),
+    )
+}
+
+fn leader_error(e: &impl std::fmt::Display) -> ReplicationError {
+    ReplicationError::new(
+        Kind::Leader,
+        format!("the leader's PostgreSQL did not answer: {e}"),
+        "Type: pgtandem status".to_owned(),
+    )
+}
+
+fn record_error(node: &str, e: &impl std::fmt::Display) -> ReplicationError {
+    ReplicationError::new(
+        Kind::Record,
+        format!("the member set could not be stored on {node}: {e}"),
+        format!("See the agent's log on {node}, then type: pgtandem status"),
+    )
+}
+
+impl Applier<'_> {
+    async fn connection(&mut self, database: &Arc<str>) -> Result<&mut Connection, ReplicationError> {
+        if !self.connections.contains_key(database) {
+            let connection = self
+                .hub
+                .tunnel_connection(&self.node, database, self.epoch, Some(&self.secret))
+                .await
+                .map_err(|e| node_error(&self.node.name, &e))?;
+            self.connections.insert(Arc::clone(database), connection);
+        }
+        self.connections.get_mut(database).ok_or_else(|| node_error(&self.node.name, &"no connection"))
+    }
+
+    /// Applies what there is until at most `left_max` transactions are left.
+    async fn apply(
+        &mut self,
+        backlog: &Backlog,
+        left_max: u64,
+        on_progress: &(dyn Fn(Drained) + Sync),
+    ) -> Result<(), ReplicationError> {
+        let limit = Duration::from_millis(STANDSTILL_MS_MAX);
+        let mut moved = tokio::time::Instant::now();
+        loop {
+            match backlog.next() {
+                Next::Batch(batch) => {
+                    let Some(first) = batch.first() else { continue };
+                    let database = Arc::clone(&first.database);
+                    let work: Vec<_> = batch.iter().map(|e| (Arc::clone(&e.log), e.decision.clone())).collect();
+                    let node = self.node.name.clone();
+                    let connection = self.connection(&database).await?;
+                    flight::apply(connection, &work).await.map_err(|e| node_error(&node, &e))?;
+                    moved = tokio::time::Instant::now();
+                    let (left, peak, applied) = backlog.progress();
+                    on_progress(Drained { applied, left, peak });
+                    if left <= left_max && left_max > 0 {
+                        return Ok(());
+                    }
+                }
+                Next::Empty => return Ok(()),
+                Next::Unsettled if left_max > 0 && backlog.progress().0 <= left_max => return Ok(()),
+                Next::Unsettled if moved.elapsed() > limit => {
+                    return Err(node_error(&self.node.name, &"the backlog stands still"));
+                }
+                Next::Unsettled => tokio::time::sleep(Duration::from_micros(UNSETTLED_POLL_US)).await,
+                Next::Overflowed => {
+                    return Err(ReplicationError::new(
+                        Kind::Backlog,
+                        format!("the backlog for {} passed proxy.backlog_bytes_max", self.node.name),
+                        "Try again when there is less load, or raise proxy.backlog_bytes_max.",
+                    ));
+                }
+            }
+        }
+    }
+}
+
+impl Hub {
+    fn backlog(&self, node: &str) -> Option<Arc<Backlog>> {
+        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(node).cloned()
+    }
+
+    fn applier(&self, node: &str) -> Result<Applier<'_>, ReplicationError> {
+        let (epoch, secret) = self.epoch_and_secret().ok_or_else(|| {
+            ReplicationError::new(Kind::Stopping, "the epoch of this proxy ended during the recovery", "Start it again.")
+        })?;
+        let node = self.node(node).map_err(|e| wrong_node(&e))?.clone();
+        Ok(Applier { hub: self, node, epoch, secret, connections: HashMap::new() })
+    }
+
+    async fn close_gate(&self) -> Result<crate::replicate::gate::Closed<'_>, ReplicationError> {
+        self.gate.close(Duration::from_millis(self.config.proxy.gate_ms_max)).await.map_err(|e| {
+            ReplicationError::new(Kind::Gate, e.to_string(), "It is tried again by itself.")
+        })
+    }
+}
+
+fn wrong_node(e: &HubError) -> ReplicationError {
+    ReplicationError::new(Kind::WrongNode, e.to_string(), "Type: pgtandem status")
+}
+
+impl Replication for Hub {
+    fn epoch(&self) -> u64 {
+        self.epoch_and_secret().map_or(0, |(epoch, _)| epoch)
+    }
+
+    fn members(&self) -> MemberSet {
+        self.view().set.clone()
+    }
+
+    async fn cut(&self, node: &str) -> Result<CutDone, ReplicationError> {
+        self.node(node).map_err(|e| wrong_node(&e))?;
+        let mut leader = self.leader_connection("postgres").await.map_err(|e| leader_error(&e))?;
+        // The first use of a statement costs catalog reads that nobody should wait for.
+        build::query(&mut leader.out, b"SELECT pg_logical_emit_message(false, 'pgtandem', 'cut is near')");
+        leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
+        let closed = self.close_gate().await?;
+        // The function gives the end of its record, a record boundary; its commit flushes past it. All commits that
+        // passed the gate are finished, so each is before this record or comes after the gate opens.
+        build::query(&mut leader.out, b"SELECT pg_logical_emit_message(true, 'pgtandem', 'cut')");
+        let answer = leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
+        let x = answer.values.first().and_then(Option::as_ref).and_then(|v| parse_lsn(v));
+        let x = x.ok_or_else(|| leader_error(&"no position of the marker record"))?;
+        let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max));
+        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(node.to_owned(), backlog);
+        Ok(CutDone { x, gate_ms: closed.closed_ms() })
+    }
+
+    async fn drain(&self, node: &str, on_progress: &(dyn Fn(Drained) + Sync)) -> Result<(), ReplicationError> {
+        let Some(backlog) = self.backlog(node) else {
+            return Err(ReplicationError::new(Kind::WrongNode, format!("no cut was made for {node}"), "Start again."));
+        };
+        let mut applier = self.applier(node)?;
+        let failed = |e: &dyn std::fmt::Display| node_error(node, &e.to_string());
+        let open = self.tunnel_connection(&applier.node, "postgres", applier.epoch, None);
+        let mut first = open.await.map_err(|e| failed(&e))?;
+        let databases = resolve::databases(&mut first).await.map_err(|e| failed(&e))?;
+        drop(first);
+        for database in &databases {
+            let open = self.tunnel_connection(&applier.node, database, applier.epoch, None);
+            let mut connection = open.await.map_err(|e| failed(&e))?;
+            resolve::raise_epoch(&mut connection, applier.epoch, &applier.secret).await.map_err(|e| failed(&e))?;
+            resolve::resolve(&mut connection, &self.config.cluster.name, None).await.map_err(|e| failed(&e))?;
+        }
+        applier.apply(&backlog, SHORT_MAX, on_progress).await
+    }
+
+    async fn join(&self, node: &str) -> Result<JoinDone, ReplicationError> {
+        let Some(backlog) = self.backlog(node) else {
+            return Err(ReplicationError::new(Kind::WrongNode, format!("no cut was made for {node}"), "Start again."));
+        };
+        let _one_at_a_time = self.changing.lock().await;
+        let larger = members::with(&self.view().set, node).map_err(|e| wrong_node(&e.into()))?;
+        // All connections are made before the gate closes.
+        let mut applier = self.applier(node)?;
+        let mut controls = Vec::new();
+        for name in larger.nodes.iter().filter(|n| *n != node).chain(std::iter::once(&node.to_owned())) {
+            let config = self.node(name).map_err(|e| wrong_node(&e))?;
+            let control = Control::connect(&self.identity, config).await.map_err(|e| record_error(name, &e))?;
+            controls.push((name.clone(), control));
+        }
+        let ignore = |_: Drained| ();
+        applier.apply(&backlog, SHORT_MAX, &ignore).await?;
+        let closed = self.close_gate().await?;
+        applier.apply(&backlog, 0, &ignore).await?;
+        let mut stored: Vec<String> = Vec::new();
+        let mut failure = None;
+        for (name, control) in &mut controls {
+            match store_on(control, &larger, NodeState::InSync, None, None).await {
+                Ok(()) => stored.push(name.clone()),
+                Err(e) => {
+                    failure = Some(record_error(name, &e));
+                    break;
+                }
+            }
+        }
+        if let Some(failure) = failure {
+            self.shrink_out(&larger, node, &stored).await?;
+            return Err(failure);
+        }
+        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+        let version = larger.version;
+        self.show(larger);
+        self.schema_number.fetch_add(1, Ordering::Relaxed);
+        Ok(JoinDone { gate_ms: closed.closed_ms(), version })
+    }
+
+    async fn abandon(&self, node: &str) {
+        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+    }
+
+    async fn remove(&self, node: &str, reason: &str) -> Result<MemberSet, ReplicationError> {
+        self.remove_member(node, reason).await.map_err(|e| match &e {
+            HubError::Members(_) | HubError::UnknownNode(_) => wrong_node(&e),
+            _ => record_error(node, &e),
+        })
+    }
+}
+
+impl Hub {
+    /// Some stored the larger set, one could not: the next version is without the node again, before the gate opens.
+    async fn shrink_out(&self, larger: &MemberSet, node: &str, stored: &[String]) -> Result<(), ReplicationError> {
+        let smaller = members::without(larger, node).map_err(|e| wrong_node(&e.into()))?;
+        for name in stored.iter().chain(smaller.nodes.iter()) {
+            let config = self.node(name).map_err(|e| wrong_node(&e))?;
+            let state = if name == node { NodeState::Stale } else { NodeState::InSync };
+            self.store(config, &smaller, state, None, None).await.map_err(|e| record_error(name, &e))?;
+        }
+        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+        self.show(smaller);
+        Ok(())
+    }
+}
+
+/// `16/B374D848`
+fn parse_lsn(text: &[u8]) -> Option<Lsn> {
+    let (high, low) = std::str::from_utf8(text).ok()?.split_once('/')?;
+    Some(Lsn(u64::from_str_radix(high, 16).ok()? << 32 | u64::from_str_radix(low, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_read_as_postgresql_writes_them() {
+        assert_eq!(parse_lsn(b"16/B374D848"), Some(Lsn(0x16_B374_D848)));
+        assert_eq!(parse_lsn(b"nonsense"), None);
+    }
+}

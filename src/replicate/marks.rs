@@ -1,0 +1,118 @@
+//! Marks: a row per proxy session in each database that says which of its transactions is decided.
+//!
+//! A session holds two and alternates, because transaction n+1 of a mark starts only when n is finished everywhere.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// More sessions than half of that are refused at their start.
+const MARKS_MAX: i32 = 100_000;
+
+/// All marks of a proxy. Numbers are unique over all databases, because the names of prepared transactions are.
+#[derive(Debug, Default)]
+pub struct MarkPool {
+    marks: Mutex<Marks>,
+}
+
+#[derive(Debug, Default)]
+struct Marks {
+    /// By database: `(id, last n)` of marks that nobody holds.
+    free: HashMap<String, Vec<(i32, i64)>>,
+    last_id: i32,
+    /// Grows when all is loaded anew: marks of sessions of before are not given back.
+    generation: u64,
+}
+
+/// A mark that a session holds.
+#[derive(Debug)]
+pub struct Mark {
+    pub id: i32,
+    /// n of the last transaction that used it.
+    pub n: i64,
+    /// Its one permit is out while a transaction of this mark is not finished everywhere.
+    idle: Arc<Semaphore>,
+    generation: u64,
+}
+
+impl Mark {
+    /// Waits until the last transaction of this mark is finished everywhere, and takes the next n.
+    pub async fn begin(&mut self) -> (i64, Option<OwnedSemaphorePermit>) {
+        // The semaphore is never closed: the permit is always there in the end.
+        let permit = Arc::clone(&self.idle).acquire_owned().await.ok();
+        self.n += 1;
+        (self.n, permit)
+    }
+}
+
+impl MarkPool {
+    /// Forgets everything: a new epoch loads it again.
+    pub fn reset(&self) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = marks.generation + 1;
+        *marks = Marks { generation, ..Marks::default() };
+    }
+
+    /// Starts from what the leader says: `(id, n)` of one database.
+    pub fn load(&self, database: &str, rows: Vec<(i32, i64)>) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        marks.last_id = rows.iter().map(|(id, _)| *id).fold(marks.last_id, i32::max);
+        marks.free.insert(database.to_owned(), rows);
+    }
+
+    /// A mark for a session, or `None` past the limit or for a database that is not known.
+    pub fn take(&self, database: &str) -> Option<Mark> {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (id, n) = match marks.free.get_mut(database)?.pop() {
+            Some(free) => free,
+            None if marks.last_id < MARKS_MAX => {
+                marks.last_id += 1;
+                (marks.last_id, 0)
+            }
+            None => return None,
+        };
+        Some(Mark { id, n, idle: Arc::new(Semaphore::new(1)), generation: marks.generation })
+    }
+
+    /// Gives a mark back, if its last transaction is finished; otherwise when it is.
+    pub fn give_back(self: &Arc<Self>, database: &str, mark: Mark) {
+        let pool = Arc::clone(self);
+        let database = database.to_owned();
+        let put = move || {
+            let mut marks = pool.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            if marks.generation != mark.generation {
+                return;
+            }
+            if let Some(free) = marks.free.get_mut(&database) {
+                free.push((mark.id, mark.n));
+            }
+        };
+        if mark.idle.available_permits() > 0 {
+            put();
+        } else {
+            let idle = Arc::clone(&mark.idle);
+            tokio::task::spawn_local(async move {
+                let _finished = idle.acquire().await;
+                put();
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_sessions_never_hold_the_same_mark_and_a_mark_goes_on_counting() {
+        let pool = Arc::new(MarkPool::default());
+        pool.load("shop", vec![(1, 40)]);
+        let (first, second) = (pool.take("shop").unwrap(), pool.take("shop").unwrap());
+        assert_eq!((first.id, first.n), (1, 40));
+        assert_ne!(first.id, second.id);
+        pool.give_back("shop", first);
+        assert_eq!(pool.take("shop").unwrap().n, 40);
+        assert!(pool.take("other").is_none());
+    }
+}

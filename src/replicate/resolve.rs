@@ -1,0 +1,168 @@
+//! A new epoch on one node, and the fate of what was prepared under older ones.
+//!
+//! Order: commit the epoch row in every database, end every session that is not ours until none is left, and only
+//! then read marks: no lock is trusted that a client could release. The leader's mark decides: n reached means commit.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::pg::build;
+use crate::replicate::flight;
+use crate::replicate::follower::{Answer, Connection, ServerError};
+use crate::replicate::schema;
+
+/// How long old sessions may take to end.
+const END_MS_MAX: u64 = 30_000;
+const END_POLL_MS: u64 = 5;
+
+/// Marks of one database: n by id.
+pub type Marks = HashMap<i32, i64>;
+
+/// What a follower is, compared with the leader's marks of one database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Same,
+    /// It misses a decided transaction: it was left behind.
+    Behind { mark: i32, leader: i64, follower: i64 },
+    /// It holds a finished transaction that the leader does not know: the leader lost acknowledged commits.
+    Ahead { mark: i32, leader: i64, follower: i64 },
+}
+
+/// Compares after everything prepared was resolved. Pure.
+#[must_use]
+pub fn compare(leader: &Marks, follower: &Marks) -> Verdict {
+    let of = |marks: &Marks, id| marks.get(&id).copied().unwrap_or(0);
+    let mut ids: Vec<i32> = leader.keys().chain(follower.keys()).copied().collect();
+    ids.sort_unstable();
+    let mut behind = None;
+    for mark in ids {
+        let (l, f) = (of(leader, mark), of(follower, mark));
+        if f > l {
+            return Verdict::Ahead { mark, leader: l, follower: f };
+        }
+        if f < l {
+            behind = Some(Verdict::Behind { mark, leader: l, follower: f });
+        }
+    }
+    behind.unwrap_or(Verdict::Same)
+}
+
+async fn query(connection: &mut Connection, text: &str) -> Result<Vec<String>, ServerError> {
+    build::query(&mut connection.out, text.as_bytes());
+    texts(connection.exchange().await?)
+}
+
+fn texts(answer: Answer) -> Result<Vec<String>, ServerError> {
+    let values = answer.ok()?.values;
+    Ok(values.into_iter().flatten().map(|v| String::from_utf8_lossy(&v).into_owned()).collect())
+}
+
+/// Databases that allow connections.
+///
+/// # Errors
+/// The server's answer; so for all functions here.
+pub async fn databases(connection: &mut Connection) -> Result<Vec<String>, ServerError> {
+    query(connection, schema::DATABASES).await
+}
+
+/// Creates the schema `pgtandem` where it is missing. The leader only: followers have it from their fill.
+pub async fn install(connection: &mut Connection) -> Result<(), ServerError> {
+    query(connection, "SET client_min_messages = warning").await?;
+    query(connection, schema::INSTALL).await.map(|_| ())
+}
+
+/// Writes the epoch and the hash of its secret into this database.
+///
+/// # Errors
+/// If the database has a higher epoch already.
+pub async fn raise_epoch(connection: &mut Connection, epoch: u64, secret: &str) -> Result<(), ServerError> {
+    build::parse(&mut connection.out, b"", schema::RAISE_EPOCH.as_bytes(), &[]);
+    let epoch_text = epoch.to_string();
+    build::bind_text(&mut connection.out, b"", b"", &[Some(epoch_text.as_bytes()), Some(secret.as_bytes())]);
+    build::execute(&mut connection.out, b"", 0);
+    build::sync(&mut connection.out);
+    let answer = connection.exchange().await?.ok()?;
+    match answer.tags.last().and_then(|t| crate::pg::message::tag_count(t)) {
+        Some(1) => Ok(()),
+        _ => Err(ServerError::Other(format!("the database has an epoch above {epoch} already: a newer proxy serves it"))),
+    }
+}
+
+/// Ends every client session of this server but the caller's, and waits until none is left.
+///
+/// # Errors
+/// If some do not end within the limit.
+pub async fn end_sessions(connection: &mut Connection) -> Result<(), ServerError> {
+    let deadline = tokio::time::Instant::now() + Duration::from_millis(END_MS_MAX);
+    loop {
+        let left = query(connection, schema::END_SESSIONS).await?;
+        if left.first().is_some_and(|n| n == "0") {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(ServerError::Other(format!("{} sessions of an older epoch did not end", left.concat())));
+        }
+        tokio::time::sleep(Duration::from_millis(END_POLL_MS)).await;
+    }
+}
+
+/// The marks of this database.
+pub async fn marks(connection: &mut Connection) -> Result<Marks, ServerError> {
+    let rows = query(connection, "SELECT id || ' ' || n FROM pgtandem.mark").await?;
+    Ok(rows
+        .iter()
+        .filter_map(|row| row.split_once(' ').and_then(|(id, n)| Some((id.parse().ok()?, n.parse().ok()?))))
+        .collect())
+}
+
+/// The last decided n of one mark; 0 if it was never used.
+pub async fn mark(connection: &mut Connection, id: i32) -> Result<i64, ServerError> {
+    let rows = query(connection, &format!("SELECT n FROM pgtandem.mark WHERE id = {id}")).await?;
+    Ok(rows.first().and_then(|n| n.parse().ok()).unwrap_or(0))
+}
+
+/// Finishes what is prepared in this database and ours: by the leader's marks, or all rolled back without them.
+pub async fn resolve(connection: &mut Connection, cluster: &str, leader: Option<&Marks>) -> Result<usize, ServerError> {
+    let gids = query(
+        connection,
+        "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
+    )
+    .await?;
+    let mut resolved = 0;
+    for gid in gids {
+        let Some((mark, n)) = flight::parse_gid(&gid, cluster) else { continue };
+        let commit = leader.is_some_and(|marks| marks.get(&mark).copied().unwrap_or(0) >= n);
+        flight::finish(connection, &gid, commit).await?;
+        resolved += 1;
+    }
+    Ok(resolved)
+}
+
+/// Waits until the backend with this process id is gone, so that its last mark is final.
+///
+/// # Errors
+/// If it does not go within the limit.
+pub async fn backend_gone(connection: &mut Connection, pid: i32) -> Result<(), ServerError> {
+    let deadline = tokio::time::Instant::now() + Duration::from_millis(END_MS_MAX);
+    let text = format!("SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE pid = {pid}");
+    while !query(connection, &text).await?.is_empty() {
+        if tokio::time::Instant::now() >= deadline {
+            return Err(ServerError::Other(format!("backend {pid} does not end")));
+        }
+        tokio::time::sleep(Duration::from_millis(END_POLL_MS)).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_follower_that_knows_more_than_the_leader_is_told_apart_from_one_that_was_left_behind() {
+        let leader = Marks::from([(1, 5), (2, 3)]);
+        assert_eq!(compare(&leader, &leader.clone()), Verdict::Same);
+        assert!(matches!(compare(&leader, &Marks::from([(1, 5)])), Verdict::Behind { mark: 2, .. }));
+        assert!(matches!(compare(&leader, &Marks::from([(1, 4), (2, 4)])), Verdict::Ahead { mark: 2, .. }));
+    }
+}

@@ -1,0 +1,260 @@
+//! How a transaction with effects ends: followers prepare, the leader decides, the client is told, followers finish.
+//!
+//! `replication.md` calls the steps 1 to 5. If the leader's connection ends while its COMMIT is under way, only its mark says
+//! what became of it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+
+use crate::pg::build::ClientError;
+use crate::replicate::backlog::Entry;
+use crate::replicate::commit::{self, Commit, PrepareError, Prepared};
+use crate::replicate::effects::EffectLog;
+use crate::replicate::flight::{self, Decision};
+use crate::replicate::gate::{Closed, Pass};
+use crate::replicate::hub::Reign;
+use crate::replicate::resolve;
+use crate::session::effect::client_error_frame;
+use crate::session::run::Session;
+use crate::session::simple::error_frame;
+use crate::session::wire::{End, Until};
+
+/// How often a DDL commit tries to close the gate.
+const CLOSE_ATTEMPTS_MAX: usize = 5;
+/// How long a lost COMMIT waits for the leader to come back and tell.
+const OUTCOME_MS_MAX: u64 = 120_000;
+const OUTCOME_POLL_MS: u64 = 50;
+
+/// What the client is told: nothing more, or this error as a frame.
+pub type Told = Result<(), BytesMut>;
+
+impl Session {
+    /// Commits the transaction under way. On an error it is rolled back on every member before this returns.
+    ///
+    /// # Errors
+    /// If the session must end.
+    pub async fn commit(&mut self, chain: bool) -> Result<Told, End> {
+        let fresh = EffectLog::new(Arc::clone(&self.hub.spill));
+        let log = Arc::new(std::mem::replace(&mut self.log, fresh));
+        if log.is_empty() {
+            let ok = self.hidden_query(if chain { "COMMIT AND CHAIN" } else { "COMMIT" }).await?;
+            return Ok(if ok { Ok(()) } else { Err(self.last_error()) });
+        }
+        if log.deferrable_constraints && !self.hidden_query("SET CONSTRAINTS ALL IMMEDIATE").await? {
+            let error = self.last_error();
+            self.hidden_query("ROLLBACK").await?;
+            return Ok(Err(error));
+        }
+        let place = self.next_mark;
+        self.next_mark = (place + 1) % self.marks.len();
+        let Some(mut mark) = self.marks[place].take() else { return Err(End::Told) };
+        let (mark_n, finished) = mark.begin().await;
+        let decision = Decision {
+            secret: Arc::clone(&self.secret),
+            mark_id: mark.id,
+            mark_n,
+            gid: flight::gid(&self.hub.config.cluster.name, self.epoch, mark.id, mark_n),
+        };
+        let mut held = Vec::new();
+        let told = self.decide(&log, &decision, &mut held, chain).await;
+        if matches!(&told, Ok(Ok(_))) {
+            self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
+        }
+        self.marks[place] = Some(mark);
+        let pass = match told? {
+            Ok(pass) => pass,
+            Err(error) => return Ok(Err(error)),
+        };
+        let (hub, pool, database) = (Arc::clone(&self.hub), self.thread.pool.clone(), Arc::clone(&self.database));
+        tokio::task::spawn_local(async move {
+            if let Err(e) = commit::finish(&hub, &pool, &database, held, &decision.gid, true).await {
+                tracing::error!(error = %e, gid = decision.gid, "a decided transaction could not be finished");
+            }
+            drop((pass, finished));
+        });
+        Ok(Ok(()))
+    }
+
+    /// Prepares, passes the gate and commits. Gives the pass: dropping it says that every member has finished.
+    async fn decide(
+        &mut self,
+        log: &Arc<EffectLog>,
+        decision: &Decision,
+        held: &mut Vec<Prepared>,
+        chain: bool,
+    ) -> Result<Result<Pass, BytesMut>, End> {
+        let hub = Arc::clone(&self.hub);
+        let leader_ms = self.effects_since.map_or(0, |t| u64::try_from(t.elapsed().as_millis()).unwrap_or(u64::MAX));
+        let leader_ms = leader_ms.min(24 * 3_600_000);
+        let started = Instant::now();
+        let mut closed: Option<Closed<'_>>;
+        let pass: Pass = loop {
+            let followers = Commit {
+                hub: &hub,
+                pool: &self.thread.pool,
+                database: &self.database,
+                log,
+                decision,
+                epoch: self.epoch,
+                leader_ms,
+            };
+            let version = match followers.prepare(held).await {
+                Ok(version) => version,
+                // Nothing was committed; what is prepared is rolled back by the marks.
+                Err(PrepareError::ReignOver) => return Err(End::ServerGone),
+                Err(error) => {
+                    let error = prepare_error(&error);
+                    return self.abort(std::mem::take(held), decision, error).await.map(Err);
+                }
+            };
+            closed = None;
+            let pass = if log.ddl {
+                let mut attempt = 0;
+                let gate = loop {
+                    match hub.gate.close(Duration::from_millis(hub.config.proxy.gate_ms_max)).await {
+                        Ok(gate) => break gate,
+                        Err(_) if attempt < CLOSE_ATTEMPTS_MAX => attempt += 1,
+                        Err(error) => {
+                            let error = ClientError::error("40001", error.to_string(), "Try the transaction again.");
+                            return self.abort(std::mem::take(held), decision, error).await.map(Err);
+                        }
+                    }
+                };
+                let pass = hub.gate.pass_closed(&gate);
+                closed = Some(gate);
+                pass
+            } else {
+                hub.gate.pass().await
+            };
+            let set = &hub.view().set;
+            if (set.epoch, set.version) == version {
+                break pass;
+            }
+        };
+        tracing::trace!(gid = decision.gid, prepared_us = started.elapsed().as_micros(), "members have prepared");
+        let entries = hub.enter_backlogs(&self.database, log, decision);
+        let result = self.commit_leader(decision, chain).await;
+        let committed = match result {
+            Ok(()) if self.wire.results.error.is_none() => true,
+            Ok(()) => {
+                settle(&entries, false);
+                let error = self.last_error();
+                self.abandon(std::mem::take(held), decision).await?;
+                return Ok(Err(error));
+            }
+            Err(End::ServerGone) => self.outcome(decision).await?,
+            Err(end) => return Err(end),
+        };
+        settle(&entries, committed);
+        if !committed {
+            self.abandon(std::mem::take(held), decision).await?;
+            let error = ClientError::fatal(
+                "40001",
+                "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
+                "Connect again and try the transaction again.",
+            );
+            return Ok(Err(client_error_frame(&error)));
+        }
+        if let Some(gate) = closed {
+            // Finished under the closed gate: its catalog is everywhere before anything later arrives.
+            let all = std::mem::take(held);
+            let done = commit::finish(&hub, &self.thread.pool, &self.database, all, &decision.gid, true).await;
+            if let Err(e) = done {
+                tracing::error!(error = %e, gid = decision.gid, "a decided transaction could not be finished");
+            }
+            hub.schema_number.fetch_add(1, Ordering::AcqRel);
+            self.has_own_catalog = self.has_temp_objects;
+            self.own_plans.clear();
+            drop(gate);
+        }
+        Ok(Ok(pass))
+    }
+
+    /// Mark and COMMIT in one flight: the decision.
+    async fn commit_leader(&mut self, decision: &Decision, chain: bool) -> Result<(), End> {
+        let (id, n) = (decision.mark_id.to_string(), decision.mark_n.to_string());
+        let secret = Arc::clone(&self.secret);
+        self.wire.clear_results();
+        self.wire.hide_errors = true;
+        self.hidden("", "pgtandem_mark", &[Some(secret.as_bytes()), Some(id.as_bytes()), Some(n.as_bytes())]);
+        self.hidden("", if chain { "pgtandem_commit_chain" } else { "pgtandem_commit" }, &[]);
+        crate::pg::build::sync(&mut self.wire.to_server);
+        self.wire.expects.push_back(crate::session::wire::Expect::Sync { hidden: true });
+        let done = self.wire.pump(Until::Answered).await;
+        self.wire.hide_errors = false;
+        done?;
+        if self.wire.results.error.is_some() && self.wire.status != b'I' {
+            let error = self.wire.results.error.take();
+            self.hidden_query("ROLLBACK").await?;
+            self.wire.results.error = error;
+        }
+        Ok(())
+    }
+
+    fn last_error(&mut self) -> BytesMut {
+        error_frame(&self.wire.results.error.take().unwrap_or_default())
+    }
+
+    /// Nothing was decided: rolled back on the leader and on every member that had prepared.
+    async fn abort(&mut self, held: Vec<Prepared>, decision: &Decision, error: ClientError) -> Result<BytesMut, End> {
+        self.abandon(held, decision).await?;
+        self.hidden_query("ROLLBACK").await?;
+        Ok(client_error_frame(&error))
+    }
+
+    async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) -> Result<(), End> {
+        let done = commit::finish(&self.hub, &self.thread.pool, &self.database, held, &decision.gid, false).await;
+        done.map_err(|e| {
+            tracing::error!(error = %e, gid = decision.gid, "a transaction could not be rolled back everywhere");
+            End::Unknown
+        })
+    }
+
+    /// The leader's connection ended with a COMMIT under way. Its mark says whether it was committed, once the backend is
+    /// gone or PostgreSQL has come back.
+    async fn outcome(&mut self, decision: &Decision) -> Result<bool, End> {
+        // What the server said last was about this statement at most; the end of the session is told by itself.
+        self.wire.results.error = None;
+        let deadline = Instant::now() + Duration::from_millis(OUTCOME_MS_MAX);
+        let mut reign = self.hub.reign.subscribe();
+        while Instant::now() < deadline {
+            let same_reign = self.hub.reign_epoch() == Some(self.epoch);
+            if matches!(*reign.borrow_and_update(), Reign::Serving { .. }) {
+                if let Ok(mut connection) = self.hub.leader_connection(&self.database).await {
+                    let gone = if same_reign { resolve::backend_gone(&mut connection, self.pid).await } else { Ok(()) };
+                    if let (Ok(()), Ok(n)) = (gone, resolve::mark(&mut connection, decision.mark_id).await) {
+                        return Ok(n >= decision.mark_n);
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;
+        }
+        tracing::error!(gid = decision.gid, "the outcome of a COMMIT is not known: the leader did not come back in time");
+        Err(End::Unknown)
+    }
+}
+
+fn settle(entries: &[Arc<Entry>], committed: bool) {
+    for entry in entries {
+        entry.settle(committed);
+    }
+}
+
+fn prepare_error(error: &PrepareError) -> ClientError {
+    match error {
+        PrepareError::Unsupported(why) => ClientError::error(
+            "0A000",
+            format!("the transaction can not be prepared on a follower: {why}"),
+            "Do this in a transaction of its own.",
+        ),
+        PrepareError::ReignOver => ClientError::fatal("57P01", error.to_string(), "Connect again."),
+        PrepareError::Hub(why) => ClientError::error(
+            "40001",
+            format!("a follower was lost and the smaller member set could not be stored: {why}"),
+            "Type: pgtandem status",
+        ),
+    }
+}

@@ -1,0 +1,206 @@
+//! From what a statement did on the leader to its effect.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use crate::pg::build::{self, ClientError};
+use crate::pg::message::{self, Reader};
+use crate::replicate::effects::{Effect, EffectRole, EffectsError, Range, StatementText};
+use crate::replicate::schema::Context;
+use crate::session::run::Session;
+use crate::session::wire::{End, Until};
+use crate::sql::plan::{EffectPlan, Role, Write};
+use crate::sql::shape::Shape;
+
+/// What became of the rows or the data of a statement: where they are in the effect list, and how many.
+pub type Kept = Result<Option<(Range, u64)>, ClientError>;
+
+impl From<EffectsError> for ClientError {
+    fn from(error: EffectsError) -> Self {
+        let hint = match error {
+            EffectsError::TooLarge(_) => "Split the transaction, or raise proxy.effects_disk_max.",
+            EffectsError::TooMany => "Split the transaction.",
+            EffectsError::Io { .. } => "Make room in the proxy's state_dir.",
+        };
+        ClientError::error("53400", error.to_string(), hint)
+    }
+}
+
+fn effect_role(owner: Option<&Role>) -> EffectRole {
+    match owner {
+        Some(role) if role.superuser => EffectRole::Own,
+        Some(role) => EffectRole::Named(role.name.as_str().into()),
+        None => EffectRole::Client,
+    }
+}
+
+impl Session {
+    fn effect_context(&self) -> Result<Arc<Context>, ClientError> {
+        self.context.clone().ok_or_else(|| {
+            ClientError::error("XX000", "the settings of the session are not known", "Report this as a bug of pgtandem.")
+        })
+    }
+
+    /// Takes locks for a statement that relation locks order. False: it failed, and the client has the error.
+    pub async fn lock_tables(&mut self, write: &Write) -> Result<bool, End> {
+        let EffectPlan::Text { lock_tables, .. } = &write.effect else { return Ok(true) };
+        if lock_tables.is_empty() {
+            return Ok(true);
+        }
+        let list: Vec<String> = lock_tables.iter().map(u32::to_string).collect();
+        let list = format!("{{{}}}", list.join(","));
+        let secret = Arc::clone(&self.secret);
+        self.wire.clear_results();
+        self.hidden("pgtandem_p", "pgtandem_lock", &[Some(secret.as_bytes()), Some(list.as_bytes())]);
+        self.end_hidden();
+        self.wire.pump(Until::Answered).await?;
+        Ok(self.wire.results.error.is_none())
+    }
+
+    /// What every effect brings with it.
+    fn note(&mut self, write: &Write) {
+        self.effects_since.get_or_insert_with(Instant::now);
+        self.log.deferrable_constraints |= write.deferrable_constraints;
+        if write.ddl {
+            self.log.ddl = true;
+            // From here to the end of the transaction the catalog is this session's alone.
+            self.has_own_catalog = true;
+            self.own_plans.clear();
+        }
+        if write.barrier {
+            self.log.barrier = Some(self.hub.gate.next_number());
+        }
+    }
+
+    /// An effect of text: the client's statement, with its session's values as literals.
+    pub fn text_effect(&mut self, write: &Write, shape: &Shape, text: &str) -> Result<(), ClientError> {
+        self.text_effect_with(write, shape, text, &[], Arc::from([]))
+    }
+
+    /// The same with parameters: their types and values as in `Parse` and `Bind`.
+    pub fn text_effect_with(
+        &mut self,
+        write: &Write,
+        shape: &Shape,
+        text: &str,
+        parameters: &[u8],
+        types: Arc<[u8]>,
+    ) -> Result<(), ClientError> {
+        let EffectPlan::Text { owner, counted, .. } = &write.effect else { return Ok(()) };
+        let count = self.wire.results.tag.as_deref().and_then(message::tag_count);
+        if *counted && count.unwrap_or(0) == 0 {
+            return Ok(());
+        }
+        let values = self.wire.results.rows.first().map(|row| values_of(row)).unwrap_or_default();
+        let context = self.effect_context()?;
+        let follower_text: Arc<str> = write.follower_text(text, shape, &values, if *counted { count } else { None }).into();
+        let parameters = if parameters.is_empty() { Range::default() } else { self.log.append(parameters)? };
+        let text = if parameters.len > 0 { StatementText::Shared(follower_text) } else { StatementText::Once(follower_text) };
+        let effect = Effect::Statement { context, role: effect_role(owner.as_ref()), text, types, parameters };
+        self.log.push(effect)?;
+        self.note(write);
+        Ok(())
+    }
+
+    /// Takes the hidden columns of a statement's rows into the effect list, as they come.
+    pub async fn keep_rows(&mut self) -> Result<Kept, End> {
+        let mut kept: Result<(Range, u64), ClientError> = Ok((Range::default(), 0));
+        loop {
+            self.wire.pump(Until::Rows).await?;
+            for row in std::mem::take(&mut self.wire.results.rows) {
+                if let Ok((range, count)) = &mut kept {
+                    match self.keep_row(&row) {
+                        Ok(added) => {
+                            *range = if *count == 0 { added } else { Range { len: range.len + added.len, ..*range } };
+                            *count += 1;
+                        }
+                        Err(error) => kept = Err(error),
+                    }
+                }
+            }
+            self.wire.results.row_bytes = 0;
+            if self.wire.expects.is_empty() {
+                return Ok(kept.map(|(range, count)| (count > 0).then_some((range, count))));
+            }
+            self.wire.flush_client().await?;
+        }
+    }
+
+    /// The values of a row are coded in `DataRow` as in `Bind`: a length and bytes each.
+    fn keep_row(&mut self, values: &Bytes) -> Result<Range, ClientError> {
+        let mut r = Reader::new(b'D', values);
+        let mut columns = 0_u16;
+        while !r.rest().is_empty() && r.value().is_ok() {
+            columns += 1;
+        }
+        let mut entry = Vec::with_capacity(values.len() + 8);
+        let len = u32::try_from(values.len() + 4).unwrap_or(u32::MAX);
+        entry.extend_from_slice(&len.to_be_bytes());
+        entry.extend_from_slice(&[0, 0]);
+        entry.extend_from_slice(&columns.to_be_bytes());
+        entry.extend_from_slice(values);
+        Ok(self.log.append(&entry)?)
+    }
+
+    /// The effect of a statement whose rows were kept.
+    pub fn rows_effect(&mut self, write: &Write, kept: Option<(Range, u64)>) -> Result<(), ClientError> {
+        let (EffectPlan::Rows { owner, insert, .. }, Some((data, rows))) = (&write.effect, kept) else { return Ok(()) };
+        let context = self.effect_context()?;
+        let role = effect_role(owner.as_ref());
+        self.log.push(Effect::Rows { context, role, text: insert.as_str().into(), data, rows })?;
+        self.note(write);
+        Ok(())
+    }
+
+    /// The effect of a COPY whose data were kept.
+    pub fn copy_effect(
+        &mut self,
+        write: &Write,
+        shape: &Shape,
+        text: &str,
+        kept: Option<(Range, u64)>,
+    ) -> Result<(), ClientError> {
+        let (EffectPlan::Copy { owner, .. }, Some((data, _))) = (&write.effect, kept) else { return Ok(()) };
+        let rows = self.wire.results.tag.as_deref().and_then(message::tag_count).unwrap_or(0);
+        if rows == 0 {
+            return Ok(());
+        }
+        let context = self.effect_context()?;
+        let role = effect_role(owner.as_ref());
+        let text = write.follower_text(text, shape, &[], None).into();
+        self.log.push(Effect::Copy { context, role, text, data, rows })?;
+        self.note(write);
+        Ok(())
+    }
+}
+
+/// Values of one row, as text.
+fn values_of(row: &[u8]) -> Vec<Option<String>> {
+    let mut r = Reader::new(b'D', row);
+    let mut values = Vec::new();
+    while !r.rest().is_empty() {
+        match r.value() {
+            Ok(value) => values.push(value.map(|v| String::from_utf8_lossy(v).into_owned())),
+            Err(_) => break,
+        }
+    }
+    values
+}
+
+/// Makes a message of ours out of an error, as a frame.
+#[must_use]
+pub fn client_error_frame(error: &ClientError) -> bytes::BytesMut {
+    let mut out = bytes::BytesMut::new();
+    error.write(&mut out);
+    out
+}
+
+/// Ends a frame list with the client's own tag.
+pub fn put_tag(out: &mut bytes::BytesMut, tag: &[u8]) {
+    build::frame(out, b'C', |b| {
+        b.extend_from_slice(tag);
+        b.extend_from_slice(&[0]);
+    });
+}

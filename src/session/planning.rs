@@ -1,0 +1,290 @@
+//! From a client's text to its plan: the shape is looked up; only a new shape is parsed and asks the leader's catalog.
+//!
+//! Plans are kept per thread. A plan holds for one database, role, search_path and schema number; a session with temp
+//! objects or uncommitted DDL keeps plans of its own.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+
+use crate::pg::build;
+use crate::pg::frame::HEADER_BYTES;
+use crate::replicate::schema::{self, SessionFacts};
+use crate::session::run::Session;
+use crate::session::wire::{End, Expect, Mode, Until};
+use crate::sql::plan::{Control, EffectPlan, Lane, Plan, Refusal, Write};
+use crate::sql::shape::{self, Shape};
+use crate::sql::{catalog, classify, facts::Facts, needs::Needs, parse};
+
+/// Plans that one thread keeps; past that it starts anew.
+const PLANS_MAX: usize = 10_000;
+/// Texts longer than this are not kept.
+const TEXT_BYTES_MAX: usize = 64 * 1024;
+/// Position of `search_path` and `client_encoding` among [`schema::MIRRORED`].
+const SEARCH_PATH: usize = 0;
+const CLIENT_ENCODING: usize = 1;
+
+#[derive(Debug, Default)]
+pub struct PlanCache {
+    plans: RefCell<HashMap<String, Arc<Plan>>>,
+}
+
+impl PlanCache {
+    fn get(&self, key: &str) -> Option<Arc<Plan>> {
+        self.plans.borrow().get(key).cloned()
+    }
+
+    fn put(&self, key: String, plan: &Arc<Plan>) {
+        if key.len() > TEXT_BYTES_MAX {
+            return;
+        }
+        let mut plans = self.plans.borrow_mut();
+        if plans.len() >= PLANS_MAX {
+            plans.clear();
+        }
+        plans.insert(key, Arc::clone(plan));
+    }
+
+    pub fn clear(&self) {
+        self.plans.borrow_mut().clear();
+    }
+}
+
+/// What is to be done with a text.
+#[derive(Debug)]
+pub enum Planned {
+    One { plan: Arc<Plan>, shape: Shape, text: Arc<str> },
+    /// Several statements, at these bytes of the text.
+    Several(Vec<Range<usize>>),
+    /// Nothing but white space and comments.
+    Nothing,
+    Refused(Refusal),
+    /// The leader answered the catalog query with this error.
+    Failed(Bytes),
+}
+
+fn refusal(message: &str, hint: &str) -> Refusal {
+    Refusal { message: message.to_owned(), hint: hint.to_owned() }
+}
+
+impl Session {
+    /// The plan for a text of the client's.
+    ///
+    /// # Errors
+    /// If the connection to the leader ends.
+    pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
+        let Some(text) = readable(text) else {
+            return Ok(self.unreadable(text));
+        };
+        let failed = self.wire.status == b'E';
+        if !failed && self.facts.is_none() {
+            if let Some(error) = self.read_context().await? {
+                return Ok(Planned::Failed(error));
+            }
+        }
+        let shape = shape::mask(&text);
+        let key = self.key(&shape.key);
+        let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
+        if let Some(plan) = cache.get(&key) {
+            return Ok(Planned::One { plan, shape, text });
+        }
+        let mut statements = match parse::parse(&text) {
+            Ok(statements) => statements,
+            Err(_) => {
+                let plan = Arc::new(classify::unparsed());
+                return Ok(Planned::One { plan, shape, text });
+            }
+        };
+        let statement = match (statements.len(), statements.pop()) {
+            (0, _) | (_, None) => return Ok(Planned::Nothing),
+            (1, Some(statement)) => statement,
+            (_, Some(last)) => {
+                let mut ranges: Vec<_> = statements.into_iter().map(|s| s.range).collect();
+                ranges.push(last.range);
+                return Ok(Planned::Several(ranges));
+            }
+        };
+        let needs = Needs::of(&statement);
+        let facts = if needs.is_empty() || failed {
+            Facts::default()
+        } else {
+            match self.catalog_query(&catalog::query(&needs)).await? {
+                Ok(json) => match Facts::parse(&json) {
+                    Ok(facts) => facts,
+                    Err(e) => {
+                        tracing::error!(error = %e, "the catalog's answer can not be read");
+                        return Ok(Planned::Refused(refusal(
+                            "the leader's catalog gave an answer that pgtandem can not read",
+                            "Report this as a bug of pgtandem.",
+                        )));
+                    }
+                },
+                Err(error) => return Ok(Planned::Failed(error)),
+            }
+        };
+        let plan = Arc::new(classify::classify(&statement, &text, &shape, &facts));
+        if failed {
+            // Only what ends the failed block is known without a catalog; the server refuses the rest.
+            let plan = match plan.lane {
+                Lane::Control(_) => plan,
+                _ => Arc::new(Plan { lane: Lane::Read { guard: false, copy_in: false }, ..classify::unparsed() }),
+            };
+            return Ok(Planned::One { plan, shape, text });
+        }
+        let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
+        cache.put(key, &plan);
+        Ok(Planned::One { plan, shape, text })
+    }
+
+    fn key(&self, masked: &str) -> String {
+        let number = self.hub.schema_number.load(Ordering::Acquire);
+        let (role, path) = self.facts.as_ref().map_or(("", ""), |f| {
+            (f.context.role.as_str(), f.context.settings.get(SEARCH_PATH).map_or("", String::as_str))
+        });
+        format!("{number}\0{}\0{role}\0{path}\0{masked}", self.database)
+    }
+
+    /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
+    fn unreadable(&self, text: &[u8]) -> Planned {
+        let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
+        let reads = |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
+        let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
+        if reads(&first) {
+            let plan = Arc::new(classify::unparsed());
+            return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
+        }
+        Planned::Refused(refusal(
+            "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
+            "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
+        ))
+    }
+
+    /// Reads role and settings of the leader's session again. Gives the error if the server had one.
+    async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
+        self.wire.clear_results();
+        self.wire.hide_errors = true;
+        self.hidden("pgtandem_p", "pgtandem_context", &[]);
+        self.end_hidden();
+        let done = self.wire.pump(Until::Answered).await;
+        self.wire.hide_errors = false;
+        done?;
+        if let Some(error) = self.wire.results.error.take() {
+            return Ok(Some(error));
+        }
+        self.take_context();
+        Ok(None)
+    }
+
+    /// The context from the results of the query that asked for it.
+    pub fn take_context(&mut self) {
+        let row = self.wire.results.values.pop().flatten().unwrap_or_default();
+        self.facts = SessionFacts::parse(&String::from_utf8_lossy(&row)).map(|mut facts| {
+            // "$user" means the client's role, whichever role the effect runs under.
+            let quoted = format!("\"{}\"", facts.context.role.replace('"', "\"\""));
+            if let Some(path) = facts.context.settings.get_mut(SEARCH_PATH) {
+                *path = path.replace("\"$user\"", &quoted);
+            }
+            Arc::new(facts)
+        });
+        self.context = self.facts.as_ref().map(|f| Arc::new(f.context.clone()));
+    }
+
+    /// One row with one text from the catalog, on the session's own connection: it sees its own uncommitted DDL.
+    async fn catalog_query(&mut self, text: &str) -> Result<Result<String, Bytes>, End> {
+        self.wire.clear_results();
+        self.wire.hide_errors = true;
+        build::parse(&mut self.wire.to_server, b"pgtandem_q", text.as_bytes(), &[]);
+        self.wire.expects.push_back(Expect::Parse { hidden: true });
+        self.hidden("pgtandem_p", "pgtandem_q", &[]);
+        build::close(&mut self.wire.to_server, b'S', b"pgtandem_q");
+        self.wire.expects.push_back(Expect::Close { hidden: true });
+        self.end_hidden();
+        let done = self.wire.pump(Until::Answered).await;
+        self.wire.hide_errors = false;
+        done?;
+        if let Some(error) = self.wire.results.error.take() {
+            return Ok(Err(error));
+        }
+        let value = self.wire.results.values.pop().flatten().unwrap_or_default();
+        Ok(Ok(String::from_utf8_lossy(&value).into_owned()))
+    }
+
+    /// Why this session may not write, whatever the statement.
+    pub fn refuses_write(&self, write: &Write) -> Option<build::ClientError> {
+        let facts = self.facts.as_ref()?;
+        let ordered = matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty());
+        let encoding = facts.context.settings.get(CLIENT_ENCODING).map_or("", String::as_str);
+        let error = |message: &str, hint: &str| Some(build::ClientError::error("0A000", message, hint));
+        if facts.isolation == "serializable" {
+            return error(
+                "pgtandem does not replicate writes of SERIALIZABLE transactions yet",
+                "Use REPEATABLE READ or READ COMMITTED.",
+            );
+        }
+        if !facts.standard_conforming_strings {
+            return error(
+                "standard_conforming_strings = off is not supported",
+                "SET standard_conforming_strings = on; write E'...' for strings with backslashes.",
+            );
+        }
+        if !facts.replication_role_origin {
+            return error(
+                "session_replication_role must be origin: triggers and constraints would differ on the followers",
+                "RESET session_replication_role.",
+            );
+        }
+        if ordered && facts.isolation == "repeatable read" {
+            return error(
+                "this statement must order itself by table locks, which REPEATABLE READ does not allow after its snapshot",
+                "Use READ COMMITTED for it, or name every primary-key column in its WHERE clause.",
+            );
+        }
+        if encoding == "SQL_ASCII" {
+            return error("client_encoding SQL_ASCII is not supported", "SET client_encoding = 'UTF8'.");
+        }
+        None
+    }
+
+    /// Whether this transaction control needs nothing of the catalog.
+    #[must_use]
+    pub fn is_end_of_block(control: &Control) -> bool {
+        matches!(control, Control::Commit { .. } | Control::Rollback { .. } | Control::RollbackTo { .. })
+    }
+
+    /// `DISCARD ALL` took our prepared statements with the client's.
+    pub fn reprepare(&mut self) {
+        for (name, text) in schema::PREPARED {
+            build::parse(&mut self.wire.to_server, name.as_bytes(), text.as_bytes(), &[]);
+            self.wire.expects.push_back(Expect::Parse { hidden: true });
+        }
+        self.end_hidden();
+    }
+}
+
+/// The text as UTF-8.
+fn readable(text: &[u8]) -> Option<Arc<str>> {
+    match String::from_utf8_lossy(text) {
+        Cow::Borrowed(text) => Some(text.into()),
+        Cow::Owned(_) => None,
+    }
+}
+
+/// Bytes of a `Query` frame's text, for limits.
+#[must_use]
+pub fn text_bytes(frame: &[u8]) -> usize {
+    frame.len().saturating_sub(HEADER_BYTES + 1)
+}
+
+/// The mode in which a statement's rows are taken.
+#[must_use]
+pub fn mode_of(write: &Write) -> Mode {
+    match write.hidden_returning.len() {
+        0 => Mode::Forward,
+        hidden => Mode::Strip { hidden, client_returning: write.client_returning },
+    }
+}

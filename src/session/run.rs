@@ -1,0 +1,279 @@
+//! The session itself: what it knows, and the loop that waits for either side.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+
+use crate::pg::build::{self, ClientError};
+use crate::pg::frame::{self, Sender};
+use crate::replicate::commit::Pool;
+use crate::replicate::effects::{EffectLog, Position};
+use crate::replicate::hub::Hub;
+use crate::replicate::marks::Mark;
+use crate::replicate::schema::{Context, SessionFacts};
+use crate::session::extended::Statements;
+use crate::session::planning::PlanCache;
+use crate::session::wire::{End, Expect, Mode, Until, Wire};
+
+/// What the sessions of one thread share.
+#[derive(Clone, Debug, Default)]
+pub struct Thread {
+    pub pool: Pool,
+    pub plans: Rc<PlanCache>,
+}
+
+/// Savepoints that are remembered at once.
+const SAVEPOINTS_MAX: usize = 100_000;
+
+pub struct Session {
+    pub hub: Arc<Hub>,
+    pub thread: Thread,
+    pub wire: Wire,
+    pub database: Arc<str>,
+    /// Process id of the leader's backend.
+    pub pid: i32,
+    pub epoch: u64,
+    pub secret: Arc<str>,
+    /// Used in turn; `None` while one is being used.
+    pub marks: [Option<Mark>; 2],
+    pub next_mark: usize,
+    /// Role and settings as last read; `None`: they may have changed.
+    pub facts: Option<Arc<SessionFacts>>,
+    /// The context of the effects that are made now.
+    pub context: Option<Arc<Context>>,
+    /// Settings changed in this transaction: its end may change them back.
+    pub settings_touched: bool,
+    /// The tag of a write whose commit is not decided yet.
+    pub held_tag: Option<Bytes>,
+    /// Effects of the transaction under way.
+    pub log: EffectLog,
+    savepoints: Vec<(String, Position)>,
+    /// A block of ours is open where the client opened none.
+    pub own_block: bool,
+    /// Messages of the extended protocol were sent since the last Sync.
+    pub in_batch: bool,
+    /// An error of ours was sent: the client's messages are skipped until its Sync.
+    pub skip_until_sync: bool,
+    pub statements: Statements,
+    /// Temp objects or uncommitted DDL: plans of this session are its own.
+    pub has_own_catalog: bool,
+    pub has_temp_objects: bool,
+    pub own_plans: PlanCache,
+    /// When the transaction's first effect came.
+    pub effects_since: Option<Instant>,
+}
+
+impl Session {
+    #[must_use]
+    pub fn new(
+        hub: Arc<Hub>,
+        thread: Thread,
+        wire: Wire,
+        database: Arc<str>,
+        pid: i32,
+        secret: Arc<str>,
+        [first, second]: [Mark; 2],
+    ) -> Self {
+        let log = EffectLog::new(Arc::clone(&hub.spill));
+        Self {
+            hub,
+            thread,
+            wire,
+            database,
+            pid,
+            epoch: 0,
+            secret,
+            marks: [Some(first), Some(second)],
+            next_mark: 0,
+            facts: None,
+            context: None,
+            settings_touched: false,
+            held_tag: None,
+            log,
+            savepoints: Vec::new(),
+            own_block: false,
+            in_batch: false,
+            skip_until_sync: false,
+            statements: Statements::default(),
+            has_own_catalog: false,
+            has_temp_objects: false,
+            own_plans: PlanCache::default(),
+            effects_since: None,
+        }
+    }
+
+    /// Serves the client until one side ends.
+    pub async fn run(mut self) {
+        let end = loop {
+            if let Err(end) = self.step().await {
+                break end;
+            }
+        };
+        match &end {
+            End::ServerGone => {
+                let _ = self.wire.flush_client().await;
+                // Whatever the server said last, a FATAL of its own for example, has been passed on.
+                if self.wire.results.error.is_none() {
+                    self.tell_fatal(&ClientError::fatal(
+                        "57P01",
+                        "terminating connection: the connection to the leader's PostgreSQL ended",
+                        "Connect again; an open transaction was rolled back.",
+                    ))
+                    .await;
+                }
+            }
+            End::ClientProtocol(error) => {
+                let error = ClientError::fatal("08P01", error.to_string(), "Use a client that speaks protocol 3.");
+                self.tell_fatal(&error).await;
+            }
+            End::ServerProtocol(error) => {
+                tracing::error!(%error, database = &*self.database, "the leader's PostgreSQL broke the protocol");
+                let error = ClientError::fatal("08P01", error.to_string(), "Report this as a bug of pgtandem.");
+                self.tell_fatal(&error).await;
+            }
+            End::ClientGone | End::Told | End::Unknown => {}
+        }
+        self.leave();
+    }
+
+    /// Gives back what the session holds.
+    pub fn leave(&mut self) {
+        for mark in &mut self.marks {
+            if let Some(mark) = mark.take() {
+                self.hub.marks.give_back(&self.database, mark);
+            }
+        }
+    }
+
+    async fn tell_fatal(&mut self, error: &ClientError) {
+        error.write(&mut self.wire.to_client);
+        let _ = self.wire.flush_client().await;
+    }
+
+    /// Handles all messages that are there, then waits for more.
+    async fn step(&mut self) -> Result<(), End> {
+        while let Some(frame) = frame::take(&mut self.wire.from_client, Sender::Client).map_err(End::ClientProtocol)? {
+            self.message(frame).await?;
+        }
+        self.wire.flush_server().await?;
+        self.wire.absorb()?;
+        self.wire.flush_client().await?;
+        self.wire.fill_either().await?;
+        self.wire.absorb()
+    }
+
+    async fn message(&mut self, frame: BytesMut) -> Result<(), End> {
+        let tag = frame[0];
+        if self.skip_until_sync && !matches!(tag, b'S' | b'X') {
+            return Ok(());
+        }
+        match tag {
+            b'Q' => self.simple_query(frame.freeze()).await,
+            b'P' | b'B' | b'D' | b'E' | b'C' | b'H' | b'S' => self.extended(tag, frame.freeze()).await,
+            b'X' => Err(End::ClientGone),
+            b'F' => self.function_call(frame.freeze()).await,
+            // What is left of a COPY that failed; the server ignores it, too.
+            b'd' | b'c' | b'f' => Ok(()),
+            _ => {
+                self.wire.to_server.extend_from_slice(&frame);
+                Ok(())
+            }
+        }
+    }
+
+    async fn function_call(&mut self, frame: Bytes) -> Result<(), End> {
+        if self.hub.replicates() {
+            let error = ClientError::error(
+                "0A000",
+                "pgtandem does not replicate FunctionCall messages (large objects through libpq's lo_* functions)",
+                "Use SQL functions, or store the data in a bytea column.",
+            );
+            return self.refuse_simple(&error).await;
+        }
+        self.wire.to_server.extend_from_slice(&frame);
+        self.wire.expects.push_back(Expect::Function);
+        self.wire.pump(Until::Answered).await
+    }
+
+    /// Appends one of our prepared statements and what is expected of it. `portal` empty: the unnamed one, which ends a
+    /// portal of the client's; otherwise it is closed again.
+    pub fn hidden(&mut self, portal: &str, statement: &str, values: &[Option<&[u8]>]) {
+        let out = &mut self.wire.to_server;
+        build::bind_text(out, portal.as_bytes(), statement.as_bytes(), values);
+        build::execute(out, portal.as_bytes(), 0);
+        self.wire.expects.extend([Expect::Bind { hidden: true }, Expect::Execute { mode: Mode::Hidden }]);
+        if !portal.is_empty() {
+            build::close(&mut self.wire.to_server, b'P', portal.as_bytes());
+            self.wire.expects.push_back(Expect::Close { hidden: true });
+        }
+    }
+
+    /// Ends a group of hidden messages so that the server answers: with a Sync, or inside the client's batch a Flush.
+    pub fn end_hidden(&mut self) {
+        if self.in_batch {
+            build::flush(&mut self.wire.to_server);
+        } else {
+            build::sync(&mut self.wire.to_server);
+            self.wire.expects.push_back(Expect::Sync { hidden: true });
+        }
+    }
+
+    /// Sends a text of ours by the simple protocol and waits; the error it brought, if any, is kept in the results.
+    pub async fn hidden_query(&mut self, text: &str) -> Result<bool, End> {
+        self.wire.clear_results();
+        self.wire.hide_errors = true;
+        build::query(&mut self.wire.to_server, text.as_bytes());
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
+        let done = self.wire.pump(Until::Answered).await;
+        self.wire.hide_errors = false;
+        done?;
+        Ok(self.wire.results.error.is_none())
+    }
+
+    /// Whether a block is open on the server, the client's or ours.
+    #[must_use]
+    pub fn in_block(&self) -> bool {
+        self.wire.status != b'I' || self.own_block
+    }
+
+    /// # Errors
+    /// Past [`SAVEPOINTS_MAX`].
+    pub fn savepoint(&mut self, name: &str) -> Result<(), ClientError> {
+        if self.savepoints.len() >= SAVEPOINTS_MAX {
+            return Err(ClientError::error("54000", "too many savepoints in one transaction", "Release some."));
+        }
+        self.savepoints.push((name.to_owned(), self.log.position()));
+        Ok(())
+    }
+
+    /// RELEASE: this savepoint and those after it are gone.
+    pub fn release(&mut self, name: &str) {
+        if let Some(at) = self.savepoints.iter().rposition(|(n, _)| n == name) {
+            self.savepoints.truncate(at);
+        }
+    }
+
+    /// ROLLBACK TO: effects since then are gone.
+    pub fn roll_back_to(&mut self, name: &str) {
+        if let Some(at) = self.savepoints.iter().rposition(|(n, _)| n == name) {
+            let position = self.savepoints[at].1;
+            self.savepoints.truncate(at + 1);
+            self.log.truncate(position);
+        }
+    }
+
+    /// The transaction is over: its effects are gone.
+    pub fn forget_transaction(&mut self) {
+        if self.log.ddl {
+            self.has_own_catalog = self.has_temp_objects;
+            self.own_plans.clear();
+        }
+        self.log = EffectLog::new(Arc::clone(&self.hub.spill));
+        self.savepoints.clear();
+        self.own_block = false;
+        self.effects_since = None;
+        self.held_tag = None;
+    }
+}

@@ -1,0 +1,504 @@
+//! The simple protocol: a text with one statement or several, answered up to one `ReadyForQuery`.
+//!
+//! Several statements are cut apart and run one by one, inside a block of ours where the client opened none, because
+//! each needs its own lane. Errors keep their position in the client's own text.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::pg::build::{self, ClientError};
+use crate::pg::frame;
+use crate::session::planning::Planned;
+use crate::session::run::Session;
+use crate::session::wire::{End, Expect, Mode, Until};
+use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
+use crate::sql::shape::Shape;
+
+/// SQLSTATE of a statement that writes behind the read-only guard.
+const READ_ONLY_VIOLATION: &[u8] = b"25006";
+
+impl Session {
+    pub async fn simple_query(&mut self, frame: Bytes) -> Result<(), End> {
+        // The simple protocol ends whatever batch was open.
+        self.in_batch = false;
+        let body = frame::body(&frame);
+        let text = body.strip_suffix(b"\0").unwrap_or(body);
+        if !self.hub.replicates() {
+            return self.forward(&frame).await;
+        }
+        // Answers to earlier messages of the extended protocol come first.
+        self.wire.pump(Until::Answered).await?;
+        match self.plan(text).await? {
+            Planned::One { plan, shape, text } => self.only_statement(&frame, &plan, &shape, &text).await,
+            Planned::Several(ranges) => self.several(text, &ranges).await,
+            Planned::Nothing => self.forward(&frame).await,
+            Planned::Refused(refusal) => self.refuse_simple(&refused(&refusal)).await,
+            Planned::Failed(error) => {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends the client's frame as it is and passes the answer.
+    pub async fn forward(&mut self, frame: &[u8]) -> Result<(), End> {
+        self.wire.clear_results();
+        self.wire.to_server.extend_from_slice(frame);
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
+        self.pump_with_copy().await
+    }
+
+    /// Passes answers, and the client's data where the server asks for it.
+    async fn pump_with_copy(&mut self) -> Result<(), End> {
+        self.wire.pump(Until::AnsweredOrCopy).await?;
+        while self.wire.results.copy_in {
+            self.pass_copy_data(None).await?;
+            self.wire.pump(Until::AnsweredOrCopy).await?;
+        }
+        Ok(())
+    }
+
+    async fn only_statement(&mut self, frame: &[u8], plan: &Plan, shape: &Shape, text: &str) -> Result<(), End> {
+        let was_block = self.wire.status != b'I';
+        match &plan.lane {
+            Lane::Read { guard: true, .. } if self.wire.status != b'E' => {
+                let own = !was_block;
+                let ok = self.guarded_simple(text).await?;
+                self.after(plan);
+                self.end_simple(own, ok).await
+            }
+            Lane::Read { .. } => {
+                self.forward(frame).await?;
+                self.after(plan);
+                Ok(())
+            }
+            Lane::Maintenance => {
+                self.forward(frame).await?;
+                if self.wire.results.error.is_none() {
+                    self.maintain_followers(text);
+                }
+                Ok(())
+            }
+            Lane::Admin(admin) => {
+                self.answer_admin(*admin).await;
+                build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+                Ok(())
+            }
+            Lane::Refused(refusal) => self.refuse_simple(&refused(refusal)).await,
+            Lane::Control(control) => {
+                self.wire.hold_ready = true;
+                let done = self.control(control, text).await;
+                self.wire.hold_ready = false;
+                done?;
+                self.after(plan);
+                build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+                Ok(())
+            }
+            Lane::Write(write) => {
+                let own = !was_block;
+                if own {
+                    self.open_own_block().await?;
+                }
+                let ok = self.write_simple(write, shape, text, own).await?;
+                self.after(plan);
+                self.end_simple(own, ok).await
+            }
+        }
+    }
+
+    /// What must be known differently after a statement.
+    pub fn after(&mut self, plan: &Plan) {
+        if plan.changes_settings {
+            self.facts = None;
+            self.settings_touched = true;
+        }
+        if plan.drops_prepared {
+            self.statements.clear();
+            self.reprepare();
+        }
+    }
+
+    /// Opens a block of ours; its answer is swallowed together with the next statement's.
+    async fn open_own_block(&mut self) -> Result<(), End> {
+        build::query(&mut self.wire.to_server, b"BEGIN");
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
+        self.own_block = true;
+        Ok(())
+    }
+
+    /// Ends a statement or text of the simple protocol: commits or rolls back what was ours, and says ready.
+    async fn end_simple(&mut self, own: bool, ok: bool) -> Result<(), End> {
+        if own && self.own_block {
+            if ok && self.wire.status == b'T' {
+                if let Err(error) = self.commit(false).await? {
+                    self.wire.to_client.extend_from_slice(&error);
+                } else {
+                    self.release_held_tag();
+                }
+            } else {
+                self.hidden_query("ROLLBACK").await?;
+            }
+            self.forget_transaction();
+        }
+        build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+        Ok(())
+    }
+
+    /// The command tag that was held until the commit was decided.
+    fn release_held_tag(&mut self) {
+        if let Some(tag) = self.held_tag.take() {
+            build::frame(&mut self.wire.to_client, b'C', |b| {
+                b.extend_from_slice(&tag);
+                b.extend_from_slice(&[0]);
+            });
+        }
+    }
+
+    /// Runs one write on the leader and keeps its effect. False: it failed, and the client has the error.
+    async fn write_simple(&mut self, write: &Write, shape: &Shape, text: &str, hold_tag: bool) -> Result<bool, End> {
+        if let Some(refusal) = self.refuses_write(write) {
+            return self.refuse_in_text(&refusal).await.map(|()| false);
+        }
+        if write.reads_clock(text, shape, &[]) {
+            return self.refuse_in_text(&refused(&crate::sql::refuse::clock_literal())).await.map(|()| false);
+        }
+        if !self.lock_tables(write).await? {
+            return Ok(false);
+        }
+        let hidden = write.hidden_returning.len();
+        let mode = match hidden {
+            0 => Mode::Forward,
+            _ => Mode::Strip { hidden, client_returning: write.client_returning },
+        };
+        let leader_text = write.leader_text(text, shape);
+        let position = self.log.position();
+        build::query(&mut self.wire.to_server, leader_text.as_deref().unwrap_or(text).as_bytes());
+        self.wire.expects.push_back(Expect::Query { mode });
+        self.wire.clear_results();
+        self.wire.hold_ready = true;
+        self.wire.hold_tag = hold_tag;
+        let done = self.run_write(write, shape, text).await;
+        self.wire.hold_ready = false;
+        self.wire.hold_tag = false;
+        let ok = done?;
+        if hold_tag {
+            self.held_tag = self.wire.results.tag.clone();
+        }
+        if !ok {
+            self.log.truncate(position);
+        }
+        Ok(ok)
+    }
+
+    /// Takes the answer of a write, with its rows or its COPY data, and keeps the effect. False: the client has an error.
+    async fn run_write(&mut self, write: &Write, shape: &Shape, text: &str) -> Result<bool, End> {
+        let effect = self.take_write(write, shape, text, &[], Arc::from([])).await?;
+        if self.wire.results.error.is_some() {
+            return Ok(false);
+        }
+        match effect {
+            Ok(()) => Ok(true),
+            // The leader did it and we can not keep it: the transaction must not commit.
+            Err(error) => {
+                self.wire.results.tag = None;
+                self.refuse_in_text(&error).await?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// The same for both protocols. If the server had an error, it is in the results; an error given is ours.
+    pub async fn take_write(
+        &mut self,
+        write: &Write,
+        shape: &Shape,
+        text: &str,
+        parameters: &[u8],
+        types: Arc<[u8]>,
+    ) -> Result<Result<(), ClientError>, End> {
+        match &write.effect {
+            EffectPlan::Copy { .. } => {
+                self.wire.pump(Until::AnsweredOrCopy).await?;
+                if !self.wire.results.copy_in {
+                    return Ok(Ok(()));
+                }
+                let kept = self.keep_copy_data().await?;
+                self.wire.pump(Until::Answered).await?;
+                if self.wire.results.error.is_some() {
+                    return Ok(Ok(()));
+                }
+                Ok(kept.and_then(|data| self.copy_effect(write, shape, text, data)))
+            }
+            EffectPlan::Rows { .. } => {
+                let kept = self.keep_rows().await?;
+                if self.wire.results.error.is_some() {
+                    return Ok(Ok(()));
+                }
+                Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
+            }
+            EffectPlan::Text { .. } => {
+                self.wire.pump(Until::Answered).await?;
+                if self.wire.results.error.is_some() {
+                    return Ok(Ok(()));
+                }
+                Ok(self.text_effect_with(write, shape, text, parameters, types))
+            }
+        }
+    }
+
+    /// BEGIN, COMMIT and the like. The command tag goes to the client, `ReadyForQuery` does not.
+    pub async fn control(&mut self, control: &Control, text: &str) -> Result<bool, End> {
+        match control {
+            Control::Commit { chain } if !self.log.is_empty() && self.wire.status == b'T' => {
+                match self.commit(*chain).await? {
+                    Ok(()) => build::command_complete(&mut self.wire.to_client, "COMMIT"),
+                    Err(error) => {
+                        self.wire.to_client.extend_from_slice(&error);
+                        self.forget_transaction();
+                        return Ok(false);
+                    }
+                }
+                self.forget_transaction();
+                return Ok(true);
+            }
+            Control::Savepoint { name } if self.wire.status == b'T' => {
+                if let Err(error) = self.savepoint(name) {
+                    self.refuse_in_text(&error).await?;
+                    return Ok(false);
+                }
+            }
+            _ => {}
+        }
+        self.wire.clear_results();
+        build::query(&mut self.wire.to_server, text.as_bytes());
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
+        self.wire.pump(Until::Answered).await?;
+        let ok = self.wire.results.error.is_none();
+        self.after_control(control, ok);
+        Ok(ok)
+    }
+
+    /// What the session knows after transaction control that the server has answered.
+    pub fn after_control(&mut self, control: &Control, ok: bool) {
+        match control {
+            Control::Begin { with_modes: true } | Control::Other => self.facts = None,
+            Control::Commit { .. } | Control::Rollback { .. } if self.wire.status == b'I' || ok => {
+                // Settings made inside may be gone, and the isolation level was of that transaction alone.
+                if self.settings_touched || self.facts.as_ref().is_some_and(|f| f.isolation != "read committed") {
+                    self.facts = None;
+                    self.settings_touched = false;
+                }
+                self.forget_transaction();
+            }
+            Control::Release { name } if ok => self.release(name),
+            Control::RollbackTo { name } if ok => {
+                self.facts = None;
+                self.roll_back_to(name);
+            }
+            _ => {}
+        }
+    }
+
+    /// Runs a read that calls functions that are not known, behind the server's read-only guard.
+    /// False: it failed, and the client has the error.
+    async fn guarded_simple(&mut self, text: &str) -> Result<bool, End> {
+        if self.wire.status == b'I' {
+            self.open_own_block().await?;
+        }
+        if !self.hidden_query("SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY").await? {
+            return self.tell_hidden_error().map(|()| false);
+        }
+        self.wire.clear_results();
+        build::query(&mut self.wire.to_server, text.as_bytes());
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
+        self.wire.hold_ready = true;
+        self.wire.hide_errors = true;
+        let done = self.pump_with_copy().await;
+        self.wire.hold_ready = false;
+        self.wire.hide_errors = false;
+        done?;
+        if let Some(error) = self.wire.results.error.take() {
+            self.tell_guard_error(&error);
+            return Ok(false);
+        }
+        if self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await? { Ok(true) } else { self.tell_hidden_error().map(|()| false) }
+    }
+
+    /// The error of a guarded statement; one that tells of a write becomes a refusal.
+    pub fn tell_guard_error(&mut self, error: &Bytes) {
+        if crate::pg::message::error_field(error, b'C') == Some(READ_ONLY_VIOLATION) {
+            let function_writes = ClientError::error(
+                "0A000",
+                "the statement calls a function that writes, which pgtandem does not replicate yet",
+                "Write with plain INSERT, UPDATE and DELETE statements, or mark the function STABLE if it only reads.",
+            );
+            function_writes.write(&mut self.wire.to_client);
+        } else {
+            self.wire.to_client.extend_from_slice(&error_frame(error));
+        }
+    }
+
+    fn tell_hidden_error(&mut self) -> Result<(), End> {
+        if let Some(error) = self.wire.results.error.take() {
+            self.wire.to_client.extend_from_slice(&error_frame(&error));
+        }
+        Ok(())
+    }
+
+    /// Several statements in one text: one by one, in one transaction unless they say otherwise.
+    async fn several(&mut self, text: &[u8], ranges: &[std::ops::Range<usize>]) -> Result<(), End> {
+        let mut own = self.wire.status == b'I';
+        let mut ok = true;
+        for range in ranges {
+            let Some(part) = text.get(range.clone()) else { break };
+            self.wire.position_offset = String::from_utf8_lossy(&text[..range.start]).chars().count();
+            let step = self.one_of_several(part, &mut own).await;
+            self.wire.position_offset = 0;
+            ok = step?;
+            if !ok {
+                break;
+            }
+        }
+        let own = own && self.own_block;
+        self.end_simple(own, ok).await
+    }
+
+    async fn one_of_several(&mut self, part: &[u8], own: &mut bool) -> Result<bool, End> {
+        let (plan, shape, text) = match self.plan(part).await? {
+            Planned::One { plan, shape, text } => (plan, shape, text),
+            Planned::Nothing | Planned::Several(_) => return Ok(true),
+            Planned::Refused(refusal) => return self.refuse_in_text(&refused(&refusal)).await.map(|()| false),
+            Planned::Failed(error) => {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                return Ok(false);
+            }
+        };
+        if let Lane::Control(control) = &plan.lane {
+            let done = self.control_in_text(control, &text, own).await?;
+            self.after(&plan);
+            return Ok(done);
+        }
+        if self.wire.status == b'I' && !self.own_block && !matches!(plan.lane, Lane::Maintenance | Lane::Admin(_)) {
+            self.open_own_block().await?;
+            *own = true;
+        }
+        let ok = match &plan.lane {
+            Lane::Write(write) => self.write_simple(write, &shape, &text, false).await?,
+            Lane::Refused(refusal) => {
+                self.refuse_in_text(&refused(refusal)).await?;
+                false
+            }
+            Lane::Admin(admin) => {
+                self.answer_admin(*admin).await;
+                true
+            }
+            Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
+            Lane::Read { .. } | Lane::Maintenance | Lane::Control(_) => {
+                self.wire.clear_results();
+                build::query(&mut self.wire.to_server, text.as_bytes());
+                self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
+                self.wire.hold_ready = true;
+                let done = self.pump_with_copy().await;
+                self.wire.hold_ready = false;
+                done?;
+                let ok = self.wire.results.error.is_none();
+                if ok && matches!(plan.lane, Lane::Maintenance) {
+                    self.maintain_followers(&text);
+                }
+                ok
+            }
+        };
+        self.after(&plan);
+        Ok(ok)
+    }
+
+    /// Transaction control inside a text of several statements. BEGIN turns a block of ours into the client's.
+    async fn control_in_text(&mut self, control: &Control, text: &str, own: &mut bool) -> Result<bool, End> {
+        if self.own_block {
+            match control {
+                Control::Begin { with_modes: false } => {
+                    (self.own_block, *own) = (false, false);
+                    build::command_complete(&mut self.wire.to_client, "BEGIN");
+                    return Ok(true);
+                }
+                Control::Begin { with_modes: true } => {
+                    let error = ClientError::error(
+                        "0A000",
+                        "BEGIN with transaction modes after other statements in one message is not supported",
+                        "Send BEGIN first, or in a message of its own.",
+                    );
+                    return self.refuse_in_text(&error).await.map(|()| false);
+                }
+                Control::Commit { .. } | Control::Rollback { .. } => {
+                    self.own_block = false;
+                    // The next statement opens a block of ours again.
+                }
+                _ => {}
+            }
+        }
+        self.wire.hold_ready = true;
+        let done = self.control(control, text).await;
+        self.wire.hold_ready = false;
+        let ok = done?;
+        if self.wire.status != b'I' && matches!(control, Control::Begin { .. }) {
+            *own = false;
+        }
+        Ok(ok)
+    }
+
+    /// A refusal as the whole answer to a message. In a block the server itself raises it, so that the block fails.
+    pub async fn refuse_simple(&mut self, error: &ClientError) -> Result<(), End> {
+        self.refuse_in_text(error).await?;
+        build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+        Ok(())
+    }
+
+    /// A refusal in the place of a statement's answer, without `ReadyForQuery`.
+    pub async fn refuse_in_text(&mut self, error: &ClientError) -> Result<(), End> {
+        self.hub.counters.refused.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        error.write(&mut self.wire.to_client);
+        if self.wire.status == b'T' || self.own_block {
+            self.fail_block(error).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the server's transaction fail, as it would have if the error had been its own.
+    async fn fail_block(&mut self, error: &ClientError) -> Result<(), End> {
+        self.wire.hide_errors = true;
+        let values = [Some(error.sqlstate.as_bytes()), Some(error.message.as_bytes()), Some(error.hint.as_bytes())];
+        self.hidden("", "pgtandem_refuse", &values);
+        build::sync(&mut self.wire.to_server);
+        self.wire.expects.push_back(Expect::Sync { hidden: true });
+        let done = self.wire.pump(Until::Answered).await;
+        self.wire.hide_errors = false;
+        done
+    }
+
+    async fn answer_admin(&mut self, admin: Admin) {
+        match admin {
+            Admin::PoolNodes => crate::proxy::admin::pool_nodes(&self.hub, &mut self.wire.to_client).await,
+        }
+    }
+
+    /// VACUUM and ANALYZE on the followers, off the client's path: they change no content, so nothing waits for them.
+    pub fn maintain_followers(&self, text: &str) {
+        let (hub, database, text) = (Arc::clone(&self.hub), Arc::clone(&self.database), text.to_owned());
+        tokio::task::spawn_local(async move { crate::replicate::maintain::run(&hub, &database, &text).await });
+    }
+}
+
+#[must_use]
+pub fn refused(refusal: &Refusal) -> ClientError {
+    ClientError::error("0A000", refusal.message.clone(), refusal.hint.clone())
+}
+
+/// An `ErrorResponse` with this body.
+#[must_use]
+pub fn error_frame(body: &[u8]) -> bytes::BytesMut {
+    let mut out = bytes::BytesMut::with_capacity(body.len() + frame::HEADER_BYTES);
+    build::frame(&mut out, b'E', |b| b.extend_from_slice(body));
+    out
+}

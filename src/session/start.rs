@@ -1,0 +1,240 @@
+//! The start of a session: the client's first packets, the login at the leader, and what we add to it.
+//!
+//! The authentication exchange is passed through. Before the client hears that it is in, the session enters the epoch,
+//! prepares the statements that the proxy needs, and reads its own context.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::pg::build::{self, ClientError};
+use crate::pg::frame::{self, Sender};
+use crate::pg::message::{self, Reader};
+use crate::pg::startup::{self, SessionStart, Startup};
+use crate::replicate::effects::EffectLog;
+use crate::replicate::hub::{Hub, Reign};
+use crate::replicate::schema;
+use crate::session::cancel;
+use crate::session::run::{Session, Thread};
+use crate::session::wire::{End, Expect, Mode, Until, Wire};
+
+/// From connect to login.
+const LOGIN_MS_MAX: u64 = 60_000;
+/// How long a new client waits while the leader's PostgreSQL comes back.
+const REIGN_MS_MAX: u64 = 30_000;
+/// Requests for encryption before the session: TLS and GSSAPI, each once.
+const ENCRYPTION_REQUESTS_MAX: usize = 2;
+
+/// Serves one client to its end.
+pub async fn serve(mut client: TcpStream, hub: Arc<Hub>, thread: Thread) {
+    let _ = client.set_nodelay(true);
+    let limit = Duration::from_millis(LOGIN_MS_MAX);
+    let session = match tokio::time::timeout(limit, open(&mut client, &hub)).await {
+        Ok(Ok(Some(opened))) => log_in(client, &hub, thread, opened).await,
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => {
+            tell(&mut client, &error).await;
+            return;
+        }
+        Err(_) => return,
+    };
+    if let Some(session) = session {
+        hub.counters.sessions.fetch_add(1, Ordering::Relaxed);
+        session.run().await;
+        hub.counters.sessions.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn tell(client: &mut TcpStream, error: &ClientError) {
+    let mut out = BytesMut::new();
+    error.write(&mut out);
+    let _ = client.write_all(&out).await;
+}
+
+struct Opened {
+    start: SessionStart,
+    rest: BytesMut,
+    server: UnixStream,
+    epoch: u64,
+    secret: Arc<str>,
+}
+
+/// Reads the client's first packets. `None`: nothing more to do (a cancel, or the client left).
+async fn open(client: &mut TcpStream, hub: &Hub) -> Result<Option<Opened>, ClientError> {
+    let mut input = BytesMut::with_capacity(1024);
+    let mut encryption_requests = 0;
+    let start = loop {
+        let packet = startup::take(&mut input).map_err(|e| {
+            tracing::info!(error = %e, "a client did not speak PostgreSQL's protocol");
+            ClientError::fatal("08P01", format!("invalid startup packet: {e}"), "Connect with a PostgreSQL client.")
+        })?;
+        match packet {
+            None => {
+                if !matches!(client.read_buf(&mut input).await, Ok(n) if n > 0) {
+                    return Ok(None);
+                }
+            }
+            Some(Startup::Encryption) if encryption_requests < ENCRYPTION_REQUESTS_MAX => {
+                encryption_requests += 1;
+                if client.write_all(b"N").await.is_err() {
+                    return Ok(None);
+                }
+            }
+            Some(Startup::Encryption) => return Ok(None),
+            Some(Startup::Cancel { key }) => {
+                if let Err(e) = cancel::forward(hub, &key).await {
+                    tracing::info!(error = %e, "a cancel request could not be passed on");
+                }
+                return Ok(None);
+            }
+            Some(Startup::Unsupported { code }) => {
+                let what = format!("unsupported frontend protocol {}.{}", code >> 16, code & 0xffff);
+                return Err(ClientError::fatal("0A000", what, "Use protocol 3, as every client since PostgreSQL 7.4 does."));
+            }
+            Some(Startup::Session(start)) => break start,
+        }
+    };
+    if start.replication {
+        return Err(ClientError::fatal(
+            "0A000",
+            "replication connections do not go through pgtandem",
+            "Connect to the PostgreSQL server of a node directly.",
+        ));
+    }
+    if start.user == "pgtandem" {
+        return Err(ClientError::fatal("42501", "role pgtandem is for the proxy alone", "Connect as another role."));
+    }
+    if hub.counters.sessions.load(Ordering::Relaxed) >= hub.config.proxy.clients_max as u64 {
+        let what = format!("sorry, too many clients already: {}", hub.config.proxy.clients_max);
+        return Err(ClientError::fatal("53300", what, "Raise proxy.clients_max, or close connections."));
+    }
+    let (epoch, secret) = reign(hub).await?;
+    let leader = hub.leader().map_err(|e| ClientError::fatal("57P03", e.to_string(), "Type: pgtandem status"))?;
+    let server = UnixStream::connect(Hub::socket_path(&leader)).await.map_err(|e| {
+        let what = format!("PostgreSQL on {} does not accept connections: {e}", leader.name);
+        ClientError::fatal("57P03", what, "Try again in a moment, or type: pgtandem status")
+    })?;
+    Ok(Some(Opened { start, rest: input, server, epoch, secret }))
+}
+
+async fn reign(hub: &Hub) -> Result<(u64, Arc<str>), ClientError> {
+    let mut watch = hub.reign.subscribe();
+    let serving = watch.wait_for(|r| matches!(r, Reign::Serving { .. } | Reign::Stopping));
+    match tokio::time::timeout(Duration::from_millis(REIGN_MS_MAX), serving).await {
+        Ok(Ok(reign)) => {
+            if let Reign::Serving { epoch, secret } = &*reign {
+                return Ok((*epoch, Arc::clone(secret)));
+            }
+            Err(ClientError::fatal("57P03", "pgtandem is stopping", "Connect again when it is started."))
+        }
+        _ => Err(ClientError::fatal(
+            "57P03",
+            "the leader's PostgreSQL is not there yet",
+            "Try again in a moment, or type: pgtandem status",
+        )),
+    }
+}
+
+async fn log_in(client: TcpStream, hub: &Arc<Hub>, thread: Thread, opened: Opened) -> Option<Session> {
+    let Opened { start, rest, server, epoch, secret } = opened;
+    let mut wire = Wire::new(client, server, rest, BytesMut::new());
+    let limit = Duration::from_millis(LOGIN_MS_MAX);
+    let (pid, ready) = match tokio::time::timeout(limit, authenticate(&mut wire, &start)).await {
+        Ok(Ok(done)) => done,
+        _ => return None,
+    };
+    let database: Arc<str> = start.database.as_str().into();
+    match enter(&mut wire, epoch, &secret).await {
+        Ok(()) => {}
+        Err(End::Told) => {
+            let (sqlstate, message) = message::error_summary(wire.results.error.as_deref().unwrap_or_default());
+            tracing::warn!(database = &*database, sqlstate, message, "a session could not enter the database");
+            let what = format!("database \"{database}\" can not be used through pgtandem: {message}");
+            let hint = "It has no schema pgtandem of this epoch: restart the proxy, which creates it.";
+            ClientError::fatal("55000", what, hint).write(&mut wire.to_client);
+            let _ = wire.flush_client().await;
+            return None;
+        }
+        Err(_) => return None,
+    }
+    let (Some(first), Some(second)) = (hub.marks.take(&database), hub.marks.take(&database)) else {
+        let what = format!("database \"{database}\" has no free mark");
+        ClientError::fatal("53300", what, "Close connections, or restart the proxy if the database is new.")
+            .write(&mut wire.to_client);
+        let _ = wire.flush_client().await;
+        return None;
+    };
+    let mut session = Session::new(Arc::clone(hub), thread, wire, database, pid, secret, [first, second]);
+    session.epoch = epoch;
+    session.take_context();
+    session.log = EffectLog::new(Arc::clone(&hub.spill));
+    session.wire.to_client.extend_from_slice(&ready);
+    match session.wire.flush_client().await {
+        Ok(()) => Some(session),
+        Err(_) => {
+            session.leave();
+            None
+        }
+    }
+}
+
+/// Passes the login through. Gives the backend's process id and the `ReadyForQuery` that the client does not have yet.
+async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<(i32, BytesMut), End> {
+    wire.to_server.extend_from_slice(&start.packet);
+    wire.flush_server().await?;
+    let mut pid = 0;
+    loop {
+        while let Some(frame) = frame::take(&mut wire.from_server, Sender::Server).map_err(End::ServerProtocol)? {
+            match frame[0] {
+                b'Z' => return Ok((pid, frame)),
+                b'K' => pid = Reader::new(b'K', frame::body(&frame)).i32().map_err(End::ServerProtocol)?,
+                _ => {}
+            }
+            wire.to_client.extend_from_slice(&frame);
+        }
+        wire.flush_client().await?;
+        while let Some(frame) = frame::take(&mut wire.from_client, Sender::Client).map_err(End::ClientProtocol)? {
+            // Passwords, SASL and GSS answers are all of this type; nothing else belongs here.
+            if frame[0] != b'p' {
+                return Err(End::ClientGone);
+            }
+            wire.to_server.extend_from_slice(&frame);
+        }
+        wire.flush_server().await?;
+        wire.fill_either().await?;
+    }
+}
+
+/// Enters the epoch, prepares our statements and reads the context, all in one flight.
+async fn enter(wire: &mut Wire, epoch: u64, secret: &str) -> Result<(), End> {
+    wire.hide_errors = true;
+    let out = &mut wire.to_server;
+    let epoch = epoch.to_string();
+    build::parse(out, b"pgtandem_enter", b"SELECT pgtandem.enter($1, $2)", &[]);
+    build::bind_text(out, b"", b"pgtandem_enter", &[Some(secret.as_bytes()), Some(epoch.as_bytes())]);
+    build::execute(out, b"", 0);
+    wire.expects.extend([
+        Expect::Parse { hidden: true },
+        Expect::Bind { hidden: true },
+        Expect::Execute { mode: Mode::Hidden },
+    ]);
+    for (name, text) in schema::PREPARED {
+        build::parse(out, name.as_bytes(), text.as_bytes(), &[]);
+        wire.expects.push_back(Expect::Parse { hidden: true });
+    }
+    build::bind_text(out, b"", b"pgtandem_context", &[]);
+    build::execute(out, b"", 0);
+    build::sync(out);
+    wire.expects.extend([
+        Expect::Bind { hidden: true },
+        Expect::Execute { mode: Mode::Hidden },
+        Expect::Sync { hidden: true },
+    ]);
+    wire.pump(Until::Answered).await?;
+    wire.hide_errors = false;
+    if wire.results.error.is_some() { Err(End::Told) } else { Ok(()) }
+}

@@ -1,0 +1,551 @@
+//! Frames between a client and its connection to the leader.
+//!
+//! Every message to the server that brings an answer has an [`Expect`] in a queue; what the server sends belongs to the
+//! first of them. Hidden ones are ours: their answers are kept for the session and never reach the client. Runs of frames
+//! that are only forwarded move as one piece, without a copy, and leave in one write.
+
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::pg::build;
+use crate::pg::frame::{self, FrameError, HEADER_BYTES, Header, Sender};
+use crate::pg::message::{self, Reader};
+
+/// Bytes that wait for a client before they are written, although the statement goes on.
+const OUT_BYTES_MAX: usize = 64 * 1024;
+/// Reads of that many bytes at once.
+const READ_BYTES: usize = 16 * 1024;
+/// Buffers above this are given back when they are empty.
+const KEEP_BYTES_MAX: usize = 256 * 1024;
+/// Answers that are expected at once; a client that sends more has its messages wait.
+pub const EXPECTS_MAX: usize = 100_000;
+
+/// Why a session ends.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    #[error("the client left")]
+    ClientGone,
+    #[error("the connection to the leader's PostgreSQL ended")]
+    ServerGone,
+    #[error("the client broke the protocol: {0}")]
+    ClientProtocol(FrameError),
+    #[error("the leader's PostgreSQL broke the protocol: {0}")]
+    ServerProtocol(FrameError),
+    /// The client was told why; nothing is left to say.
+    #[error("the session was ended")]
+    Told,
+    /// The outcome of a COMMIT is not known: the connection ends without an answer.
+    #[error("the outcome of the last COMMIT is not known")]
+    Unknown,
+}
+
+/// To whom the rows of a statement go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As they are.
+    Forward,
+    /// All answers are ours: first columns are kept in [`Results::values`].
+    Hidden,
+    /// The last `hidden` columns are ours; without columns of its own the client sees no rows at all.
+    Strip { hidden: usize, client_returning: bool },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    Parse { hidden: bool },
+    Bind { hidden: bool },
+    Close { hidden: bool },
+    /// Of a statement or portal whose last `hidden` columns are ours.
+    Describe { mode: Mode },
+    Execute { mode: Mode },
+    Query { mode: Mode },
+    Function,
+    Sync { hidden: bool },
+}
+
+/// What the last statement that was not merely forwarded gave.
+#[derive(Debug, Default)]
+pub struct Results {
+    /// Command tag of the last statement that ended, without the zero byte.
+    pub tag: Option<Bytes>,
+    /// Body of the first error since the last clear.
+    pub error: Option<Bytes>,
+    /// First columns of hidden rows.
+    pub values: Vec<Option<Bytes>>,
+    /// Stripped columns: per row the values as in `DataRow`, one after the other. Taken by the session as they come.
+    pub rows: Vec<Bytes>,
+    pub row_bytes: usize,
+    pub suspended: bool,
+    /// The server wants the data of a COPY.
+    pub copy_in: bool,
+    /// Number of columns of the last hidden row description.
+    pub columns: usize,
+}
+
+/// When [`Wire::pump`] is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// All expected answers have come.
+    Answered,
+    /// The same, or the server wants COPY data.
+    AnsweredOrCopy,
+    /// The same, or enough stripped rows have gathered to be taken.
+    Rows,
+}
+
+/// Stripped rows are handed over at this many bytes.
+const ROWS_BYTES_MAX: usize = 256 * 1024;
+
+#[derive(Debug)]
+pub struct Wire {
+    pub client: TcpStream,
+    pub server: UnixStream,
+    pub from_client: BytesMut,
+    pub from_server: BytesMut,
+    pub to_client: BytesMut,
+    pub to_server: BytesMut,
+    pub expects: VecDeque<Expect>,
+    pub results: Results,
+    /// Transaction status of the last `ReadyForQuery`: `I`, `T`, `E`.
+    pub status: u8,
+    /// Bytes of the frame that is being passed to the client and has not come yet.
+    passing: usize,
+    /// A statement failed and the server skips until the next Sync.
+    skipping: bool,
+    /// `ReadyForQuery` for the client is held back, as is the command tag of a statement whose commit is not decided.
+    pub hold_ready: bool,
+    pub hold_tag: bool,
+    /// Added to positions in errors: the statement was cut out of a longer text that many characters in.
+    pub position_offset: usize,
+    /// Errors of the statement under way are kept in `results` alone, not shown.
+    pub hide_errors: bool,
+}
+
+impl Wire {
+    #[must_use]
+    pub fn new(client: TcpStream, server: UnixStream, from_client: BytesMut, from_server: BytesMut) -> Self {
+        Self {
+            client,
+            server,
+            from_client,
+            from_server,
+            to_client: BytesMut::with_capacity(READ_BYTES),
+            to_server: BytesMut::with_capacity(READ_BYTES),
+            expects: VecDeque::new(),
+            results: Results::default(),
+            status: b'I',
+            passing: 0,
+            skipping: false,
+            hold_ready: false,
+            hold_tag: false,
+            position_offset: 0,
+            hide_errors: false,
+        }
+    }
+
+    /// Writes what waits for the client.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub async fn flush_client(&mut self) -> Result<(), End> {
+        if !self.to_client.is_empty() {
+            self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
+            shrink(&mut self.to_client);
+        }
+        Ok(())
+    }
+
+    /// Writes what waits for the server.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub async fn flush_server(&mut self) -> Result<(), End> {
+        if !self.to_server.is_empty() {
+            self.server.write_all(&self.to_server).await.map_err(|_| End::ServerGone)?;
+            shrink(&mut self.to_server);
+        }
+        Ok(())
+    }
+
+    /// Reads more from the server; what it says is not looked at yet.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub async fn fill_from_server(&mut self) -> Result<(), End> {
+        self.from_server.reserve(READ_BYTES);
+        match self.server.read_buf(&mut self.from_server).await {
+            Ok(n) if n > 0 => Ok(()),
+            _ => Err(End::ServerGone),
+        }
+    }
+
+    /// Reads more from the client.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub async fn fill_from_client(&mut self) -> Result<(), End> {
+        self.from_client.reserve(READ_BYTES);
+        match self.client.read_buf(&mut self.from_client).await {
+            Ok(n) if n > 0 => Ok(()),
+            _ => Err(End::ClientGone),
+        }
+    }
+
+    /// Waits for either side.
+    ///
+    /// # Errors
+    /// If one of them is gone.
+    pub async fn fill_either(&mut self) -> Result<(), End> {
+        self.from_client.reserve(READ_BYTES);
+        self.from_server.reserve(READ_BYTES);
+        tokio::select! {
+            n = self.client.read_buf(&mut self.from_client) => match n {
+                Ok(n) if n > 0 => Ok(()),
+                _ => Err(End::ClientGone),
+            },
+            n = self.server.read_buf(&mut self.from_server) => match n {
+                Ok(n) if n > 0 => Ok(()),
+                _ => Err(End::ServerGone),
+            },
+        }
+    }
+
+    /// Sends what waits for the server and takes answers until `until` holds. The client gets what is its own; it is
+    /// flushed only when much has gathered, so that the last of it leaves together with what follows.
+    ///
+    /// # Errors
+    /// If one of both sides is gone or breaks the protocol.
+    pub async fn pump(&mut self, until: Until) -> Result<(), End> {
+        self.flush_server().await?;
+        loop {
+            self.absorb()?;
+            if self.is_done(until) {
+                return Ok(());
+            }
+            if self.to_client.len() > OUT_BYTES_MAX {
+                self.flush_client().await?;
+            }
+            self.fill_from_server().await?;
+        }
+    }
+
+    fn is_done(&self, until: Until) -> bool {
+        if self.passing > 0 {
+            return false;
+        }
+        self.expects.is_empty()
+            || match until {
+                Until::Answered => false,
+                Until::AnsweredOrCopy => self.results.copy_in,
+                Until::Rows => self.results.row_bytes >= ROWS_BYTES_MAX || self.results.copy_in,
+            }
+    }
+
+    /// Looks at all that has come from the server.
+    ///
+    /// # Errors
+    /// If it breaks the protocol.
+    pub fn absorb(&mut self) -> Result<(), End> {
+        loop {
+            if self.passing > 0 {
+                let n = self.passing.min(self.from_server.len());
+                if n == 0 {
+                    return Ok(());
+                }
+                let part = self.from_server.split_to(n);
+                self.to_client.extend_from_slice(&part);
+                self.passing -= n;
+                continue;
+            }
+            if self.forward_run()? {
+                continue;
+            }
+            let Some(header) = frame::peek(&self.from_server, Sender::Server).map_err(End::ServerProtocol)? else {
+                return Ok(());
+            };
+            if self.from_server.len() < header.frame_bytes {
+                return Ok(());
+            }
+            let frame = self.from_server.split_to(header.frame_bytes);
+            self.take(header.tag, frame)?;
+        }
+    }
+
+    /// Whether rows and the like of the statement under way go to the client as they are.
+    fn forwards(&self) -> bool {
+        matches!(
+            self.expects.front(),
+            Some(Expect::Execute { mode: Mode::Forward } | Expect::Query { mode: Mode::Forward })
+        )
+    }
+
+    /// Moves the run of frames at the start that need no look to the client. Large frames pass before they are whole.
+    fn forward_run(&mut self) -> Result<bool, End> {
+        if !self.forwards() {
+            return Ok(false);
+        }
+        let mut run = 0;
+        loop {
+            let rest = self.from_server.get(run..).unwrap_or_default();
+            match frame::peek(rest, Sender::Server).map_err(End::ServerProtocol)? {
+                Some(Header { tag: b'D' | b'd' | b'T', frame_bytes }) => {
+                    if rest.len() >= frame_bytes {
+                        run += frame_bytes;
+                        continue;
+                    }
+                    if frame_bytes > READ_BYTES {
+                        self.passing = frame_bytes - rest.len();
+                        run += rest.len();
+                    }
+                    break;
+                }
+                _ => break,
+            }
+        }
+        if run == 0 {
+            return Ok(false);
+        }
+        if self.to_client.is_empty() && self.to_client.capacity() <= KEEP_BYTES_MAX {
+            self.to_client = self.from_server.split_to(run);
+        } else {
+            let part = self.from_server.split_to(run);
+            self.to_client.extend_from_slice(&part);
+        }
+        Ok(true)
+    }
+
+    fn take(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+        match tag {
+            // Not an answer to anything.
+            b'N' if self.position_offset > 0 => {
+                let shifted = self.shift_position(&frame);
+                self.to_client.extend_from_slice(&shifted);
+            }
+            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(&frame),
+            b'E' => self.take_error(&frame),
+            b'Z' => self.take_ready(&frame)?,
+            _ => self.take_answer(tag, frame)?,
+        }
+        Ok(())
+    }
+
+    fn take_error(&mut self, frame: &BytesMut) {
+        if self.results.error.is_none() {
+            self.results.error = Some(Bytes::copy_from_slice(frame::body(frame)));
+        }
+        let hidden = self.hide_errors;
+        if !hidden {
+            let shifted = self.shift_position(frame);
+            self.to_client.extend_from_slice(&shifted);
+        }
+        self.results.copy_in = false;
+        match self.expects.front() {
+            // The end of a simple query, or of the batch, still comes.
+            Some(Expect::Query { .. } | Expect::Function | Expect::Sync { .. }) | None => {}
+            Some(_) => {
+                while self.expects.front().is_some_and(|e| !matches!(e, Expect::Sync { .. } | Expect::Query { .. })) {
+                    self.expects.pop_front();
+                }
+                self.skipping = self.expects.is_empty();
+            }
+        }
+    }
+
+    fn take_ready(&mut self, frame: &BytesMut) -> Result<(), End> {
+        self.status = frame::body(frame).first().copied().unwrap_or(b'I');
+        let hidden = match self.expects.pop_front() {
+            Some(Expect::Sync { hidden }) => hidden,
+            Some(Expect::Query { mode }) => mode == Mode::Hidden,
+            Some(Expect::Function) => false,
+            _ => return Err(End::ServerProtocol(FrameError::BodyTooShort { tag: b'Z' })),
+        };
+        self.skipping = false;
+        self.results.copy_in = false;
+        if !hidden && !self.hold_ready {
+            self.to_client.extend_from_slice(frame);
+        }
+        Ok(())
+    }
+
+    fn take_answer(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+        let Some(expect) = self.expects.front().copied() else {
+            // An answer that nobody waits for: only what the client's own message outside our sight brought.
+            self.to_client.extend_from_slice(&frame);
+            return Ok(());
+        };
+        let hidden = match expect {
+            Expect::Parse { hidden } | Expect::Bind { hidden } | Expect::Close { hidden } => {
+                self.expects.pop_front();
+                hidden
+            }
+            Expect::Describe { mode } => {
+                return self.take_description(tag, &frame, mode);
+            }
+            Expect::Execute { mode } => {
+                if matches!(tag, b'C' | b'I' | b's') {
+                    self.expects.pop_front();
+                }
+                return self.take_result(tag, frame, mode);
+            }
+            Expect::Query { mode } => return self.take_result(tag, frame, mode),
+            Expect::Function | Expect::Sync { .. } => false,
+        };
+        if !hidden {
+            self.to_client.extend_from_slice(&frame);
+        }
+        Ok(())
+    }
+
+    fn take_description(&mut self, tag: u8, frame: &BytesMut, mode: Mode) -> Result<(), End> {
+        if matches!(tag, b'T' | b'n') {
+            self.expects.pop_front();
+        }
+        match (tag, mode) {
+            (b'T', Mode::Strip { hidden, client_returning }) => {
+                if client_returning {
+                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
+                    self.to_client.extend_from_slice(&cut);
+                } else {
+                    build::frame(&mut self.to_client, b'n', |_| {});
+                }
+            }
+            (b'T', Mode::Hidden) => {
+                let mut r = Reader::new(b'T', frame::body(frame));
+                self.results.columns = usize::from(r.u16().map_err(End::ServerProtocol)?);
+            }
+            (_, Mode::Hidden) => {}
+            _ => self.to_client.extend_from_slice(frame),
+        }
+        Ok(())
+    }
+
+    fn take_result(&mut self, tag: u8, frame: BytesMut, mode: Mode) -> Result<(), End> {
+        match (tag, mode) {
+            (b'D', Mode::Strip { hidden, client_returning }) => {
+                self.take_stripped_row(&frame, hidden, client_returning).map_err(End::ServerProtocol)?;
+                return Ok(());
+            }
+            (b'T', Mode::Strip { hidden, client_returning }) => {
+                if client_returning {
+                    let cut = strip_columns(&frame, hidden).map_err(End::ServerProtocol)?;
+                    self.to_client.extend_from_slice(&cut);
+                }
+                return Ok(());
+            }
+            (b'D', Mode::Hidden) => {
+                let mut r = Reader::new(b'D', frame::body(&frame));
+                let columns = r.u16().map_err(End::ServerProtocol)?;
+                let value = if columns == 0 { None } else { r.value().map_err(End::ServerProtocol)? };
+                self.results.values.push(value.map(Bytes::copy_from_slice));
+                return Ok(());
+            }
+            _ => {}
+        }
+        match tag {
+            b'C' => {
+                let body = frame::body(&frame);
+                self.results.tag = Some(Bytes::copy_from_slice(body.strip_suffix(b"\0").unwrap_or(body)));
+                if self.hold_tag {
+                    return Ok(());
+                }
+            }
+            b's' => self.results.suspended = true,
+            b'G' => self.results.copy_in = true,
+            _ => {}
+        }
+        if mode != Mode::Hidden {
+            self.to_client.extend_from_slice(&frame);
+        }
+        Ok(())
+    }
+
+    fn take_stripped_row(&mut self, frame: &BytesMut, hidden: usize, client_returning: bool) -> Result<(), FrameError> {
+        let body = frame::body(frame);
+        let mut r = Reader::new(b'D', body);
+        let all = usize::from(r.u16()?);
+        let own = all.saturating_sub(hidden);
+        for _ in 0..own {
+            r.value()?;
+        }
+        let ours = r.rest();
+        if client_returning {
+            let kept = &body[2..body.len() - ours.len()];
+            build::frame(&mut self.to_client, b'D', |b| {
+                b.extend_from_slice(&u16::try_from(own).unwrap_or(0).to_be_bytes());
+                b.extend_from_slice(kept);
+            });
+        }
+        self.results.row_bytes += ours.len() + size_of::<Bytes>();
+        self.results.rows.push(Bytes::copy_from_slice(ours));
+        Ok(())
+    }
+
+    /// An error or notice with its position moved to where the statement stands in the client's own text.
+    fn shift_position(&self, frame: &BytesMut) -> BytesMut {
+        let body = frame::body(frame);
+        if self.position_offset == 0 || message::error_field(body, b'P').is_none() {
+            return frame.clone();
+        }
+        let mut out = BytesMut::with_capacity(frame.len() + 8);
+        let tag = frame[0];
+        build::frame(&mut out, tag, |b| {
+            let mut r = Reader::new(tag, body);
+            while let Ok(field) = r.u8() {
+                if field == 0 {
+                    break;
+                }
+                let Ok(value) = r.string() else { break };
+                b.extend_from_slice(&[field]);
+                let position = std::str::from_utf8(value).ok().and_then(|v| v.parse::<usize>().ok());
+                match position {
+                    Some(n) if field == b'P' => b.extend_from_slice((n + self.position_offset).to_string().as_bytes()),
+                    _ => b.extend_from_slice(value),
+                }
+                b.extend_from_slice(&[0]);
+            }
+            b.extend_from_slice(&[0]);
+        });
+        out
+    }
+
+    /// The server skips messages until a Sync.
+    #[must_use]
+    pub fn is_skipping(&self) -> bool {
+        self.skipping
+    }
+
+    pub fn clear_results(&mut self) {
+        self.results = Results::default();
+    }
+}
+
+fn shrink(buffer: &mut BytesMut) {
+    if buffer.capacity() > KEEP_BYTES_MAX {
+        *buffer = BytesMut::with_capacity(READ_BYTES);
+    } else {
+        buffer.clear();
+    }
+}
+
+/// A `RowDescription` without its last `hidden` columns.
+fn strip_columns(frame: &BytesMut, hidden: usize) -> Result<BytesMut, FrameError> {
+    // After its name a column has table, attribute, type, size, modifier, format: 18 bytes.
+    const COLUMN_BYTES: usize = 18;
+    let body = frame::body(frame);
+    let mut r = Reader::new(b'T', body);
+    let own = usize::from(r.u16()?).saturating_sub(hidden);
+    for _ in 0..own {
+        r.string()?;
+        r.bytes(COLUMN_BYTES)?;
+    }
+    let kept = &body[2..body.len() - r.rest().len()];
+    let mut out = BytesMut::with_capacity(HEADER_BYTES + 2 + kept.len());
+    build::frame(&mut out, b'T', |b| {
+        b.extend_from_slice(&u16::try_from(own).unwrap_or(0).to_be_bytes());
+        b.extend_from_slice(kept);
+    });
+    Ok(out)
+}

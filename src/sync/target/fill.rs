@@ -1,0 +1,314 @@
+//! Brings files and WAL to this node. `pg_control` goes first and comes last: what is between can not be started.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pgtandem_proto::message::{FileEntry, FileRoot, FilesReply, FilesRequest, Lsn};
+use tokio::sync::watch;
+
+use super::super::control_file::CONTROL_FILE;
+use super::super::error::SyncError;
+use super::super::facts;
+use super::super::link::Link;
+use super::super::rules::{self, NODE_CONF, RECOVERY_CONF};
+use super::super::scan::FILES_MAX;
+use super::super::wal::{segment_bytes_valid, segment_start};
+use super::super::wal_stream::WalStream;
+use super::follow::relay_folder;
+use super::journal::{Journal, rename_durably, write_durably};
+use super::pull::{Wanted, place, pull};
+use super::{BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, wal_files};
+use crate::config::NodeConfig;
+
+/// Largest `backup_label`; real ones have about 300 bytes.
+const LABEL_BYTES_MAX: usize = 64 << 10;
+
+/// What the source said at the beginning.
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    start: Lsn,
+    timeline: u32,
+    system_identifier: u64,
+    wal_segment_bytes: u32,
+    version_num: u32,
+}
+
+/// What it said at the end.
+#[derive(Debug, Default)]
+struct Ended {
+    stop: u64,
+    backup_label: Vec<u8>,
+    tablespace_map: Vec<u8>,
+    roots: Vec<FileRoot>,
+}
+
+impl Target {
+    /// Makes this node's data directory a copy of the source's, with the WAL that it needs to become consistent.
+    /// PostgreSQL is stopped first. After an error the directory can not be started; the next fill sends only what
+    /// differs.
+    pub async fn fill(&mut self, source: Arc<dyn Source>) -> Result<(), SyncError> {
+        self.following = None;
+        self.progress.send_replace(pgtandem_proto::message::Progress::default());
+        let node = self.postgres.node().clone();
+        let stopped = self.postgres.stop(false).await;
+        stopped.map_err(|source| SyncError::Server { action: "stopping PostgreSQL before it is filled", source })?;
+        let mut link = source.open_files().await?;
+        let begun = begin(&mut link).await?;
+        check_identity(&node, begun).await?;
+        let table = progressing(BEGIN_SECONDS_MAX, "the table of files", receive_table(&mut link)).await?;
+        let pgdata = node.pgdata.clone();
+        let state_dir = node.state_dir.clone();
+        let entries = Arc::new(table);
+        let arranged = Arc::clone(&entries);
+        blocking("arranging the data directory", move || {
+            Journal::remove(&state_dir)?;
+            layout::unmake(&pgdata)?;
+            layout::arrange(&pgdata, &arranged)
+        })
+        .await?;
+        let wal = WalStream::open(source.as_ref(), segment_start(begun.start, begun.wal_segment_bytes), begun.timeline).await?;
+        let journal = Journal {
+            system_identifier: begun.system_identifier,
+            timeline: begun.timeline,
+            version_num: begun.version_num,
+            wal_segment_bytes: begun.wal_segment_bytes,
+            history: wal.history.clone(),
+            start: begun.start.0,
+            stop: 0,
+            wal_end: 0,
+        };
+        let (stop, stopped) = watch::channel(None);
+        let pg_wal = node.pgdata.join("pg_wal");
+        let fetched = wal_files::fetch(wal, pg_wal, begun.start, begun.timeline, stopped, &self.progress);
+        let copied = async {
+            let copied = self.copy(&mut link, &node.pgdata, &entries).await?;
+            stop.send_replace(Some(Lsn(copied.1.stop)));
+            Ok(copied)
+        };
+        let ((staged, ended), wal_end) = tokio::try_join!(copied, fetched)?;
+        let journal = Journal { stop: ended.stop, wal_end: wal_end.0, ..journal };
+        blocking("finishing the data directory", move || finish(&node, &journal, &ended, &staged)).await
+    }
+
+    /// Files in their order, `pg_control` last, then the end of the backup. -> files that wait to be renamed
+    async fn copy(
+        &self,
+        link: &mut Link<FilesRequest, FilesReply>,
+        pgdata: &Path,
+        entries: &[FileEntry],
+    ) -> Result<(Vec<String>, Ended), SyncError> {
+        let (mut wanted, mut control, mut staged) = (Vec::new(), Vec::new(), Vec::new());
+        for entry in entries.iter().filter(|entry| !entry.directory) {
+            let node_file = rules::belongs_to_node(&entry.path);
+            if node_file && layout::has_own(pgdata, &entry.path) {
+                continue;
+            }
+            let stage = node_file || entry.path == CONTROL_FILE;
+            if stage {
+                staged.push(entry.path.clone());
+            }
+            let list = if entry.path == CONTROL_FILE { &mut control } else { &mut wanted };
+            list.push(Wanted { entry: entry.clone(), place: place(pgdata, entry, stage) });
+        }
+        if control.is_empty() {
+            return Err(SyncError::Protocol(format!("the table of files has no {CONTROL_FILE}")));
+        }
+        let total: u64 = wanted.iter().chain(&control).map(|wanted| wanted.entry.bytes).sum();
+        self.progress.send_modify(|progress| progress.bytes_total = total);
+        let copied = async {
+            let mut roots = pull(link, wanted, &self.progress).await?;
+            roots.extend(pull(link, control, &self.progress).await?);
+            link.outgoing.send(FilesRequest::End).await?;
+            let ended = receive_end(link).await?;
+            check_roots(&roots, &ended.roots, entries)?;
+            Ok(ended)
+        };
+        match copied.await {
+            Ok(ended) => Ok((staged, ended)),
+            Err(error) => Err(cause(link, error).await),
+        }
+    }
+}
+
+/// A connection that ended may have said why before.
+async fn cause(link: &mut Link<FilesRequest, FilesReply>, error: SyncError) -> SyncError {
+    if !matches!(error, SyncError::Closed { .. }) {
+        return error;
+    }
+    while let Ok(Some(reply)) = link.incoming.receive().await {
+        if let FilesReply::Failed(failure) = reply {
+            return SyncError::Peer(failure);
+        }
+    }
+    error
+}
+
+async fn begin(link: &mut Link<FilesRequest, FilesReply>) -> Result<Begun, SyncError> {
+    link.outgoing.send(FilesRequest::Begin).await?;
+    match progressing(BEGIN_SECONDS_MAX, "the checkpoint on the source", link.incoming.expect()).await? {
+        FilesReply::Begun { start, timeline, system_identifier, wal_segment_bytes, version_num }
+            if segment_bytes_valid(wal_segment_bytes) && timeline > 0 =>
+        {
+            Ok(Begun { start, timeline, system_identifier, wal_segment_bytes, version_num })
+        }
+        FilesReply::Failed(failure) => Err(SyncError::Peer(failure)),
+        _ => Err(SyncError::Protocol("a backup began with something else than its beginning".into())),
+    }
+}
+
+/// Refuses what would destroy data of another cluster, or could never run here.
+async fn check_identity(node: &NodeConfig, begun: Begun) -> Result<(), SyncError> {
+    let binaries = facts::binaries_version_num(&node.bin_dir).await?;
+    if binaries / 10_000 != begun.version_num / 10_000 {
+        return Err(SyncError::refused(
+            format!(
+                "the source runs PostgreSQL {}, but {} holds PostgreSQL {}",
+                begun.version_num / 10_000,
+                node.bin_dir.display(),
+                binaries / 10_000
+            ),
+            "Install the source's major version on this node and set bin_dir.",
+        ));
+    }
+    let pgdata = node.pgdata.clone();
+    let own = blocking("reading pg_control", move || Ok(layout::control_of(&pgdata))).await?;
+    match own {
+        Some(own) if own.system_identifier != begun.system_identifier => Err(SyncError::refused(
+            format!(
+                "{} holds the data of another cluster (system identifier {} instead of {})",
+                node.pgdata.display(),
+                own.system_identifier,
+                begun.system_identifier
+            ),
+            "If nobody needs them, move that directory away; then start the recovery again.",
+        )),
+        _ => Ok(()),
+    }
+}
+
+async fn receive_table(link: &mut Link<FilesRequest, FilesReply>) -> Result<Vec<FileEntry>, SyncError> {
+    let mut table: Vec<FileEntry> = Vec::new();
+    loop {
+        let (entries, last) = match link.incoming.expect().await? {
+            FilesReply::Table { entries, last } => (entries, last),
+            FilesReply::Failed(failure) => return Err(SyncError::Peer(failure)),
+            _ => return Err(SyncError::Protocol("something else came than the table of files".into())),
+        };
+        for entry in entries {
+            if entry.id as usize != table.len() || table.len() >= FILES_MAX {
+                return Err(SyncError::Protocol("the table of files is not numbered as it must be".into()));
+            }
+            if let Some(fault) = rules::path_fault(&entry.path) {
+                return Err(SyncError::Protocol(format!("the path {:?} is refused: {fault}", entry.path)));
+            }
+            table.push(entry);
+        }
+        if last {
+            break;
+        }
+    }
+    let mut paths: Vec<&str> = table.iter().map(|entry| entry.path.as_str()).collect();
+    paths.sort_unstable();
+    if paths.windows(2).any(|pair| pair.first() == pair.last()) {
+        return Err(SyncError::Protocol("the table of files names a path twice".into()));
+    }
+    Ok(table)
+}
+
+async fn receive_end(link: &mut Link<FilesRequest, FilesReply>) -> Result<Ended, SyncError> {
+    let mut ended = Ended::default();
+    loop {
+        match progressing(SILENCE_SECONDS_MAX, "the end of the backup", link.incoming.expect()).await? {
+            FilesReply::Ended { stop, backup_label, tablespace_map, roots, last } => {
+                ended.stop = stop.0;
+                ended.backup_label = backup_label;
+                ended.tablespace_map = tablespace_map;
+                ended.roots.extend(roots);
+                if last {
+                    break;
+                }
+            }
+            FilesReply::Failed(failure) => return Err(SyncError::Peer(failure)),
+            _ => return Err(SyncError::Protocol("something else came than the end of the backup".into())),
+        }
+    }
+    if ended.backup_label.is_empty() || ended.backup_label.len() > LABEL_BYTES_MAX {
+        return Err(SyncError::Protocol("the backup came without a usable backup_label".into()));
+    }
+    if !ended.tablespace_map.is_empty() {
+        return Err(SyncError::refused(
+            "a tablespace was made on the source while it was copied",
+            "Tablespaces are not copied by this version: drop it, then start the recovery again.",
+        ));
+    }
+    Ok(ended)
+}
+
+/// What was written here must be what was sent there, file by file.
+fn check_roots(ours: &HashMap<u32, FileRoot>, theirs: &[FileRoot], table: &[FileEntry]) -> Result<(), SyncError> {
+    for their in theirs {
+        if ours.get(&their.file) != Some(their) {
+            let path = table.get(their.file as usize).map_or("?", |entry| entry.path.as_str());
+            return Err(SyncError::Protocol(format!("{path} arrived with another content than it was sent with")));
+        }
+    }
+    // Empty files have no extents, so the source has nothing to say about them.
+    let content = ours.values().filter(|root| root.bytes > 0).count();
+    let announced = theirs.iter().filter(|root| root.bytes > 0).count();
+    if content == announced {
+        Ok(())
+    } else {
+        Err(SyncError::Protocol(format!("{announced} files were sent, but {content} were written")))
+    }
+}
+
+/// Everything that makes the directory a standby's, synced; `pg_control` last.
+fn finish(node: &NodeConfig, journal: &Journal, ended: &Ended, staged: &[String]) -> Result<(), SyncError> {
+    let pgdata = &node.pgdata;
+    write_durably(&pgdata.join("backup_label"), &ended.backup_label)?;
+    write_durably(&pgdata.join("standby.signal"), b"")?;
+    for path in staged.iter().filter(|path| *path != CONTROL_FILE) {
+        let place = staged_path(pgdata, path);
+        // It may have vanished on the source.
+        if place.exists() {
+            rename_durably(&place, &pgdata.join(path))?;
+        }
+    }
+    configure(node, journal.version_num)?;
+    journal.store(&node.state_dir)?;
+    layout::sync_file_system(pgdata)?;
+    layout::sync_file_system(&pgdata.join("pg_wal"))?;
+    rename_durably(&staged_path(pgdata, CONTROL_FILE), &pgdata.join(CONTROL_FILE))
+}
+
+fn staged_path(pgdata: &Path, path: &str) -> PathBuf {
+    pgdata.join(format!("{path}{}", rules::STAGED_ENDING))
+}
+
+/// B's own settings on top of whatever configuration lies here.
+pub(super) fn configure(node: &NodeConfig, version_num: u32) -> Result<(), SyncError> {
+    let pgdata = &node.pgdata;
+    let node_conf = pgdata.join(NODE_CONF);
+    if !node_conf.exists() {
+        write_durably(&node_conf, settings::node_conf(node)?.as_bytes())?;
+    }
+    let recovery = settings::recovery_conf(node, &relay_folder(node), super::super::relay::RELAY_PORT, version_num)?;
+    write_durably(&pgdata.join(RECOVERY_CONF), recovery.as_bytes())?;
+    rewrite(&pgdata.join("postgresql.conf"), settings::with_includes)?;
+    rewrite(&pgdata.join("postgresql.auto.conf"), settings::without_ours)
+}
+
+/// Changes a text file, if the change changes it.
+fn rewrite(path: &Path, change: impl FnOnce(&str) -> String) -> Result<(), SyncError> {
+    let text = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(SyncError::file("reading", path, error)),
+    };
+    let text = String::from_utf8(text).map_err(|_| {
+        SyncError::refused(format!("{} is not UTF-8", path.display()), "Convert it on the source and on this node.")
+    })?;
+    let changed = change(&text);
+    if changed == text { Ok(()) } else { write_durably(path, changed.as_bytes()) }
+}

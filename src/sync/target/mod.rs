@@ -1,0 +1,101 @@
+//! The node that is filled: files and WAL come in, PostgreSQL follows as a standby and leaves recovery at exactly X.
+//!
+//! Order of calls on a [`Target`]: [`Target::fill`], [`Target::catch_up`], [`Target::hold`],
+//! [`Target::leave_recovery`]; [`Target::abort`] at any time. It keeps no record: the agent writes the node's state
+//! before each call. Whatever is interrupted leaves a data directory that either can not be started or is whole, and
+//! the next fill sends only what differs.
+
+mod fill;
+mod follow;
+mod journal;
+mod layout;
+mod pull;
+mod settings;
+mod wal_files;
+mod writer;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use pgtandem_proto::message::{FilesReply, FilesRequest, Progress, WalReply, WalRequest};
+use tokio::sync::watch;
+
+use super::error::SyncError;
+use super::link::Link;
+use super::relay::Relay;
+use crate::agent::postgres::Postgres;
+
+pub(in crate::sync) use layout::control_of;
+
+/// Longest silence of the source while something is due from it, seconds.
+pub const SILENCE_SECONDS_MAX: u64 = 120;
+/// Longest checkpoint at the beginning of a backup, seconds; it is an immediate one.
+pub const BEGIN_SECONDS_MAX: u64 = 3600;
+/// Longest time without any sign of advance while PostgreSQL follows, seconds.
+pub const FOLLOW_SECONDS_MAX: u64 = 300;
+/// Longest time from the signal until PostgreSQL accepts writes, seconds.
+pub const PROMOTE_SECONDS_MAX: u64 = 120;
+
+/// A future behind a `dyn` trait.
+pub type Opening<'a, T> = Pin<Box<dyn Future<Output = Result<T, SyncError>> + Send + 'a>>;
+
+/// Opens channels to the node that is copied from.
+pub trait Source: Send + Sync + 'static {
+    /// A files channel behind its HELLO.
+    fn open_files(&self) -> Opening<'_, Link<FilesRequest, FilesReply>>;
+    /// A wal channel behind its HELLO.
+    fn open_wal(&self) -> Opening<'_, Link<WalRequest, WalReply>>;
+}
+
+/// This node while it is filled and until it is a server of its own.
+pub struct Target {
+    postgres: Postgres,
+    progress: watch::Sender<Progress>,
+    following: Option<follow::Following>,
+}
+
+impl Target {
+    #[must_use]
+    pub fn new(postgres: Postgres) -> Target {
+        Target { postgres, progress: watch::Sender::new(Progress::default()), following: None }
+    }
+
+    /// Counters of what is under way; they change all the time, look every second or so.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    fn relay(&self) -> Result<&Relay, SyncError> {
+        let following = self.following.as_ref();
+        following.map(|following| &following.relay).ok_or_else(|| {
+            SyncError::refused("this node is not following a source", "Start the recovery from its beginning.")
+        })
+    }
+}
+
+/// `work`, or an error if it takes longer than `seconds_max`.
+async fn progressing<T>(
+    seconds_max: u64,
+    what: &'static str,
+    work: impl Future<Output = Result<T, SyncError>>,
+) -> Result<T, SyncError> {
+    match tokio::time::timeout(Duration::from_secs(seconds_max), work).await {
+        Ok(done) => done,
+        Err(_) => Err(SyncError::Stalled {
+            what,
+            seconds: seconds_max,
+            hint: "Check the source and the network, then start the recovery again: only what differs is sent.".into(),
+        }),
+    }
+}
+
+/// Runs `work` on a blocking thread.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, SyncError> + Send + 'static,
+) -> Result<T, SyncError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| SyncError::Internal(format!("{what}: {error}")))?
+}

@@ -1,0 +1,185 @@
+//! A cluster for a test: `pgtandem sandbox`, as a user would type it, taken down again whatever happens.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use pgtandem::sandbox::{self, Layout, control};
+use tokio_postgres::Client;
+
+/// How long a test waits for a condition that must come true.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// A running cluster. Its processes end and its folder goes when this is dropped.
+pub struct Cluster {
+    pub layout: Layout,
+    folder: tempfile::TempDir,
+}
+
+/// The program under test.
+pub fn pgtandem() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgtandem"));
+    command.env_remove("PGTANDEM_CONFIG").env_remove("PGTANDEM_LOG");
+    command
+}
+
+/// Standard output and standard error together.
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// A folder that the user postgres can reach, too.
+pub fn folder() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::Permissions::from_mode(0o755);
+    tempfile::Builder::new().prefix("pgtandem-test-").permissions(mode).tempdir().expect("a temporary folder")
+}
+
+/// Two nodes, nothing loaded.
+pub fn cluster() -> Cluster {
+    Cluster::up(&[])
+}
+
+impl Cluster {
+    /// `sandbox up` with further arguments, for example `["--scale", "1"]`.
+    pub fn up(arguments: &[&str]) -> Self {
+        let folder = folder();
+        let dir = folder.path().join("d");
+        let output = pgtandem().args(["sandbox", "up", "--dir"]).arg(&dir).args(arguments).output().expect("pgtandem");
+        let layout = Layout::load(&dir);
+        assert!(output.status.success(), "sandbox up failed: {}", text(&output));
+        Self { layout: layout.expect("a sandbox"), folder }
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.layout.dir
+    }
+
+    pub fn config_path(&self) -> PathBuf {
+        self.layout.config_path()
+    }
+
+    /// A command with this cluster's configuration, run as the user that everything runs as.
+    pub fn command(&self, arguments: &[&str]) -> Output {
+        self.start(arguments).wait_with_output().expect("pgtandem")
+    }
+
+    /// The same, without waiting for its end.
+    pub fn start(&self, arguments: &[&str]) -> std::process::Child {
+        let mut command = self.as_user();
+        command.args(arguments).arg("--config").arg(self.config_path());
+        command.stdin(std::process::Stdio::null());
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("pgtandem")
+    }
+
+    fn as_user(&self) -> Command {
+        use std::os::unix::process::CommandExt;
+        if !sandbox::user::is_root() {
+            return pgtandem();
+        }
+        let user = sandbox::user::find("postgres").expect("user postgres");
+        let mut command = Command::new(self.layout.dir.join("bin/pgtandem"));
+        command.uid(user.uid).gid(user.gid).current_dir("/").env("HOME", user.home);
+        command
+    }
+
+    /// A client of the proxy.
+    pub async fn connect(&self, database: &str) -> Client {
+        sandbox::compare::connect(self.layout.proxy_port(), database).await.expect("the proxy lets a client in")
+    }
+
+    /// A client of one node's PostgreSQL, past the proxy: to look, not to write.
+    pub async fn connect_node(&self, index: usize, database: &str) -> Client {
+        sandbox::compare::connect(self.layout.postgres_port(index), database)
+            .await
+            .expect("PostgreSQL lets a client in")
+    }
+
+    /// kill -9 of a node's postmaster; its backends follow.
+    pub fn kill_postgres(&self, index: usize) {
+        kill(&self.layout.postmaster_pid_file(index));
+    }
+
+    pub fn kill_agent(&self, index: usize) {
+        kill(&self.layout.agent_pid_file(index));
+    }
+
+    pub fn kill_proxy(&self) {
+        kill(&self.layout.proxy_pid_file());
+    }
+
+    /// `sandbox up` once more: starts what was killed; returns when it answers.
+    pub fn start_again(&self) {
+        let output = pgtandem().args(["sandbox", "up", "--dir"]).arg(self.dir()).output().expect("pgtandem");
+        assert!(output.status.success(), "sandbox up: {}\n{}", text(&output), self.logs());
+    }
+
+    /// `pgtandem recover`, which must succeed.
+    pub fn recover(&self, index: usize) {
+        let output = self.command(&["recover", &Layout::node_name(index), "--yes"]);
+        assert!(output.status.success(), "recover: {}\n{}", text(&output), self.logs());
+    }
+
+    /// Waits until the node is a member, or is none.
+    pub async fn wait_member(&self, index: usize, is_member: bool) {
+        let node = Layout::node_name(index);
+        let came = control::wait_member(&self.layout, &node, is_member, LIMIT).await;
+        assert!(came, "{node} did not become {} member\n{}", if is_member { "a" } else { "no" }, self.logs());
+    }
+
+    /// Fails unless all servers hold the same rows and none holds a prepared transaction.
+    pub async fn assert_identical(&self) {
+        let unfinished = sandbox::demo::wait_finished(&self.layout).await.expect("servers answer");
+        assert_eq!(unfinished, Vec::<String>::new());
+        let comparison = sandbox::compare::compare(&self.layout).await.expect("servers answer");
+        assert!(comparison.is_identical(), "servers differ: {:#?}", comparison.differences);
+    }
+
+    /// The last lines of the daemons' logs, for a failure's message.
+    pub fn logs(&self) -> String {
+        let mut files = vec![self.layout.proxy_log()];
+        for index in 0..self.layout.plan.nodes {
+            files.push(self.layout.agent_log(index));
+            files.push(self.layout.node_dir(index).join("postgresql.log"));
+        }
+        let tail = |file: &PathBuf| {
+            let text = std::fs::read(file).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let lines: Vec<&str> = text.lines().collect();
+            format!("---- {}\n{}", file.display(), lines[lines.len().saturating_sub(15)..].join("\n"))
+        };
+        files.iter().map(tail).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let output = pgtandem().args(["sandbox", "down", "--dir"]).arg(&self.layout.dir).output();
+        let ended = output.as_ref().is_ok_and(|output| output.status.success());
+        if let Some(short) = &self.layout.plan.short_dir {
+            // What is left there is only sockets; the folder of the test goes by itself.
+            let _ = std::fs::remove_dir_all(short);
+        }
+        let said = output.map_or_else(|error| error.to_string(), |output| text(&output));
+        // A second panic would hide the first one's message.
+        assert!(ended || std::thread::panicking(), "sandbox down failed: {said}");
+    }
+}
+
+/// kill -9 of the process that the file names.
+fn kill(pid_file: &Path) {
+    let text = std::fs::read_to_string(pid_file).unwrap_or_else(|error| panic!("{}: {error}", pid_file.display()));
+    let pid: i32 = text.lines().next().and_then(|line| line.trim().parse().ok()).expect("a pid");
+    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill -9");
+}
+
+/// Waits for a condition; fails with `what` when it does not come true.
+pub async fn wait_for(what: &str, condition: impl AsyncFn() -> bool) {
+    let started = Instant::now();
+    while !condition().await {
+        assert!(started.elapsed() < LIMIT, "not within {} s: {what}", LIMIT.as_secs());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
