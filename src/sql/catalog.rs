@@ -13,10 +13,29 @@ use super::needs::{Name, Needs};
 /// Settings of the client's session that decide what a text means or does; followers get the same values.
 /// The answer has them in [`super::facts::Facts::settings`].
 pub const MIRRORED_SETTINGS: [&str; 23] = [
-    "search_path", "role", "session_authorization", "TimeZone", "DateStyle", "IntervalStyle", "bytea_output",
-    "extra_float_digits", "lc_monetary", "lc_numeric", "lc_time", "default_text_search_config", "xmloption",
-    "xmlbinary", "array_nulls", "transform_null_equals", "backslash_quote", "standard_conforming_strings",
-    "check_function_bodies", "row_security", "timezone_abbreviations", "client_encoding", "default_table_access_method",
+    "search_path",
+    "role",
+    "session_authorization",
+    "TimeZone",
+    "DateStyle",
+    "IntervalStyle",
+    "bytea_output",
+    "extra_float_digits",
+    "lc_monetary",
+    "lc_numeric",
+    "lc_time",
+    "default_text_search_config",
+    "xmloption",
+    "xmlbinary",
+    "array_nulls",
+    "transform_null_equals",
+    "backslash_quote",
+    "standard_conforming_strings",
+    "check_function_bodies",
+    "row_security",
+    "timezone_abbreviations",
+    "client_encoding",
+    "default_table_access_method",
 ];
 
 /// One SQL text that returns one row with one column: the JSON document that [`super::facts::Facts::parse`] reads.
@@ -48,8 +67,20 @@ fn qualify(template: &str) -> String {
         text = text.replace(&format!(" {operator} "), &format!(" OPERATOR(pg_catalog.{operator}) "));
     }
     for name in [
-        "json_build_object", "jsonb_build_object", "json_object_agg", "json_agg", "jsonb_agg", "unnest", "bit_or", "bool_or",
-        "current_schemas", "regexp_matches", "format_type", "has_table_privilege", "pg_my_temp_schema", "current_setting",
+        "json_build_object",
+        "jsonb_build_object",
+        "json_object_agg",
+        "json_agg",
+        "jsonb_agg",
+        "unnest",
+        "bit_or",
+        "bool_or",
+        "current_schemas",
+        "regexp_matches",
+        "format_type",
+        "has_table_privilege",
+        "pg_my_temp_schema",
+        "current_setting",
     ] {
         text = text.replace(&format!(" {name}("), &format!(" pg_catalog.{name}("));
         text = text.replace(&format!("({name}("), &format!("(pg_catalog.{name}("));
@@ -69,7 +100,8 @@ const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolat
     JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.m[1]::pg_catalog.oid";
 
 /// Date and time types, their arrays and ranges (`pg_type.dat`).
-const DATE_TYPES: &str = "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
+const DATE_TYPES: &str =
+    "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
 
 /// Blanks around operators matter, see [`qualify`].
 const TEMPLATE: &str = r"WITH RECURSIVE

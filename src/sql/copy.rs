@@ -5,8 +5,8 @@ use pg_query::NodeEnum;
 use pg_query::protobuf::{CopyStmt, DefElem};
 
 use super::classify::Context;
-use super::ddl::is_on;
 use super::copy_dates::CopyDates;
+use super::ddl::is_on;
 use super::facts::{Column, DefaultKind, Relation};
 use super::lex::{Kind, Lexer, Token};
 use super::parse::node_names;
@@ -116,15 +116,21 @@ fn options(statement: &CopyStmt) -> Vec<&DefElem> {
 /// FREEZE needs a table that was made in the same transaction, which a follower may see otherwise; it changes no content.
 fn without_freeze(text: &str, option: &DefElem) -> Option<String> {
     let start = usize::try_from(option.location).ok()?;
-    let mut tokens = Lexer::new(text).filter(|token| token.kind.is_significant()).skip_while(|token| token.range.start < start).peekable();
+    let mut tokens = Lexer::new(text)
+        .filter(|token| token.kind.is_significant())
+        .skip_while(|token| token.range.start < start)
+        .peekable();
     let name = tokens.next()?;
-    let value = tokens.peek().and_then(|token: &Token| Some((token.range.clone(), token.kind, text.get(token.range.clone())?)));
+    let value =
+        tokens.peek().and_then(|token: &Token| Some((token.range.clone(), token.kind, text.get(token.range.clone())?)));
     if !is_on(option) {
         return Some(text.to_owned());
     }
     match value {
         // (FREEZE), (FREEZE, ...)
-        Some((_, Kind::Symbol, ")" | ",")) => Some(format!("{} off{}", text.get(..name.range.end)?, text.get(name.range.end..)?)),
+        Some((_, Kind::Symbol, ")" | ",")) => {
+            Some(format!("{} off{}", text.get(..name.range.end)?, text.get(name.range.end..)?))
+        }
         Some((range, Kind::Word | Kind::Integer | Kind::String, word)) if is_value(word) => {
             Some(format!("{}off{}", text.get(..range.start)?, text.get(range.end..)?))
         }

@@ -41,7 +41,11 @@ impl CopyScanner {
     /// Takes the next block. True as soon as a date or time field depends on the clock.
     pub fn feed(&mut self, block: &[u8]) -> bool {
         for byte in block {
-            if self.dates.csv { self.csv(*byte) } else { self.text(*byte) }
+            if self.dates.csv {
+                self.csv(*byte)
+            } else {
+                self.text(*byte)
+            }
             if self.found {
                 return true;
             }

@@ -40,8 +40,22 @@ fn hides_letters(literal: &str) -> bool {
 /// Month and day names, zones, AM and PM are at most this long or are zone names with a slash (seen by the caller).
 fn may_be_in_a_date(word: &str) -> bool {
     const LONG: [&str; 16] = [
-        "january", "february", "october", "november", "december", "september", "saturday", "thursday", "wednesday",
-        "infinity", "allballs", "august", "monday", "friday", "sunday", "tuesday",
+        "january",
+        "february",
+        "october",
+        "november",
+        "december",
+        "september",
+        "saturday",
+        "thursday",
+        "wednesday",
+        "infinity",
+        "allballs",
+        "august",
+        "monday",
+        "friday",
+        "sunday",
+        "tuesday",
     ];
     word.len() <= 5 || LONG.iter().any(|known| known.eq_ignore_ascii_case(word))
 }
@@ -52,10 +66,31 @@ mod tests {
 
     #[test]
     fn clock_words_are_found_where_dates_can_have_them() {
-        for text in ["now", "'now'", " NOW ", "today 12:00", "'Tomorrow'", "yesterday", "12:00 today", "{today,now}", "[now,)", "now Europe/Berlin", "E'\\156ow'"] {
+        for text in [
+            "now",
+            "'now'",
+            " NOW ",
+            "today 12:00",
+            "'Tomorrow'",
+            "yesterday",
+            "12:00 today",
+            "{today,now}",
+            "[now,)",
+            "now Europe/Berlin",
+            "E'\\156ow'",
+        ] {
             assert!(looks_like_now(text), "{text}");
         }
-        for text in ["", "2026-11-23", "nowhere", "snow", "infinity", "do it right-away", "I shall come tomorrow, certainly", "'epoch'"] {
+        for text in [
+            "",
+            "2026-11-23",
+            "nowhere",
+            "snow",
+            "infinity",
+            "do it right-away",
+            "I shall come tomorrow, certainly",
+            "'epoch'",
+        ] {
             assert!(!looks_like_now(text), "{text}");
         }
     }

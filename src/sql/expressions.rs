@@ -316,7 +316,10 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
     };
     let of = |name: &str| fields.get(name).is_some_and(|part| may_be_text(part, facts));
     let of_list = |name: &str| {
-        fields.get(name).and_then(Value::as_array).is_some_and(|parts| parts.iter().any(|part| may_be_text(part, facts)))
+        fields
+            .get(name)
+            .and_then(Value::as_array)
+            .is_some_and(|parts| parts.iter().any(|part| may_be_text(part, facts)))
     };
     match kind.as_str() {
         "AConst" | "ParamRef" | "SqlvalueFunction" => false,
@@ -342,9 +345,9 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
         "CaseExpr" => {
             let results = fields.get("args").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
             of("defresult") && fields.get("defresult").is_some_and(|part| !part.is_null())
-                || results.iter().any(|case| {
-                    case.pointer("/node/CaseWhen/result").is_none_or(|result| may_be_text(result, facts))
-                })
+                || results
+                    .iter()
+                    .any(|case| case.pointer("/node/CaseWhen/result").is_none_or(|result| may_be_text(result, facts)))
         }
         _ => true,
     }
@@ -357,8 +360,20 @@ const REFUSED_SETTINGS: [&str; 4] =
     ["standard_conforming_strings", "session_replication_role", "session_authorization", "client_encoding"];
 
 const RETURNS_DATES: [&str; 14] = [
-    "now", "transaction_timestamp", "statement_timestamp", "date_trunc", "to_timestamp", "to_date", "make_date",
-    "make_time", "make_timestamp", "make_timestamptz", "timezone", "date_bin", "age", "clock_timestamp",
+    "now",
+    "transaction_timestamp",
+    "statement_timestamp",
+    "date_trunc",
+    "to_timestamp",
+    "to_date",
+    "make_date",
+    "make_time",
+    "make_timestamp",
+    "make_timestamptz",
+    "timezone",
+    "date_bin",
+    "age",
+    "clock_timestamp",
 ];
 
 fn session_value(look: &mut Look, fields: &Map<String, Value>) {
@@ -390,9 +405,9 @@ fn session_value(look: &mut Look, fields: &Map<String, Value>) {
 /// An expression for the text of a value that is read back exactly under any DateStyle and TimeZone.
 fn text_form(expression: &str, sql_type: &str) -> String {
     match sql_type {
-        "pg_catalog.timestamptz" => format!(
-            "pg_catalog.to_char(pg_catalog.timezone('UTC', {expression}), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
-        ),
+        "pg_catalog.timestamptz" => {
+            format!("pg_catalog.to_char(pg_catalog.timezone('UTC', {expression}), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")
+        }
         "pg_catalog.timestamp" => format!("pg_catalog.to_char({expression}, 'YYYY-MM-DD\"T\"HH24:MI:SS.US')"),
         "pg_catalog.date" => {
             format!("pg_catalog.to_char({expression}::pg_catalog.timestamp, 'YYYY-MM-DD')")

@@ -2,7 +2,7 @@
 //!
 //! The way of a text: [`shape::mask`] gives the key under which its [`plan::Plan`] is looked up. Only if there is none:
 //! [`parse::parse`], [`needs::Needs::of`], [`catalog::query`] run on the leader, [`facts::Facts::parse`] of the answer,
-//! [`classify::classify`] (or [`classify::unparsed`]). The texts for leader and followers come from the plan's methods.
+//! [`classify::classify`] (or [`classify::unparsable`]). The texts for leader and followers come from the plan's methods.
 
 pub mod catalog;
 pub mod classify;

@@ -43,12 +43,24 @@ pub enum Admin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
     /// `with_modes`: BEGIN or START TRANSACTION with isolation level or the like
-    Begin { with_modes: bool },
-    Commit { chain: bool },
-    Rollback { chain: bool },
-    Savepoint { name: String },
-    Release { name: String },
-    RollbackTo { name: String },
+    Begin {
+        with_modes: bool,
+    },
+    Commit {
+        chain: bool,
+    },
+    Rollback {
+        chain: bool,
+    },
+    Savepoint {
+        name: String,
+    },
+    Release {
+        name: String,
+    },
+    RollbackTo {
+        name: String,
+    },
     /// SET TRANSACTION, SET SESSION CHARACTERISTICS, SET CONSTRAINTS: forwarded
     Other,
 }
