@@ -42,9 +42,9 @@ impl CopyScanner {
     pub fn feed(&mut self, block: &[u8]) -> bool {
         for byte in block {
             if self.dates.csv {
-                self.csv(*byte)
+                self.csv(*byte);
             } else {
-                self.text(*byte)
+                self.text(*byte);
             }
             if self.found {
                 return true;
