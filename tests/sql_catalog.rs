@@ -21,7 +21,8 @@ struct Server {
 }
 
 fn program(name: &str) -> PathBuf {
-    let folder = std::env::var_os("PGTANDEM_BIN_DIR").map_or_else(|| PathBuf::from("/usr/lib/postgresql/15/bin"), PathBuf::from);
+    let folder =
+        std::env::var_os("PGTANDEM_BIN_DIR").map_or_else(|| PathBuf::from("/usr/lib/postgresql/15/bin"), PathBuf::from);
     folder.join(name)
 }
 
@@ -116,14 +117,18 @@ async fn write(client: &Client, text: &str) -> Write {
 }
 
 fn is_point(write: &Write) -> bool {
-    matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if lock_tables.is_empty()) && !write.barrier && !write.ddl
+    matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if lock_tables.is_empty())
+        && !write.barrier
+        && !write.ddl
 }
 
 #[tokio::test]
 async fn pgbench_takes_the_fast_lanes() {
     let server = Server::start();
     let client = server.connect().await;
-    let drop = write(&client, "drop table if exists pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers").await;
+    let drop =
+        write(&client, "drop table if exists pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
+            .await;
     assert!(drop.ddl);
     let tables = [
         "create table pgbench_history(tid int,bid int,aid    int,delta int,mtime timestamp,filler char(22))",
@@ -135,7 +140,8 @@ async fn pgbench_takes_the_fast_lanes() {
         assert!(write(&client, text).await.ddl, "{text}");
         client.batch_execute(text).await.expect(text);
     }
-    let truncate = write(&client, "truncate table pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers").await;
+    let truncate =
+        write(&client, "truncate table pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers").await;
     assert!(truncate.barrier && !truncate.ddl);
     assert!(is_point(&write(&client, "insert into pgbench_branches(bid,bbalance) values(1,0)").await));
     let copy = write(&client, "copy pgbench_accounts from stdin with (freeze on)").await;
@@ -202,41 +208,74 @@ async fn the_catalog_says_what_a_text_can_not() {
         )
         .await
         .expect("schema");
-    for text in ["UPDATE plain SET v = doubles(v) WHERE id = 1", "INSERT INTO plain (id, note) VALUES (1, 'x')",
-        "UPDATE parts SET v = 1 WHERE id = 1 AND region = 1", "DELETE FROM child WHERE id = 1",
-        "INSERT INTO triggered VALUES (1, 2)", "UPDATE stamped SET at = now(), by = current_user WHERE id = $1",
-        r#"INSERT INTO "Odd ""name"""."T'1" VALUES (1)"#]
-    {
+    for text in [
+        "UPDATE plain SET v = doubles(v) WHERE id = 1",
+        "INSERT INTO plain (id, note) VALUES (1, 'x')",
+        "UPDATE parts SET v = 1 WHERE id = 1 AND region = 1",
+        "DELETE FROM child WHERE id = 1",
+        "INSERT INTO triggered VALUES (1, 2)",
+        "UPDATE stamped SET at = now(), by = current_user WHERE id = $1",
+        r#"INSERT INTO "Odd ""name"""."T'1" VALUES (1)"#,
+    ] {
         let write = write(&client, text).await;
         assert!(is_point(&write), "{text}: {write:?}");
     }
-    for text in ["INSERT INTO serials (v) VALUES (1)", "INSERT INTO identities (v) VALUES (1)", "INSERT INTO stamped (id) VALUES (1)",
-        "INSERT INTO plain (id) SELECT 1", "INSERT INTO plain (id, v) VALUES (1, (random() * 5)::int)", "INSERT INTO plain (id, at) VALUES (1, $1)"]
-    {
+    for text in [
+        "INSERT INTO serials (v) VALUES (1)",
+        "INSERT INTO identities (v) VALUES (1)",
+        "INSERT INTO stamped (id) VALUES (1)",
+        "INSERT INTO plain (id) SELECT 1",
+        "INSERT INTO plain (id, v) VALUES (1, (random() * 5)::int)",
+        "INSERT INTO plain (id, at) VALUES (1, $1)",
+    ] {
         let write = write(&client, text).await;
         assert!(matches!(write.effect, EffectPlan::Rows { .. }), "{text}: {write:?}");
     }
     let identity = write(&client, "INSERT INTO identities (v) VALUES (1)").await;
     assert_eq!(identity.hidden_returning, ["\"id\"", "\"v\""]);
-    for text in ["UPDATE keyless SET v = 1", "DELETE FROM plain WHERE v > 3", "UPDATE plain SET v = (SELECT count(*) FROM keyless)",
-        "INSERT INTO plain (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = excluded.v"]
-    {
+    for text in [
+        "UPDATE keyless SET v = 1",
+        "DELETE FROM plain WHERE v > 3",
+        "UPDATE plain SET v = (SELECT count(*) FROM keyless)",
+        "INSERT INTO plain (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = excluded.v",
+    ] {
         let write = write(&client, text).await;
-        assert!(matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty()), "{text}: {write:?}");
+        assert!(
+            matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty()),
+            "{text}: {write:?}"
+        );
     }
     assert!(write(&client, "DELETE FROM parent WHERE id = 1").await.barrier);
     assert!(write(&client, "INSERT INTO child VALUES (1, 1)").await.deferrable_constraints);
-    for (text, guard) in [("SELECT writes()", true), ("SELECT doubles(2)", false), ("SELECT * FROM quiet", false), ("SELECT * FROM over", true),
-        ("SELECT p.audit FROM plain p", true), ("SELECT p.note FROM plain p", false), ("SELECT * FROM secured", true), ("SELECT nextval('serials_id_seq')", false),
-        ("SELECT now(), pg_sleep(0), random()", false), ("SELECT * FROM pg_stat_activity", false), ("SELECT * FROM nowhere", true),
-        ("INSERT INTO scratch VALUES (1)", false), ("INSERT INTO scratch SELECT writes()", true), ("DROP TABLE scratch", false)]
-    {
+    for (text, guard) in [
+        ("SELECT writes()", true),
+        ("SELECT doubles(2)", false),
+        ("SELECT * FROM quiet", false),
+        ("SELECT * FROM over", true),
+        ("SELECT p.audit FROM plain p", true),
+        ("SELECT p.note FROM plain p", false),
+        ("SELECT * FROM secured", true),
+        ("SELECT nextval('serials_id_seq')", false),
+        ("SELECT now(), pg_sleep(0), random()", false),
+        ("SELECT * FROM pg_stat_activity", false),
+        ("SELECT * FROM nowhere", true),
+        ("INSERT INTO scratch VALUES (1)", false),
+        ("INSERT INTO scratch SELECT writes()", true),
+        ("DROP TABLE scratch", false),
+    ] {
         assert_eq!(plan(&client, text).await.lane, Lane::Read { guard, copy_in: false }, "{text}");
     }
     assert_eq!(plan(&client, "COPY scratch FROM STDIN").await.lane, Lane::Read { guard: false, copy_in: true });
-    for text in ["UPDATE triggered SET v = 1 WHERE id = 1", "INSERT INTO clocked VALUES (1, now())", "INSERT INTO secured VALUES (1)", "INSERT INTO quiet VALUES (1)",
-        "INSERT INTO plain (id) SELECT writes()", "INSERT INTO plain SELECT id FROM loud", "COPY serials (v) FROM STDIN", "UPDATE pg_class SET relname = 'x'"]
-    {
+    for text in [
+        "UPDATE triggered SET v = 1 WHERE id = 1",
+        "INSERT INTO clocked VALUES (1, now())",
+        "INSERT INTO secured VALUES (1)",
+        "INSERT INTO quiet VALUES (1)",
+        "INSERT INTO plain (id) SELECT writes()",
+        "INSERT INTO plain SELECT id FROM loud",
+        "COPY serials (v) FROM STDIN",
+        "UPDATE pg_class SET relname = 'x'",
+    ] {
         let lane = plan(&client, text).await.lane;
         assert!(matches!(lane, Lane::Refused(_)), "{text}: {lane:?}");
     }

@@ -13,10 +13,29 @@ use super::needs::{Name, Needs};
 /// Settings of the client's session that decide what a text means or does; followers get the same values.
 /// The answer has them in [`super::facts::Facts::settings`].
 pub const MIRRORED_SETTINGS: [&str; 23] = [
-    "search_path", "role", "session_authorization", "TimeZone", "DateStyle", "IntervalStyle", "bytea_output",
-    "extra_float_digits", "lc_monetary", "lc_numeric", "lc_time", "default_text_search_config", "xmloption",
-    "xmlbinary", "array_nulls", "transform_null_equals", "backslash_quote", "standard_conforming_strings",
-    "check_function_bodies", "row_security", "timezone_abbreviations", "client_encoding", "default_table_access_method",
+    "search_path",
+    "role",
+    "session_authorization",
+    "TimeZone",
+    "DateStyle",
+    "IntervalStyle",
+    "bytea_output",
+    "extra_float_digits",
+    "lc_monetary",
+    "lc_numeric",
+    "lc_time",
+    "default_text_search_config",
+    "xmloption",
+    "xmlbinary",
+    "array_nulls",
+    "transform_null_equals",
+    "backslash_quote",
+    "standard_conforming_strings",
+    "check_function_bodies",
+    "row_security",
+    "timezone_abbreviations",
+    "client_encoding",
+    "default_table_access_method",
 ];
 
 /// One SQL text that returns one row with one column: the JSON document that [`super::facts::Facts::parse`] reads.
@@ -48,8 +67,20 @@ fn qualify(template: &str) -> String {
         text = text.replace(&format!(" {operator} "), &format!(" OPERATOR(pg_catalog.{operator}) "));
     }
     for name in [
-        "json_build_object", "jsonb_build_object", "json_object_agg", "json_agg", "jsonb_agg", "unnest", "bit_or", "bool_or",
-        "current_schemas", "regexp_matches", "format_type", "has_table_privilege", "pg_my_temp_schema", "current_setting",
+        "json_build_object",
+        "jsonb_build_object",
+        "json_object_agg",
+        "json_agg",
+        "jsonb_agg",
+        "unnest",
+        "bit_or",
+        "bool_or",
+        "current_schemas",
+        "regexp_matches",
+        "format_type",
+        "has_table_privilege",
+        "pg_my_temp_schema",
+        "current_setting",
     ] {
         text = text.replace(&format!(" {name}("), &format!(" pg_catalog.{name}("));
         text = text.replace(&format!("({name}("), &format!("(pg_catalog.{name}("));
@@ -69,10 +100,11 @@ const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolat
     JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.m[1]::pg_catalog.oid";
 
 /// Date and time types, their arrays and ranges (`pg_type.dat`).
-const DATE_TYPES: &str = "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
+const DATE_TYPES: &str =
+    "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
 
 /// Blanks around operators matter, see [`qualify`].
-const TEMPLATE: &str = r#"WITH RECURSIVE
+const TEMPLATE: &str = r"WITH RECURSIVE
 spaces(oid, pos) AS MATERIALIZED (
   SELECT n.oid, u.pos FROM pg_catalog.unnest(pg_catalog.current_schemas(true)) WITH ORDINALITY AS u(nsp, pos)
   JOIN pg_catalog.pg_namespace n ON n.nspname = u.nsp),
@@ -209,7 +241,7 @@ SELECT json_build_object(
   FROM asked_functions a CROSS JOIN LATERAL (
     SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
-      'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates)),
+      'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates) OR u.oid >= 16384::oid),
       'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]),
       'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')))) AS fact
     FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace
@@ -238,4 +270,4 @@ SELECT json_build_object(
   JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
   LEFT JOIN traits x ON x.top = t.oid),
 'settings', (SELECT json_object_agg(s.name, current_setting(s.name, true)) FROM asked_settings s)
-)::text"#;
+)::text";

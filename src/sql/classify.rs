@@ -13,8 +13,9 @@ use serde_json::Value;
 use super::expressions::{Look, OWN_SCHEMA, look};
 use super::facts::{Facts, Relation};
 use super::functions::Effect;
-use super::needs::Name;
-use super::parse::{Statement, tree};
+use super::lex::{Kind, Lexer};
+use super::needs::{Name, Needs};
+use super::parse::{ParseError, Statement, tree};
 use super::plan::{Admin, Control, Lane, Plan};
 use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
 use super::shape::Shape;
@@ -35,10 +36,26 @@ impl Context<'_> {
     }
 }
 
-/// The plan for a text that PostgreSQL's parser does not take: the leader answers the error.
+/// The plan for a text of which nothing is known: the leader answers, behind the guard.
 #[must_use]
 pub fn unparsed() -> Plan {
     plan(read(true))
+}
+
+/// The plan for a text that can not be parsed: [`unparsed`], but a tree that is too deep to be read is refused with that reason
+/// unless it only reads.
+#[must_use]
+pub fn unparsable(error: &ParseError, text: &str) -> Plan {
+    let first = Lexer::new(text).find(|token| token.kind == Kind::Word).and_then(|token| text.get(token.range));
+    let reads = first
+        .is_some_and(|word| ["select", "values", "table", "with"].iter().any(|known| known.eq_ignore_ascii_case(word)));
+    match error {
+        ParseError::Tree if !reads => plan(refused(
+            "the statement is nested too deeply for pgtandem to see what it does",
+            "Split it into several statements, or put long expressions into fewer levels.",
+        )),
+        _ => unparsed(),
+    }
 }
 
 pub(super) fn read(guard: bool) -> Lane {
@@ -71,8 +88,11 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
             let lane = lane(node, &context);
             // set_config() and functions with SET-like effects run behind no guard
             let changes_settings = matches!(lane, Lane::Read { guard: true, .. })
-                || facts.functions.keys().any(|name| name.name == "set_config")
-                || matches!(node, NodeEnum::ExecuteStmt(_) | NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_));
+                || Needs::of(statement).functions.iter().any(|name| name.name == "set_config")
+                || matches!(
+                    node,
+                    NodeEnum::ExecuteStmt(_) | NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_)
+                );
             Plan { changes_settings, ..plan(lane) }
         }
     }
@@ -208,7 +228,7 @@ fn explain(statement: &ExplainStmt, context: &Context<'_>) -> Lane {
 }
 
 fn declare(statement: &DeclareCursorStmt, context: &Context<'_>) -> Lane {
-    let query = statement.query.as_ref().map(|query| tree(query)).unwrap_or_default();
+    let query = statement.query.as_ref().map(tree).unwrap_or_default();
     match select(&query, context.facts) {
         // FETCH runs the query later, without a guard
         Lane::Read { guard: true, .. } => {

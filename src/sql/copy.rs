@@ -5,8 +5,9 @@ use pg_query::NodeEnum;
 use pg_query::protobuf::{CopyStmt, DefElem};
 
 use super::classify::Context;
+use super::copy_dates::CopyDates;
 use super::ddl::is_on;
-use super::facts::{Column, DefaultKind};
+use super::facts::{Column, DefaultKind, Relation};
 use super::lex::{Kind, Lexer, Token};
 use super::parse::node_names;
 use super::plan::{CopyText, EffectPlan, Lane, Write};
@@ -61,7 +62,7 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         effect: EffectPlan::Copy {
             owner: Some(relation.owner_role()),
             text,
-            dates_matter: relation.columns.iter().any(|column| column.dates && given(column)),
+            dates: dates(relation, &listed, &options),
         },
         hidden_returning: Vec::new(),
         client_returning: false,
@@ -72,12 +73,39 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
     }))
 }
 
+/// Where dates are in the data. The binary form has no words.
+fn dates(relation: &Relation, listed: &[&str], options: &[&DefElem]) -> Option<CopyDates> {
+    let text_of = |name: &str| {
+        let option = options.iter().find(|option| option.defname == name)?;
+        match option.arg.as_ref()?.node.as_ref()? {
+            NodeEnum::String(text) => Some(text.sval.as_str()),
+            _ => None,
+        }
+    };
+    let byte_of = |name: &str| text_of(name).and_then(|text| text.bytes().next());
+    let format = text_of("format").unwrap_or("text").to_ascii_lowercase();
+    let is_date = |name: &str| relation.column(name).is_some_and(|column| column.dates);
+    let all = relation.columns.iter().filter(|column| !column.generated).map(|column| column.name.as_str());
+    let names: Vec<&str> = if listed.is_empty() { all.collect() } else { listed.to_vec() };
+    let fields: Vec<usize> = names.iter().enumerate().filter(|(_, name)| is_date(name)).map(|(at, _)| at).collect();
+    if fields.is_empty() || format == "binary" {
+        return None;
+    }
+    let csv = format == "csv";
+    let quote = byte_of("quote").unwrap_or(b'"');
+    Some(CopyDates {
+        fields,
+        csv,
+        delimiter: byte_of("delimiter").unwrap_or(if csv { b',' } else { b'\t' }),
+        quote,
+        escape: byte_of("escape").unwrap_or(quote),
+    })
+}
+
 fn options(statement: &CopyStmt) -> Vec<&DefElem> {
-    let option = |node: &'_ pg_query::Node| matches!(node.node, Some(NodeEnum::DefElem(_)));
     statement
         .options
         .iter()
-        .filter(|node| option(node))
         .filter_map(|node| match node.node.as_ref() {
             Some(NodeEnum::DefElem(option)) => Some(option.as_ref()),
             _ => None,
@@ -88,20 +116,26 @@ fn options(statement: &CopyStmt) -> Vec<&DefElem> {
 /// FREEZE needs a table that was made in the same transaction, which a follower may see otherwise; it changes no content.
 fn without_freeze(text: &str, option: &DefElem) -> Option<String> {
     let start = usize::try_from(option.location).ok()?;
-    let mut tokens = Lexer::new(text).filter(|token| token.kind.is_significant()).skip_while(|token| token.range.start < start).peekable();
+    let mut tokens = Lexer::new(text)
+        .filter(|token| token.kind.is_significant())
+        .skip_while(|token| token.range.start < start)
+        .peekable();
     let name = tokens.next()?;
-    let value = tokens.peek().and_then(|token: &Token| Some((token.range.clone(), token.kind, text.get(token.range.clone())?)));
+    let value =
+        tokens.peek().and_then(|token: &Token| Some((token.range.clone(), token.kind, text.get(token.range.clone())?)));
     if !is_on(option) {
         return Some(text.to_owned());
     }
     match value {
-        // (FREEZE), (FREEZE, ...), and FREEZE without parentheses, which may be the last word or before another one
-        None => Some(format!("{}{}", text.get(..name.range.start)?, text.get(name.range.end..)?)),
-        Some((_, Kind::Symbol, ")" | ",")) => Some(format!("{} off{}", text.get(..name.range.end)?, text.get(name.range.end..)?)),
+        // (FREEZE), (FREEZE, ...)
+        Some((_, Kind::Symbol, ")" | ",")) => {
+            Some(format!("{} off{}", text.get(..name.range.end)?, text.get(name.range.end..)?))
+        }
         Some((range, Kind::Word | Kind::Integer | Kind::String, word)) if is_value(word) => {
             Some(format!("{}off{}", text.get(..range.start)?, text.get(range.end..)?))
         }
-        Some(_) => Some(format!("{}{}", text.get(..name.range.start)?, text.get(name.range.end..)?)),
+        // without parentheses; it may be the last word or before another one
+        Some(_) | None => Some(format!("{}{}", text.get(..name.range.start)?, text.get(name.range.end..)?)),
     }
 }
 

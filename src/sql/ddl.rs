@@ -37,7 +37,9 @@ pub(super) fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         Temporary::All => return read(false),
         Temporary::Some(name) => {
             return refused(
-                format!("a permanent object can not refer to the temporary {name} here: the other servers do not have it"),
+                format!(
+                    "a permanent object can not refer to the temporary {name} here: the other servers do not have it"
+                ),
                 "Use a permanent table.",
             );
         }
@@ -151,9 +153,10 @@ fn special(node: &NodeEnum, context: &Context<'_>) -> Option<Lane> {
         NodeEnum::CreateTableSpaceStmt(_)
         | NodeEnum::DropTableSpaceStmt(_)
         | NodeEnum::AlterTableSpaceOptionsStmt(_)
-        | NodeEnum::AlterTableMoveAllStmt(_) => {
-            Some(refused("tablespaces are not supported by this version of pgtandem", "Leave tables in the default tablespace."))
-        }
+        | NodeEnum::AlterTableMoveAllStmt(_) => Some(refused(
+            "tablespaces are not supported by this version of pgtandem",
+            "Leave tables in the default tablespace.",
+        )),
         NodeEnum::AlterSystemStmt(_) => Some(refused(
             format!("ALTER SYSTEM {OUTSIDE_TRANSACTIONS}"),
             "Set it in postgresql.conf on every server, or use ALTER ROLE or ALTER DATABASE ... SET.",
@@ -188,7 +191,7 @@ fn clear_password(options: &[Node]) -> Option<Lane> {
 /// `md5` and 32 hexadecimal digits.
 const MD5_VERIFIER_BYTES: usize = 35;
 
-fn relations<'n>(nodes: &'n [Node]) -> impl Iterator<Item = &'n RangeVar> {
+fn relations(nodes: &[Node]) -> impl Iterator<Item = &RangeVar> {
     nodes.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::RangeVar(relation)) => Some(relation),
         _ => None,
@@ -285,7 +288,10 @@ fn create_table_as(statement: &pg_query::protobuf::CreateTableAsStmt, context: &
         if found.writes.is_none() && !found.own_schema {
             return match may_write(&[&found]) {
                 // CREATE TABLE can not run behind the guard
-                Some(what) => refused(format!("{what} may write, and what functions write is not replicated by this version of pgtandem"), "Create the table first, then INSERT ... SELECT."),
+                Some(what) => refused(
+                    format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
+                    "Create the table first, then INSERT ... SELECT.",
+                ),
                 None => read(false),
             };
         }
@@ -314,11 +320,11 @@ fn alter_table(statement: &AlterTableStmt, context: &Context<'_>) -> Option<Lane
     if table.is_some_and(Relation::is_temporary) {
         return None;
     }
-    let commands = statement.cmds.iter().filter_map(|node| match node.node.as_ref() {
+    let mut commands = statement.cmds.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::AlterTableCmd(command)) => Some(command.as_ref()),
         _ => None,
     });
-    commands.filter_map(|command| alter_command(command, table, context)).next()
+    commands.find_map(|command| alter_command(command, table, context))
 }
 
 fn alter_command(command: &AlterTableCmd, table: Option<&Relation>, context: &Context<'_>) -> Option<Lane> {
@@ -334,7 +340,6 @@ fn alter_command(command: &AlterTableCmd, table: Option<&Relation>, context: &Co
         (AlterTableType::AtDetachPartition, Some(NodeEnum::PartitionCmd(partition))) if partition.concurrent => {
             Some(concurrently("DETACH PARTITION"))
         }
-        (AlterTableType::AtAddIdentity, _) => None,
         _ => None,
     }
 }
@@ -354,7 +359,8 @@ fn add_column(column: &ColumnDef, context: &Context<'_>) -> Option<Lane> {
     if matches!(type_last, "serial" | "serial4" | "bigserial" | "serial8" | "smallserial" | "serial2") {
         return refuse("a serial type");
     }
-    if Name::of_parts(&type_parts).and_then(|name| context.facts.types.get(&name)).is_some_and(|fact| fact.has_default) {
+    if Name::of_parts(&type_parts).and_then(|name| context.facts.types.get(&name)).is_some_and(|fact| fact.has_default)
+    {
         return refuse("a domain that has a default");
     }
     for node in &column.constraints {
@@ -375,7 +381,10 @@ fn add_column(column: &ColumnDef, context: &Context<'_>) -> Option<Lane> {
 
 fn change_type(name: &str, column: &ColumnDef, table: Option<&Relation>, context: &Context<'_>) -> Option<Lane> {
     let refuse = |what: &str| {
-        Some(refused(format!("ALTER COLUMN ... TYPE with {what} {ROW_VALUES}"), "Add a new column and fill it with UPDATE."))
+        Some(refused(
+            format!("ALTER COLUMN ... TYPE with {what} {ROW_VALUES}"),
+            "Add a new column and fill it with UPDATE.",
+        ))
     };
     if let Some(using) = &column.raw_default {
         let found = context.look(using);
@@ -414,7 +423,9 @@ fn on_temporary(node: &NodeEnum, context: &Context<'_>) -> Temporary {
     match (created, temporary) {
         (true, _) => Temporary::All,
         (false, None) => Temporary::None,
-        (false, Some(_)) if matches!(node, NodeEnum::ViewStmt(_)) || known.iter().all(|relation| relation.is_temporary()) => {
+        (false, Some(_))
+            if matches!(node, NodeEnum::ViewStmt(_)) || known.iter().all(|relation| relation.is_temporary()) =>
+        {
             // CREATE TABLE x (LIKE temporary) names only the temporary one, and makes a permanent one
             if matches!(node, NodeEnum::CreateStmt(_)) {
                 return Temporary::Some(temporary.map(|relation| relation.name.clone()).unwrap_or_default());
@@ -432,7 +443,11 @@ fn has_clock_literal(node: &NodeEnum, context: &Context<'_>) -> bool {
     }
     let anywhere = matches!(
         node,
-        NodeEnum::ViewStmt(_) | NodeEnum::IndexStmt(_) | NodeEnum::RuleStmt(_) | NodeEnum::CreatePolicyStmt(_) | NodeEnum::CreateTrigStmt(_)
+        NodeEnum::ViewStmt(_)
+            | NodeEnum::IndexStmt(_)
+            | NodeEnum::RuleStmt(_)
+            | NodeEnum::CreatePolicyStmt(_)
+            | NodeEnum::CreateTrigStmt(_)
     );
     let mut found = false;
     walk(&context.tree, &mut |kind, fields| {
@@ -450,7 +465,8 @@ fn has_clock_literal(node: &NodeEnum, context: &Context<'_>) -> bool {
         if relevant {
             walk(&Value::Object(fields.clone()), &mut |kind, constant| {
                 if kind == "AConst" {
-                    let text = constant.get("val").and_then(|value| value.pointer("/Sval/sval")).and_then(Value::as_str);
+                    let text =
+                        constant.get("val").and_then(|value| value.pointer("/Sval/sval")).and_then(Value::as_str);
                     found |= text.is_some_and(looks_like_now);
                 }
             });

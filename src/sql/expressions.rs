@@ -23,6 +23,7 @@ pub struct SessionValue {
 
 /// The result of [`look`].
 #[derive(Clone, Debug, Default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent observations")]
 pub struct Look {
     /// The worst effect of what is called.
     pub effect: Option<Effect>,
@@ -159,10 +160,8 @@ fn visit(look: &mut Look, kind: &str, fields: &Map<String, Value>, facts: &Facts
                 call_of_row(look, &Name::new("", name), facts);
             }
         }
-        "AConst" => {
-            if fields.get("val").is_some_and(|value| value.get("Sval").is_some()) {
-                look.strings.extend(location(fields));
-            }
+        "AConst" if fields.get("val").is_some_and(|value| value.get("Sval").is_some()) => {
+            look.strings.extend(location(fields));
         }
         "ParamRef" => {
             let number = fields.get("number").and_then(Value::as_i64).and_then(|number| i32::try_from(number).ok());
@@ -173,7 +172,8 @@ fn visit(look: &mut Look, kind: &str, fields: &Map<String, Value>, facts: &Facts
         "RangeTableSample" => look.order = Some("TABLESAMPLE".to_owned()),
         "CurrentOfExpr" => look.order = Some("WHERE CURRENT OF".to_owned()),
         "WindowDef" => look.order = Some("a window function".to_owned()),
-        "IntoClause" => look.into = true,
+        // a field of its own kind
+        "" if fields.contains_key("skip_data") => look.into = true,
         "LockingClause" => look.locks_rows = true,
         "InsertStmt" => look.writes = Some("INSERT"),
         "UpdateStmt" => look.writes = Some("UPDATE"),
@@ -217,7 +217,7 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         return;
     };
     let builtin = candidates.iter().all(|candidate| candidate.builtin);
-    look.dates |= candidates.iter().any(|candidate| candidate.dates || !candidate.builtin);
+    look.dates |= candidates.iter().any(|candidate| candidate.dates);
     look.floats |= !functions::is_float_aggregate(&name.name) && candidates.iter().any(|candidate| candidate.floats);
     let first = fields.get("args").and_then(|arguments| arguments.get(0));
     // date(text), a cast in the form of a call
@@ -235,6 +235,7 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         (builtin, arguments, functions::session_value(&name.name), location(fields))
     {
         let expression = format!("pg_catalog.{}()", name.name);
+        look.dates |= sql_type != "pg_catalog.name";
         look.session_values.push(SessionValue { location, hidden: text_form(&expression, sql_type), sql_type });
         look.note(Effect::Pure, String::new);
         return;
@@ -315,7 +316,10 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
     };
     let of = |name: &str| fields.get(name).is_some_and(|part| may_be_text(part, facts));
     let of_list = |name: &str| {
-        fields.get(name).and_then(Value::as_array).is_some_and(|parts| parts.iter().any(|part| may_be_text(part, facts)))
+        fields
+            .get(name)
+            .and_then(Value::as_array)
+            .is_some_and(|parts| parts.iter().any(|part| may_be_text(part, facts)))
     };
     match kind.as_str() {
         "AConst" | "ParamRef" | "SqlvalueFunction" => false,
@@ -341,9 +345,9 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
         "CaseExpr" => {
             let results = fields.get("args").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
             of("defresult") && fields.get("defresult").is_some_and(|part| !part.is_null())
-                || results.iter().any(|case| {
-                    case.pointer("/node/CaseWhen/result").is_none_or(|result| may_be_text(result, facts))
-                })
+                || results
+                    .iter()
+                    .any(|case| case.pointer("/node/CaseWhen/result").is_none_or(|result| may_be_text(result, facts)))
         }
         _ => true,
     }
@@ -356,8 +360,20 @@ const REFUSED_SETTINGS: [&str; 4] =
     ["standard_conforming_strings", "session_replication_role", "session_authorization", "client_encoding"];
 
 const RETURNS_DATES: [&str; 14] = [
-    "now", "transaction_timestamp", "statement_timestamp", "date_trunc", "to_timestamp", "to_date", "make_date",
-    "make_time", "make_timestamp", "make_timestamptz", "timezone", "date_bin", "age", "clock_timestamp",
+    "now",
+    "transaction_timestamp",
+    "statement_timestamp",
+    "date_trunc",
+    "to_timestamp",
+    "to_date",
+    "make_date",
+    "make_time",
+    "make_timestamp",
+    "make_timestamptz",
+    "timezone",
+    "date_bin",
+    "age",
+    "clock_timestamp",
 ];
 
 fn session_value(look: &mut Look, fields: &Map<String, Value>) {
@@ -389,9 +405,9 @@ fn session_value(look: &mut Look, fields: &Map<String, Value>) {
 /// An expression for the text of a value that is read back exactly under any DateStyle and TimeZone.
 fn text_form(expression: &str, sql_type: &str) -> String {
     match sql_type {
-        "pg_catalog.timestamptz" => format!(
-            "pg_catalog.to_char(pg_catalog.timezone('UTC', {expression}), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
-        ),
+        "pg_catalog.timestamptz" => {
+            format!("pg_catalog.to_char(pg_catalog.timezone('UTC', {expression}), 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")
+        }
         "pg_catalog.timestamp" => format!("pg_catalog.to_char({expression}, 'YYYY-MM-DD\"T\"HH24:MI:SS.US')"),
         "pg_catalog.date" => {
             format!("pg_catalog.to_char({expression}::pg_catalog.timestamp, 'YYYY-MM-DD')")

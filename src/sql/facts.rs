@@ -21,6 +21,7 @@ pub struct Facts {
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts of the catalog")]
 pub struct Relation {
     /// Object identifier on the leader; other nodes may differ.
     pub oid: u32,
@@ -66,6 +67,7 @@ pub struct Relation {
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts of the catalog")]
 pub struct Column {
     pub name: String,
     /// As `format_type` writes it.
@@ -96,6 +98,7 @@ pub enum DefaultKind {
 
 /// A function that a name can mean.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts of the catalog")]
 pub struct Function {
     pub schema: String,
     pub name: String,
@@ -107,7 +110,7 @@ pub struct Function {
     pub kind: String,
     /// One argument that is a row: `t.f` can call it.
     pub of_row: bool,
-    /// Takes or gives a date or time.
+    /// Takes or gives a date or time, or takes a type that is not built in and may be one.
     #[serde(default)]
     pub dates: bool,
     /// Gives a floating point number.
@@ -117,6 +120,7 @@ pub struct Function {
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts of the catalog")]
 pub struct Type {
     pub schema: String,
     pub name: String,

@@ -50,7 +50,9 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
         )),
         _ => pinned(statement, relation, context),
     };
-    write.map_or_else(Lane::Refused, |write| write.map_or_else(|| not_yet("this INSERT"), |write| Lane::Write(Box::new(write))))
+    write.map_or_else(Lane::Refused, |write| {
+        write.map_or_else(|| not_yet("this INSERT"), |write| Lane::Write(Box::new(write)))
+    })
 }
 
 /// What may write, for a person.
@@ -60,7 +62,10 @@ pub(super) fn may_write(looks: &[&Look]) -> Option<String> {
 }
 
 fn is_upsert(statement: &InsertStmt) -> bool {
-    statement.on_conflict_clause.as_ref().is_some_and(|clause| clause.action == OnConflictAction::OnconflictUpdate as i32)
+    statement
+        .on_conflict_clause
+        .as_ref()
+        .is_some_and(|clause| clause.action == OnConflictAction::OnconflictUpdate as i32)
 }
 
 /// The rows of VALUES, or one row without values for DEFAULT VALUES. None: a query gives the rows.
@@ -92,7 +97,10 @@ fn is_plain_values(select: &SelectStmt) -> bool {
 enum Certainty {
     Always,
     /// If these values of the session are given as literals, and no literal or parameter is `'now'` or the like.
-    With { session_values: Vec<SessionValue>, dates: bool },
+    With {
+        session_values: Vec<SessionValue>,
+        dates: bool,
+    },
 }
 
 fn certainty(
@@ -123,7 +131,8 @@ fn certainty(
                 continue;
             }
             let found = context.look(node);
-            if !found.is_pure() || found.subqueries || found.columns > 0 || found.order.is_some() || found.text_to_date {
+            if !found.is_pure() || found.subqueries || found.columns > 0 || found.order.is_some() || found.text_to_date
+            {
                 return None;
             }
             let has_texts = !found.strings.is_empty() || !found.parameters.is_empty();
@@ -164,6 +173,7 @@ fn write(statement: &InsertStmt, relation: &Relation, effect: EffectPlan, edits:
 
 type Made = Result<Option<Write>, Refusal>;
 
+#[allow(clippy::unnecessary_wraps, reason = "the same shape as its siblings")]
 fn point(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
     let Some((edits, hidden)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
     let effect = EffectPlan::Text {
@@ -178,14 +188,20 @@ fn point(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> 
 fn pinned(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
     if !relation.may_select {
         return Err(refusal(
-            format!("INSERT into {} needs the SELECT privilege on it here, to read the values that the leader chose", relation.qualified()),
+            format!(
+                "INSERT into {} needs the SELECT privilege on it here, to read the values that the leader chose",
+                relation.qualified()
+            ),
             "GRANT SELECT on the table, or give constants for all columns.",
         ));
     }
     let columns: Vec<&Column> = relation.columns.iter().filter(|column| !column.generated).collect();
     exact_floats(columns.iter().copied(), context)?;
     if columns.is_empty() {
-        return Err(refusal("INSERT into a table without columns of its own is supported only with VALUES or DEFAULT VALUES", ""));
+        return Err(refusal(
+            "INSERT into a table without columns of its own is supported only with VALUES or DEFAULT VALUES",
+            "",
+        ));
     }
     let Some((edits, _)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
     let names: Vec<String> = columns.iter().map(|column| quote_identifier(&column.name)).collect();
@@ -236,7 +252,10 @@ fn upsert(
         ));
     }
     if let Some(column) = super::modify::impure_default(sets, relation) {
-        return Err(refusal(format!("setting the column {column} to its DEFAULT is not replicated by this version of pgtandem"), "Give the value."));
+        return Err(refusal(
+            format!("setting the column {column} to its DEFAULT is not replicated by this version of pgtandem"),
+            "Give the value.",
+        ));
     }
     let mut session_values = match certain {
         Certainty::Always => Vec::new(),

@@ -256,7 +256,8 @@ impl<'a> Lexer<'a> {
         let mut value = 0_i64;
         for byte in self.bytes.get(range).unwrap_or_default() {
             let Some(digit) = char::from(*byte).to_digit(radix) else { continue };
-            let Some(next) = value.checked_mul(i64::from(radix)).and_then(|value| value.checked_add(i64::from(digit))) else {
+            let Some(next) = value.checked_mul(i64::from(radix)).and_then(|value| value.checked_add(i64::from(digit)))
+            else {
                 return Kind::Decimal;
             };
             value = next;
@@ -295,9 +296,7 @@ impl<'a> Lexer<'a> {
             b'/' if next == b'*' => self.ended(Kind::Comment, self.block_comment(at + 2)),
             b'0'..=b'9' => self.number(at),
             b'.' if next.is_ascii_digit() => self.number(at),
-            b'$' if next.is_ascii_digit() => {
-                (Kind::Parameter, self.skip_while(at + 1, |byte| byte.is_ascii_digit()))
-            }
+            b'$' if next.is_ascii_digit() => (Kind::Parameter, self.skip_while(at + 1, |byte| byte.is_ascii_digit())),
             b'$' => self.dollar_string(at).unwrap_or((Kind::Symbol, at + 1)),
             // the second dot of `1..10` must not begin a number
             b'.' if next == b'.' => (Kind::Symbol, at + 2),

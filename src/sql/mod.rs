@@ -2,11 +2,12 @@
 //!
 //! The way of a text: [`shape::mask`] gives the key under which its [`plan::Plan`] is looked up. Only if there is none:
 //! [`parse::parse`], [`needs::Needs::of`], [`catalog::query`] run on the leader, [`facts::Facts::parse`] of the answer,
-//! [`classify::classify`]. The texts for leader and followers come from the plan's methods.
+//! [`classify::classify`] (or [`classify::unparsable`]). The texts for leader and followers come from the plan's methods.
 
 pub mod catalog;
 pub mod classify;
 mod copy;
+pub mod copy_dates;
 pub mod dates;
 mod ddl;
 mod expressions;

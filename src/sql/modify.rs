@@ -179,7 +179,9 @@ pub(super) fn impure_default<'r>(sets: &[Node], relation: &'r Relation) -> Optio
         let mut default = false;
         walk(&tree(&target.val), &mut |kind, _| default |= kind == "SetToDefault");
         let column = relation.column(&target.name);
-        if let Some(column) = column.filter(|column| default && !column.generated && (column.identity || column.default == DefaultKind::Other)) {
+        if let Some(column) = column
+            .filter(|column| default && !column.generated && (column.identity || column.default == DefaultKind::Other))
+        {
             return Some(&column.name);
         }
     }

@@ -30,9 +30,13 @@ pub enum ParseError {
 /// The statements of a text in their order; none if there is nothing but white space, comments and semicolons.
 pub fn parse(text: &str) -> Result<Vec<Statement>, ParseError> {
     // the binding indexes into trees that a client made up; a panic of it must not end a session
-    let parsed = std::panic::catch_unwind(|| pg_query::parse(text, 0))
-        .map_err(|_| ParseError::Tree)?
-        .map_err(|error| ParseError::Syntax(error.to_string()))?;
+    let parsed =
+        std::panic::catch_unwind(|| pg_query::parse(text, 0)).map_err(|_| ParseError::Tree)?.map_err(|error| {
+            match error {
+                pg_query::Error::Decode(_) => ParseError::Tree,
+                other => ParseError::Syntax(other.to_string()),
+            }
+        })?;
     let mut statements = Vec::with_capacity(parsed.protobuf.stmts.len());
     for raw in parsed.protobuf.stmts {
         let start = usize::try_from(raw.stmt_location).map_err(|_| ParseError::Tree)?;
@@ -71,7 +75,8 @@ pub fn walk<'t>(value: &'t Value, visit: &mut impl FnMut(&'t str, &'t serde_json
         Value::Array(items) => items.iter().for_each(|item| walk(item, visit)),
         Value::Object(fields) => {
             for (name, field) in fields {
-                let kind = if name.starts_with(|letter: char| letter.is_ascii_uppercase()) { name.as_str() } else { "" };
+                let kind =
+                    if name.starts_with(|letter: char| letter.is_ascii_uppercase()) { name.as_str() } else { "" };
                 if let Value::Object(inner) = field {
                     visit(kind, inner);
                 }

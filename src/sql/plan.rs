@@ -3,6 +3,7 @@
 //! A [`Plan`] belongs to a *shape* (text with its literals masked), so it holds no literal of the statement that
 //! it was made from. Texts for the leader and the followers are made from the plan and the text at hand.
 
+use super::copy_dates::CopyDates;
 use super::text::Edits;
 
 /// What is done with every statement of one shape, under one context and schema number.
@@ -42,12 +43,24 @@ pub enum Admin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
     /// `with_modes`: BEGIN or START TRANSACTION with isolation level or the like
-    Begin { with_modes: bool },
-    Commit { chain: bool },
-    Rollback { chain: bool },
-    Savepoint { name: String },
-    Release { name: String },
-    RollbackTo { name: String },
+    Begin {
+        with_modes: bool,
+    },
+    Commit {
+        chain: bool,
+    },
+    Rollback {
+        chain: bool,
+    },
+    Savepoint {
+        name: String,
+    },
+    Release {
+        name: String,
+    },
+    RollbackTo {
+        name: String,
+    },
     /// SET TRANSACTION, SET SESSION CHARACTERISTICS, SET CONSTRAINTS: forwarded
     Other,
 }
@@ -61,6 +74,7 @@ pub struct Refusal {
 
 /// A statement that changes permanent data or definitions.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "independent properties")]
 pub struct Write {
     pub effect: EffectPlan,
     /// Values to be appended to the leader's RETURNING (or a RETURNING of our own), as SQL expressions, in this order.
@@ -105,8 +119,8 @@ pub enum EffectPlan {
     Copy {
         owner: Option<Role>,
         text: CopyText,
-        /// Data go to date and time columns: look at them with [`super::dates::data_has_now`].
-        dates_matter: bool,
+        /// Data go to date and time columns: if the scanner finds one that is the clock's, the statement is refused.
+        dates: Option<CopyDates>,
     },
 }
 

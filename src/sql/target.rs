@@ -51,7 +51,10 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
         return Some(own_schema());
     }
     if relation.is_system() {
-        return Some(refused(format!("writing to the system table {name} is not supported"), "Use the commands for it."));
+        return Some(refused(
+            format!("writing to the system table {name} is not supported"),
+            "Use the commands for it.",
+        ));
     }
     let kind = match relation.kind.as_str() {
         "v" => "a view",

@@ -1,6 +1,8 @@
 //! The texts that leader and followers get, spliced out of the client's text. Positions are kept relative to the masked
 //! literals, so that one plan serves every text of its shape.
 
+use std::fmt::Write as _;
+
 use super::expressions::{Look, SessionValue};
 use super::facts::quote_literal;
 use super::lex::{Kind, Lexer, Token};
@@ -162,7 +164,7 @@ impl Write {
             let (from, to, close) = (splice.start.at(shape), splice.end.at(shape), splice.close.at(shape));
             edited.push_str(text.get(copied..from).unwrap_or_default());
             let value = values.get(splice.value).and_then(Option::as_deref).map_or("NULL".to_owned(), quote_literal);
-            edited.push_str(&format!("({value}::{}", splice.sql_type));
+            let _ = write!(edited, "({value}::{}", splice.sql_type);
             edited.push_str(text.get(to..close).unwrap_or_default());
             edited.push(')');
             copied = close;
@@ -179,7 +181,7 @@ impl Write {
 
     /// True if a literal of this text, or a parameter in text form (index 0 is `$1`), that goes to a date or time type depends on the
     /// clock, such as `'now'`: followers would read another time. Then the statement is refused with [`super::refuse::clock_literal`].
-    /// Parameters in binary form are given as None.
+    /// Parameters in binary form are given as None, except those of string types, whose binary form is the text.
     #[must_use]
     pub fn reads_clock(&self, text: &str, shape: &Shape, parameters: &[Option<&str>]) -> bool {
         let mut literals = self.edits.date_literals.iter().filter_map(|at| text.get(shape.literals.get(*at)?.clone()));
