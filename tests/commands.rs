@@ -278,7 +278,10 @@ async fn commands_reach_the_running_proxy() {
     let status = site.pgtandem(&["status"]).await;
     assert!(status.status.success(), "{}", text(&status.stderr));
     let shown = text(&status.stdout);
-    assert!(shown.contains("b left the member set, and writes since then are not on it (its PostgreSQL died)"), "{shown}");
+    assert!(
+        shown.contains("b left the member set, and writes since then are not on it (its PostgreSQL died)"),
+        "{shown}"
+    );
     assert!(shown.contains("next: pgtandem recover b"), "{shown}");
 
     for (node, part) in [("a", "is the leader"), ("z", "no node is named z")] {

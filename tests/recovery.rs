@@ -37,13 +37,8 @@ fn broken(error: impl std::fmt::Display) -> ReplicationError {
 impl Quiet {
     async fn store(&self, index: usize, set: &MemberSet, state: NodeState) -> Result<(), ReplicationError> {
         let mut control = Control::connect(&self.identity, &self.nodes[index]).await.map_err(broken)?;
-        let request = Request::Store {
-            members: set.clone(),
-            state,
-            uncertain: false,
-            new_generation: None,
-            note: None,
-        };
+        let request =
+            Request::Store { members: set.clone(), state, uncertain: false, new_generation: None, note: None };
         control.request(&request).await.map_err(broken)?;
         Ok(())
     }

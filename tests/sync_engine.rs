@@ -23,7 +23,9 @@ fn a_node_is_filled_under_load_and_has_exactly_the_state_at_x() {
         cluster.pgbench_init(1).await;
         // Nobody writes to most of a database.
         let a = cluster.a.connect("postgres").await.unwrap();
-        a.batch_execute("CREATE TABLE still AS SELECT n, repeat('x', 500) FROM generate_series(1, 60000) n").await.unwrap();
+        a.batch_execute("CREATE TABLE still AS SELECT n, repeat('x', 500) FROM generate_series(1, 60000) n")
+            .await
+            .unwrap();
         a.batch_execute("VACUUM FREEZE still").await.unwrap();
         let mut load = cluster.pgbench_load();
         let source = cluster.source();

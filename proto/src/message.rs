@@ -24,7 +24,13 @@ pub enum Request {
     Promise { epoch: Epoch },
     /// Store a member set and this node's state in it. Refused if the epoch is below the promised one
     /// or `(epoch, version)` is below the stored one. -> `Record`
-    Store { members: MemberSet, state: NodeState, uncertain: bool, new_generation: Option<String>, note: Option<String> },
+    Store {
+        members: MemberSet,
+        state: NodeState,
+        uncertain: bool,
+        new_generation: Option<String>,
+        note: Option<String>,
+    },
     /// Start PostgreSQL and keep it running (restart it when it dies). -> `Done` when it accepts connections
     StartPostgres,
     /// Stop it, and leave it stopped. -> `Done`
@@ -183,11 +189,26 @@ pub struct Held {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FilesReply {
-    Begun { start: Lsn, timeline: u32, system_identifier: u64, wal_segment_bytes: u32, version_num: u32 },
-    Table { entries: Vec<FileEntry>, last: bool },
+    Begun {
+        start: Lsn,
+        timeline: u32,
+        system_identifier: u64,
+        wal_segment_bytes: u32,
+        version_num: u32,
+    },
+    Table {
+        entries: Vec<FileEntry>,
+        last: bool,
+    },
     Extent(Extent),
     /// `backup_label` and `tablespace_map` byte for byte as `pg_backup_stop` returned them; BLAKE3 of every file as sent.
-    Ended { stop: Lsn, backup_label: Vec<u8>, tablespace_map: Vec<u8>, roots: Vec<FileRoot>, last: bool },
+    Ended {
+        stop: Lsn,
+        backup_label: Vec<u8>,
+        tablespace_map: Vec<u8>,
+        roots: Vec<FileRoot>,
+        last: bool,
+    },
     Failed(Failure),
 }
 
@@ -254,7 +275,13 @@ pub const WAL_CHUNK_BYTES_MAX: usize = 128 * 1024;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum WalReply {
     /// `history` is the timeline history file of `timeline`, empty for timeline 1.
-    Started { timeline: u32, system_identifier: u64, wal_segment_bytes: u32, history: Vec<u8>, flushed: Lsn },
+    Started {
+        timeline: u32,
+        system_identifier: u64,
+        wal_segment_bytes: u32,
+        history: Vec<u8>,
+        flushed: Lsn,
+    },
     /// At most [`WAL_CHUNK_BYTES_MAX`] bytes from `start`, all of them flushed on the source. `bytes` travels as the
     /// bulk of the frame.
     Data {
@@ -264,6 +291,8 @@ pub enum WalReply {
         bytes: Bytes,
     },
     /// Sent when the flushed position moved and at least once a second.
-    Flushed { flushed: Lsn },
+    Flushed {
+        flushed: Lsn,
+    },
     Failed(Failure),
 }

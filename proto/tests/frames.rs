@@ -128,7 +128,14 @@ fn control_is_as_it_always_was() {
 #[test]
 fn files_and_wal_are_as_they_always_were() {
     check("files_request_begin", &FilesRequest::Begin);
-    check("files_request_extents", &FilesRequest::Extents { file: 9, first: 2, have: vec![None, Some(Held { hash: [5; 32], pages: vec![[6; 16]] })] });
+    check(
+        "files_request_extents",
+        &FilesRequest::Extents {
+            file: 9,
+            first: 2,
+            have: vec![None, Some(Held { hash: [5; 32], pages: vec![[6; 16]] })],
+        },
+    );
     check("files_request_end", &FilesRequest::End);
     check(
         "files_reply_begun",

@@ -3,9 +3,9 @@
 
 use crate::pg::build;
 use crate::proxy::ProxyError;
+use crate::proxy::reign::ReignError;
 use crate::replicate::follower::Answer;
 use crate::replicate::hub::Hub;
-use crate::proxy::reign::ReignError;
 
 /// The first `local` rule without a password that is not role pgtandem's alone.
 const OPEN_RULES: &str = "SELECT 'line ' || line_number || ': local ' || array_to_string(database, ',') || ' ' || \

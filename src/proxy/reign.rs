@@ -32,7 +32,9 @@ pub enum ReignError {
          pgtandem detach {node}"
     )]
     MemberSilent { node: String, source: ClientError },
-    #[error("node {node} has no member set in its record: it was never set up as the first node. Recover it from another one")]
+    #[error(
+        "node {node} has no member set in its record: it was never set up as the first node. Recover it from another one"
+    )]
     NoMembers { node: String },
     #[error(
         "the record of node {node} says that the proxy of this cluster runs on {proxy}, not on {own}: start it there, or make \
@@ -141,7 +143,9 @@ pub async fn raise(hub: &Arc<Hub>) -> Result<(), ReignError> {
             .map_err(|source| ReignError::Store { node: member.node.name.clone(), source })?;
     }
     for member in &mut dropped {
-        if let Err(e) = store_on(&mut member.control, &new, NodeState::Stale, None, Some("left behind at a new epoch")).await {
+        if let Err(e) =
+            store_on(&mut member.control, &new, NodeState::Stale, None, Some("left behind at a new epoch")).await
+        {
             tracing::info!(node = %member.node.name, error = %e, "could not be told that it is stale; it will be");
         }
     }

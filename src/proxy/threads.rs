@@ -64,7 +64,8 @@ impl Threads {
     pub fn give(&self, client: TcpStream) {
         let i = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len().max(1);
         let Some((sender, _)) = self.threads.get(i) else { return };
-        let sent = client.into_std().map_err(|e| e.to_string()).and_then(|c| sender.try_send(c).map_err(|e| e.to_string()));
+        let sent =
+            client.into_std().map_err(|e| e.to_string()).and_then(|c| sender.try_send(c).map_err(|e| e.to_string()));
         if let Err(error) = sent {
             tracing::warn!(error, "a client was turned away");
         }

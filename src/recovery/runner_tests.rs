@@ -201,8 +201,7 @@ fn facts() -> NodeFacts {
 
 async fn recover(world: &Arc<World>, consent: bool) -> Report {
     let published = watch::Sender::new(Report::new());
-    let report =
-        run(&**world, &InMemory(world.clone()), "b", consent, &published, &Stop::default()).await;
+    let report = run(&**world, &InMemory(world.clone()), "b", consent, &published, &Stop::default()).await;
     assert_eq!(*published.borrow(), report);
     report
 }

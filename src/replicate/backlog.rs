@@ -105,7 +105,8 @@ impl Backlog {
                 PENDING => break,
                 DROPPED => {}
                 _ => {
-                    let fits = batch.first().is_none_or(|b| b.database == first.database && !b.log.ddl && !first.log.ddl);
+                    let fits =
+                        batch.first().is_none_or(|b| b.database == first.database && !b.log.ddl && !first.log.ddl);
                     if !fits || batch.len() >= BATCH_MAX {
                         break;
                     }

@@ -279,7 +279,9 @@ mod tests {
     fn names_of_prepared_transactions_are_read_back_and_others_are_not_ours() {
         let name = gid("shop", 7, 12, 99);
         assert_eq!(parse_gid(&name, "shop"), Some((12, 99)));
-        for foreign in ["pgtandem:shop2:7:12:99", "app-1", "pgtandem:shop:7:12", "pgtandem:shop:7:12:99:1", "pgtandem:shop:7:x:9"] {
+        for foreign in
+            ["pgtandem:shop2:7:12:99", "app-1", "pgtandem:shop:7:12", "pgtandem:shop:7:12:99:1", "pgtandem:shop:7:x:9"]
+        {
             assert_eq!(parse_gid(foreign, "shop"), None, "{foreign}");
         }
     }

@@ -291,7 +291,9 @@ fn absorb(input: &mut BytesMut, answer: &mut Answer) -> Result<bool, ServerError
     }
     // FATAL during startup ends the connection without ReadyForQuery.
     if let Some(ServerError::Answer { sqlstate, message }) = &answer.error {
-        if answer.status == 0 && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D")) {
+        if answer.status == 0
+            && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
+        {
             return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
         }
     }

@@ -72,7 +72,10 @@ pub struct Follower {
 pub enum Reign {
     /// No epoch yet, or a new one is being raised: nobody is served.
     Starting,
-    Serving { epoch: u64, secret: Arc<str> },
+    Serving {
+        epoch: u64,
+        secret: Arc<str>,
+    },
     Stopping,
 }
 
@@ -240,9 +243,8 @@ impl Hub {
         secret: Option<&str>,
     ) -> Result<Connection, ServerError> {
         let open = async {
-            let stream = client::tunnel(&self.identity, node, epoch)
-                .await
-                .map_err(|e| ServerError::Other(e.to_string()))?;
+            let stream =
+                client::tunnel(&self.identity, node, epoch).await.map_err(|e| ServerError::Other(e.to_string()))?;
             Connection::open(Box::new(stream), database, "pgtandem", secret.map(|s| (s, epoch))).await
         };
         within(OPEN_MS_MAX, open).await
@@ -262,11 +264,7 @@ impl Hub {
                 None => {
                     if let Ok(node) = self.node(name) {
                         let id = self.next_follower_id.fetch_add(1, Ordering::Relaxed);
-                        followers.push(Arc::new(Follower {
-                            id,
-                            node: node.clone(),
-                            gone: CancellationToken::new(),
-                        }));
+                        followers.push(Arc::new(Follower { id, node: node.clone(), gone: CancellationToken::new() }));
                         lock(&self.reasons).remove(name);
                     }
                 }

@@ -133,16 +133,21 @@ impl Hub {
 
     fn applier(&self, node: &str) -> Result<Applier<'_>, ReplicationError> {
         let (epoch, secret) = self.epoch_and_secret().ok_or_else(|| {
-            ReplicationError::new(Kind::Stopping, "the epoch of this proxy ended during the recovery", "Start it again.")
+            ReplicationError::new(
+                Kind::Stopping,
+                "the epoch of this proxy ended during the recovery",
+                "Start it again.",
+            )
         })?;
         let node = self.node(node).map_err(|e| wrong_node(&e))?.clone();
         Ok(Applier { hub: self, node, epoch, secret, connections: HashMap::new() })
     }
 
     async fn close_gate(&self) -> Result<crate::replicate::gate::Closed<'_>, ReplicationError> {
-        self.gate.close(Duration::from_millis(self.config.proxy.gate_ms_max)).await.map_err(|e| {
-            ReplicationError::new(Kind::Gate, e.to_string(), "It is tried again by itself.")
-        })
+        self.gate
+            .close(Duration::from_millis(self.config.proxy.gate_ms_max))
+            .await
+            .map_err(|e| ReplicationError::new(Kind::Gate, e.to_string(), "It is tried again by itself."))
     }
 }
 
@@ -169,7 +174,8 @@ impl Replication for Hub {
         // The function gives the end of its record, a record boundary; its commit flushes past it. All commits that
         // passed the gate are finished, so each is before this record or comes after the gate opens.
         build::query(&mut leader.out, b"SELECT pg_logical_emit_message(true, 'pgtandem', 'cut')");
-        let answer = leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
+        let answer =
+            leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
         let x = answer.values.first().and_then(Option::as_ref).and_then(|v| parse_lsn(v));
         let x = x.ok_or_else(|| leader_error(&"no position of the marker record"))?;
         let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max));

@@ -23,9 +23,17 @@ pub type Marks = HashMap<i32, i64>;
 pub enum Verdict {
     Same,
     /// It misses a decided transaction: it was left behind.
-    Behind { mark: i32, leader: i64, follower: i64 },
+    Behind {
+        mark: i32,
+        leader: i64,
+        follower: i64,
+    },
     /// It holds a finished transaction that the leader does not know: the leader lost acknowledged commits.
-    Ahead { mark: i32, leader: i64, follower: i64 },
+    Ahead {
+        mark: i32,
+        leader: i64,
+        follower: i64,
+    },
 }
 
 /// Compares after everything prepared was resolved. Pure.
@@ -84,7 +92,9 @@ pub async fn raise_epoch(connection: &mut Connection, epoch: u64, secret: &str) 
     let answer = connection.exchange().await?.ok()?;
     match answer.tags.last().and_then(|t| crate::pg::message::tag_count(t)) {
         Some(1) => Ok(()),
-        _ => Err(ServerError::Other(format!("the database has an epoch above {epoch} already: a newer proxy serves it"))),
+        _ => {
+            Err(ServerError::Other(format!("the database has an epoch above {epoch} already: a newer proxy serves it")))
+        }
     }
 }
 
@@ -144,7 +154,8 @@ pub async fn resolve(connection: &mut Connection, cluster: &str, leader: Option<
 /// If it does not go within the limit.
 pub async fn backend_gone(connection: &mut Connection, pid: i32) -> Result<(), ServerError> {
     let deadline = tokio::time::Instant::now() + Duration::from_millis(END_MS_MAX);
-    let text = format!("SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE pid = {pid}");
+    let text =
+        format!("SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE pid = {pid}");
     while !query(connection, &text).await?.is_empty() {
         if tokio::time::Instant::now() >= deadline {
             return Err(ServerError::Other(format!("backend {pid} does not end")));

@@ -91,10 +91,28 @@ pub const PREPARED: &[(&str, &str)] = &[
 
 /// Settings of a client's session under which the text of an effect means the same on a follower.
 pub const MIRRORED: &[&str] = &[
-    "search_path", "client_encoding", "TimeZone", "DateStyle", "IntervalStyle", "bytea_output", "extra_float_digits",
-    "array_nulls", "transform_null_equals", "xmloption", "lc_monetary", "lc_numeric", "lc_time", "timezone_abbreviations",
-    "default_tablespace", "default_table_access_method", "default_toast_compression", "check_function_bodies",
-    "default_text_search_config", "backslash_quote", "quote_all_identifiers", "xmlbinary",
+    "search_path",
+    "client_encoding",
+    "TimeZone",
+    "DateStyle",
+    "IntervalStyle",
+    "bytea_output",
+    "extra_float_digits",
+    "array_nulls",
+    "transform_null_equals",
+    "xmloption",
+    "lc_monetary",
+    "lc_numeric",
+    "lc_time",
+    "timezone_abbreviations",
+    "default_tablespace",
+    "default_table_access_method",
+    "default_toast_compression",
+    "check_function_bodies",
+    "default_text_search_config",
+    "backslash_quote",
+    "quote_all_identifiers",
+    "xmlbinary",
 ];
 
 /// What is read of a leader's session when it may have changed: one row, one column, parts separated by U+001F.

@@ -232,7 +232,10 @@ impl Session {
             }
             tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;
         }
-        tracing::error!(gid = decision.gid, "the outcome of a COMMIT is not known: the leader did not come back in time");
+        tracing::error!(
+            gid = decision.gid,
+            "the outcome of a COMMIT is not known: the leader did not come back in time"
+        );
         Err(End::Unknown)
     }
 }

@@ -23,7 +23,9 @@ impl Session {
         self.wire.results.copy_in = false;
         self.wire.flush_client().await?;
         loop {
-            while let Some(frame) = frame::take(&mut self.wire.from_client, Sender::Client).map_err(End::ClientProtocol)? {
+            while let Some(frame) =
+                frame::take(&mut self.wire.from_client, Sender::Client).map_err(End::ClientProtocol)?
+            {
                 match frame[0] {
                     b'd' => {
                         if let Some(kept) = keep.as_deref_mut() {

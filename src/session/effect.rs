@@ -39,7 +39,11 @@ fn effect_role(owner: Option<&Role>) -> EffectRole {
 impl Session {
     fn effect_context(&self) -> Result<Arc<Context>, ClientError> {
         self.context.clone().ok_or_else(|| {
-            ClientError::error("XX000", "the settings of the session are not known", "Report this as a bug of pgtandem.")
+            ClientError::error(
+                "XX000",
+                "the settings of the session are not known",
+                "Report this as a bug of pgtandem.",
+            )
         })
     }
 
@@ -95,9 +99,11 @@ impl Session {
         }
         let values = self.wire.results.rows.first().map(|row| values_of(row)).unwrap_or_default();
         let context = self.effect_context()?;
-        let follower_text: Arc<str> = write.follower_text(text, shape, &values, if *counted { count } else { None }).into();
+        let follower_text: Arc<str> =
+            write.follower_text(text, shape, &values, if *counted { count } else { None }).into();
         let parameters = if parameters.is_empty() { Range::default() } else { self.log.append(parameters)? };
-        let text = if parameters.len > 0 { StatementText::Shared(follower_text) } else { StatementText::Once(follower_text) };
+        let text =
+            if parameters.len > 0 { StatementText::Shared(follower_text) } else { StatementText::Once(follower_text) };
         let effect = Effect::Statement { context, role: effect_role(owner.as_ref()), text, types, parameters };
         self.log.push(effect)?;
         self.note(write);

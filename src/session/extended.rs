@@ -230,7 +230,8 @@ impl Session {
             own_columns = self.own_columns(&name, &plan).await?;
         }
         let types = Arc::clone(&old.types);
-        let prepared = Arc::new(Prepared { text: Arc::clone(&old.text), shape, plan, types, own_columns, schema_number });
+        let prepared =
+            Arc::new(Prepared { text: Arc::clone(&old.text), shape, plan, types, own_columns, schema_number });
         self.statements.prepared.insert(name, Arc::clone(&prepared));
         Ok(Some(prepared))
     }
@@ -395,7 +396,9 @@ impl Session {
         }
         let text = Arc::clone(&prepared.text);
         let effect = match effect {
-            Ok(()) if !self.still_planned(&text, &prepared.plan, prepared.schema_number).await? => Err(schema_changed()),
+            Ok(()) if !self.still_planned(&text, &prepared.plan, prepared.schema_number).await? => {
+                Err(schema_changed())
+            }
             effect => effect,
         };
         if let Err(error) = effect {

@@ -58,7 +58,11 @@ impl PlanCache {
 /// What is to be done with a text.
 #[derive(Debug)]
 pub enum Planned {
-    One { plan: Arc<Plan>, shape: Shape, text: Arc<str> },
+    One {
+        plan: Arc<Plan>,
+        shape: Shape,
+        text: Arc<str>,
+    },
     /// Several statements, at these bytes of the text.
     Several(Vec<Range<usize>>),
     /// Nothing but white space and comments.
@@ -168,7 +172,8 @@ impl Session {
     /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
     fn unreadable(&self, text: &[u8]) -> Planned {
         let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
-        let reads = |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
+        let reads =
+            |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
         let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
         if reads(&first) {
             let plan = Arc::new(classify::unparsed());

@@ -335,7 +335,11 @@ impl Session {
             self.tell_guard_error(&error);
             return Ok(false);
         }
-        if self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await? { Ok(true) } else { self.tell_hidden_error().map(|()| false) }
+        if self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await? {
+            Ok(true)
+        } else {
+            self.tell_hidden_error().map(|()| false)
+        }
     }
 
     /// The error of a guarded statement; one that tells of a write becomes a refusal.

@@ -93,7 +93,11 @@ async fn open(client: &mut TcpStream, hub: &Hub) -> Result<Option<Opened>, Clien
             }
             Some(Startup::Unsupported { code }) => {
                 let what = format!("unsupported frontend protocol {}.{}", code >> 16, code & 0xffff);
-                return Err(ClientError::fatal("0A000", what, "Use protocol 3, as every client since PostgreSQL 7.4 does."));
+                return Err(ClientError::fatal(
+                    "0A000",
+                    what,
+                    "Use protocol 3, as every client since PostgreSQL 7.4 does.",
+                ));
             }
             Some(Startup::Session(start)) => break start,
         }

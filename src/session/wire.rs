@@ -55,15 +55,29 @@ pub enum Mode {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
-    Parse { hidden: bool },
-    Bind { hidden: bool },
-    Close { hidden: bool },
+    Parse {
+        hidden: bool,
+    },
+    Bind {
+        hidden: bool,
+    },
+    Close {
+        hidden: bool,
+    },
     /// Of a statement or portal whose last `hidden` columns are ours.
-    Describe { mode: Mode },
-    Execute { mode: Mode },
-    Query { mode: Mode },
+    Describe {
+        mode: Mode,
+    },
+    Execute {
+        mode: Mode,
+    },
+    Query {
+        mode: Mode,
+    },
     Function,
-    Sync { hidden: bool },
+    Sync {
+        hidden: bool,
+    },
 }
 
 /// What the last statement that was not merely forwarded gave.

@@ -116,8 +116,7 @@ pub fn delta_pages(bytes: usize, changed: &[u8], data: &Bytes) -> Option<Vec<(us
 #[must_use]
 pub fn all_zeros(bytes: &[u8]) -> bool {
     let (before, words, after) = split_words(bytes);
-    before.iter().chain(after).all(|byte| *byte == 0)
-        && words.iter().all(|word| word == &[0_u8; 64])
+    before.iter().chain(after).all(|byte| *byte == 0) && words.iter().all(|word| word == &[0_u8; 64])
 }
 
 fn split_words(bytes: &[u8]) -> (&[u8], &[[u8; 64]], &[u8]) {

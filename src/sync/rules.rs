@@ -158,7 +158,9 @@ mod tests {
         ] {
             assert!(name_excluded(path), "{path}");
         }
-        for path in ["base/5/16384", "base/5/PG_VERSION", "global/pg_control", "postgresql.conf", "pg_xact/0000", "t3_16384"] {
+        for path in
+            ["base/5/16384", "base/5/PG_VERSION", "global/pg_control", "postgresql.conf", "pg_xact/0000", "t3_16384"]
+        {
             assert!(!name_excluded(path), "{path}");
         }
         assert!(content_excluded("pg_replslot") && content_excluded("pg_wal") && !content_excluded("pg_xact"));
@@ -177,7 +179,19 @@ mod tests {
 
     #[test]
     fn paths_that_lead_elsewhere_are_refused() {
-        for path in ["", "/etc/passwd", "../x", "base/../../x", "base//x", "a\\b", "a\nb", "pg_wal/0001", "pg_tblspc/1", "./x", "base/"] {
+        for path in [
+            "",
+            "/etc/passwd",
+            "../x",
+            "base/../../x",
+            "base//x",
+            "a\\b",
+            "a\nb",
+            "pg_wal/0001",
+            "pg_tblspc/1",
+            "./x",
+            "base/",
+        ] {
             assert!(path_fault(path).is_some(), "{path:?}");
         }
         for path in ["base/5/16384.1", "PG_VERSION", "pg_wal/archive_status", "postgresql.conf"] {

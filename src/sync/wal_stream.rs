@@ -26,7 +26,9 @@ impl WalStream {
         match link.incoming.expect().await? {
             WalReply::Started { timeline: found, system_identifier, wal_segment_bytes, history, flushed } => {
                 if found != timeline || !segment_bytes_valid(wal_segment_bytes) {
-                    return Err(SyncError::Protocol("a wal channel started with another timeline or segment size".into()));
+                    return Err(SyncError::Protocol(
+                        "a wal channel started with another timeline or segment size".into(),
+                    ));
                 }
                 Ok(WalStream { link, system_identifier, wal_segment_bytes, history, flushed, acknowledged: Lsn(0) })
             }

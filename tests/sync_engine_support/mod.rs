@@ -101,7 +101,12 @@ impl Cluster {
     fn pgbench(&self, arguments: &[&str]) -> tokio::process::Command {
         let node = self.a.node();
         let mut command = tokio::process::Command::new(node.bin_dir.join("pgbench"));
-        command.arg("-h").arg(&node.socket_dir).args(["-p", &node.port.to_string(), "-U", "pgtandem"]).args(arguments).arg("postgres");
+        command
+            .arg("-h")
+            .arg(&node.socket_dir)
+            .args(["-p", &node.port.to_string(), "-U", "pgtandem"])
+            .args(arguments)
+            .arg("postgres");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
         command
     }
@@ -115,7 +120,9 @@ impl Cluster {
     pub async fn cut(&self) -> Cut {
         let fence = self.a.connect("postgres").await.unwrap();
         fence
-            .batch_execute("BEGIN; LOCK TABLE pgbench_accounts, pgbench_branches, pgbench_tellers, pgbench_history IN SHARE MODE")
+            .batch_execute(
+                "BEGIN; LOCK TABLE pgbench_accounts, pgbench_branches, pgbench_tellers, pgbench_history IN SHARE MODE",
+            )
             .await
             .unwrap();
         let marker = self.a.connect("postgres").await.unwrap();
@@ -167,7 +174,9 @@ impl Cluster {
     pub async fn fingerprint_of(&self, client: &Client) -> String {
         let mut found = String::new();
         for table in ["pgbench_accounts", "pgbench_branches", "pgbench_tellers", "pgbench_history"] {
-            let sql = format!("SELECT count(*)::text || ':' || coalesce(sum(hashtextextended(t::text, 0)), 0)::text FROM {table} t");
+            let sql = format!(
+                "SELECT count(*)::text || ':' || coalesce(sum(hashtextextended(t::text, 0)), 0)::text FROM {table} t"
+            );
             let row = client.query_one(&sql, &[]).await.unwrap();
             found += table;
             found += "=";
@@ -225,14 +234,27 @@ fn node(folder: &Path, name: &str) -> NodeConfig {
 
 async fn init(node: &NodeConfig) {
     let mut initdb = tokio::process::Command::new(node.bin_dir.join("initdb"));
-    initdb.arg("-D").arg(&node.pgdata).args(["-U", "pgtandem", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]);
+    initdb.arg("-D").arg(&node.pgdata).args([
+        "-U",
+        "pgtandem",
+        "-A",
+        "trust",
+        "--no-sync",
+        "--no-locale",
+        "-E",
+        "UTF8",
+    ]);
     initdb.stdout(Stdio::null());
     run(initdb).await;
     let conf = node.pgdata.join("postgresql.conf");
     let mut text = std::fs::read_to_string(&conf).unwrap();
     text.push_str("\nmax_prepared_transactions = 20\nshared_buffers = 16MB\nfsync = off\ninclude_if_exists = 'pgtandem.node.conf'\n");
     std::fs::write(&conf, text).unwrap();
-    let own = format!("port = {}\nunix_socket_directories = '{}'\nlisten_addresses = ''\n", node.port, node.socket_dir.display());
+    let own = format!(
+        "port = {}\nunix_socket_directories = '{}'\nlisten_addresses = ''\n",
+        node.port,
+        node.socket_dir.display()
+    );
     std::fs::write(node.pgdata.join("pgtandem.node.conf"), own).unwrap();
 }
 

@@ -67,9 +67,10 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
 
     fn findings(&self, node: &NodeConfig, answer: Result<NodeStatus, String>) -> NodeFindings {
         // A recovery that was not begun says nothing about the node.
-        let begun = self.recoveries.report(&node.name).filter(|report| {
-            report.failed.as_ref().is_none_or(|failed| failed.cause.kind != CauseKind::NeedsConsent)
-        });
+        let begun = self
+            .recoveries
+            .report(&node.name)
+            .filter(|report| report.failed.as_ref().is_none_or(|failed| failed.cause.kind != CauseKind::NeedsConsent));
         NodeFindings {
             name: node.name.clone(),
             address: node.agent.to_string(),

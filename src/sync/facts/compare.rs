@@ -55,13 +55,18 @@ fn identity(source: &NodeFacts, target: &NodeFacts, found: &mut Vec<Finding>) {
         && from != to
     {
         found.push(refused(
-            format!("The target's data directory belongs to another cluster (system identifier {to} instead of {from})."),
+            format!(
+                "The target's data directory belongs to another cluster (system identifier {to} instead of {from})."
+            ),
             "If nobody needs those data, move the directory away.",
         ));
     }
     if source.architecture != target.architecture {
         found.push(refused(
-            format!("The source is {}, the target {}; files can not be shared.", source.architecture, target.architecture),
+            format!(
+                "The source is {}, the target {}; files can not be shared.",
+                source.architecture, target.architecture
+            ),
             "Use hosts of the same architecture.",
         ));
     }
@@ -139,11 +144,15 @@ fn settings(source: &NodeFacts, target: &NodeFacts, found: &mut Vec<Finding>) {
         ));
     }
     if text(source, "block_size").is_some_and(|size| size != "8192") {
-        found.push(refused("The source was built with another block size than 8 KiB.".into(), "Such servers are not supported."));
+        found.push(refused(
+            "The source was built with another block size than 8 KiB.".into(),
+            "Such servers are not supported.",
+        ));
     }
     if number(source, "max_slot_wal_keep_size") == Some(-1) {
         found.push(warned(
-            "max_slot_wal_keep_size is not limited on the source; a recovery that hangs can fill its disk with WAL.".into(),
+            "max_slot_wal_keep_size is not limited on the source; a recovery that hangs can fill its disk with WAL."
+                .into(),
             "Set max_slot_wal_keep_size on the source.",
         ));
     }

@@ -18,12 +18,23 @@ use crate::agent::postgres::Postgres;
 use crate::config::NodeConfig;
 
 /// Settings that a standby must have at least as large as its source (`CheckRequiredParameterValues`).
-pub const AT_LEAST_SETTINGS: [&str; 5] =
-    ["max_connections", "max_worker_processes", "max_wal_senders", "max_prepared_transactions", "max_locks_per_transaction"];
+pub const AT_LEAST_SETTINGS: [&str; 5] = [
+    "max_connections",
+    "max_worker_processes",
+    "max_wal_senders",
+    "max_prepared_transactions",
+    "max_locks_per_transaction",
+];
 
 /// Settings that decide whether a source can be copied and followed at all.
-const SOURCE_SETTINGS: [&str; 6] =
-    ["wal_level", "max_replication_slots", "max_slot_wal_keep_size", "wal_segment_size", "data_checksums", "block_size"];
+const SOURCE_SETTINGS: [&str; 6] = [
+    "wal_level",
+    "max_replication_slots",
+    "max_slot_wal_keep_size",
+    "wal_segment_size",
+    "data_checksums",
+    "block_size",
+];
 
 /// Most names in one list of the facts.
 const NAMES_MAX: i64 = 1000;
@@ -44,9 +55,11 @@ pub async fn gather(postgres: &Postgres) -> Result<NodeFacts, SyncError> {
     let running = !facts.foreign_server && matches!(postgres.postmaster(), Ok(Some(found)) if found.status.accepts());
     if running {
         let connected = postgres.connect("postgres").await;
-        let client = connected.map_err(|source| SyncError::Server { action: "asking PostgreSQL for its settings", source })?;
+        let client =
+            connected.map_err(|source| SyncError::Server { action: "asking PostgreSQL for its settings", source })?;
         ask(&client, &mut facts).await?;
-        let databases = names(&client, "SELECT datname::text FROM pg_database WHERE datallowconn ORDER BY 1 LIMIT $1").await?;
+        let databases =
+            names(&client, "SELECT datname::text FROM pg_database WHERE datallowconn ORDER BY 1 LIMIT $1").await?;
         for database in databases {
             // A database that was dropped meanwhile has nothing to say.
             let Ok(client) = postgres.connect(&database).await else { continue };
@@ -63,7 +76,8 @@ pub async fn gather(postgres: &Postgres) -> Result<NodeFacts, SyncError> {
 
 async fn ask(client: &Client, facts: &mut NodeFacts) -> Result<(), SyncError> {
     let wanted: Vec<&str> = AT_LEAST_SETTINGS.iter().chain(&SOURCE_SETTINGS).copied().collect();
-    let rows = client.query("SELECT name, setting FROM pg_settings WHERE name = ANY($1) ORDER BY name", &[&wanted]).await;
+    let rows =
+        client.query("SELECT name, setting FROM pg_settings WHERE name = ANY($1) ORDER BY name", &[&wanted]).await;
     for row in rows.map_err(sql)? {
         facts.settings.push((row.try_get(0).map_err(sql)?, row.try_get(1).map_err(sql)?));
     }
@@ -74,8 +88,11 @@ async fn ask(client: &Client, facts: &mut NodeFacts) -> Result<(), SyncError> {
     let (bytes, system_identifier): (i64, i64) = (row.try_get(0).map_err(sql)?, row.try_get(1).map_err(sql)?);
     facts.data_bytes = u64::try_from(bytes).ok();
     facts.system_identifier = Some(system_identifier.cast_unsigned());
-    facts.tablespaces =
-        names(client, "SELECT spcname::text FROM pg_tablespace WHERE spcname NOT IN ('pg_default', 'pg_global') ORDER BY 1 LIMIT $1").await?;
+    facts.tablespaces = names(
+        client,
+        "SELECT spcname::text FROM pg_tablespace WHERE spcname NOT IN ('pg_default', 'pg_global') ORDER BY 1 LIMIT $1",
+    )
+    .await?;
     facts.foreign_prepared =
         names(client, "SELECT gid FROM pg_prepared_xacts WHERE gid NOT LIKE 'pgtandem:%' ORDER BY 1 LIMIT $1").await?;
     Ok(())
@@ -171,13 +188,11 @@ async fn available_extensions(node: &NodeConfig) -> Vec<String> {
     let Ok(output) = asked else { return Vec::new() };
     let folder = Path::new(String::from_utf8_lossy(&output.stdout).trim()).join("extension");
     let Ok(files) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut names: Vec<String> = files
-        .filter_map(|file| Some(file.ok()?.file_name().to_str()?.strip_suffix(".control")?.to_owned()))
-        .collect();
+    let mut names: Vec<String> =
+        files.filter_map(|file| Some(file.ok()?.file_name().to_str()?.strip_suffix(".control")?.to_owned())).collect();
     names.sort_unstable();
     names
 }
-
 
 #[cfg(test)]
 mod tests {

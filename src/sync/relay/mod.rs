@@ -98,7 +98,10 @@ impl Relay {
         let socket = folder.join(format!(".s.PGSQL.{RELAY_PORT}"));
         if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             return Err(SyncError::refused(
-                format!("the path {} is longer than {SOCKET_PATH_BYTES_MAX} bytes, too long for a socket", socket.display()),
+                format!(
+                    "the path {} is longer than {SOCKET_PATH_BYTES_MAX} bytes, too long for a socket",
+                    socket.display()
+                ),
                 "Set a shorter socket_dir for this node.",
             ));
         }

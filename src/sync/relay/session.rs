@@ -170,7 +170,9 @@ impl Session {
                 message(&mut self.output, b'R', |out| out.put_u32(0));
                 let version = self.identity.version_num;
                 let text = format!("{}.{}", version / 10_000, version % 10_000);
-                for (name, value) in [("server_version", text.as_str()), ("client_encoding", "UTF8"), ("integer_datetimes", "on")] {
+                for (name, value) in
+                    [("server_version", text.as_str()), ("client_encoding", "UTF8"), ("integer_datetimes", "on")]
+                {
                     message(&mut self.output, b'S', |out| {
                         put_text(out, name);
                         put_text(out, value);
@@ -252,12 +254,20 @@ impl Session {
         let identity = self.identity.system_identifier.to_string();
         let (timeline, position) = (self.identity.timeline.to_string(), format_lsn(self.position));
         let columns = [("systemid", 25_u32), ("timeline", 23), ("xlogpos", 25), ("dbname", 25)];
-        self.answer_row(&columns, &[Some(identity.as_bytes()), Some(timeline.as_bytes()), Some(position.as_bytes()), None], "IDENTIFY_SYSTEM");
+        self.answer_row(
+            &columns,
+            &[Some(identity.as_bytes()), Some(timeline.as_bytes()), Some(position.as_bytes()), None],
+            "IDENTIFY_SYSTEM",
+        );
     }
 
     fn answer_history(&mut self, timeline: u32) {
         let (name, history) = (history_name(timeline), self.identity.history.clone());
-        self.answer_row(&[("filename", 25), ("content", 25)], &[Some(name.as_bytes()), Some(&history)], "TIMELINE_HISTORY");
+        self.answer_row(
+            &[("filename", 25), ("content", 25)],
+            &[Some(name.as_bytes()), Some(&history)],
+            "TIMELINE_HISTORY",
+        );
     }
 
     fn answer_row(&mut self, columns: &[(&str, u32)], values: &[Option<&[u8]>], tag: &str) {
@@ -362,8 +372,12 @@ mod tests {
     use super::*;
 
     fn session() -> Session {
-        let identity =
-            Identity { system_identifier: 7_100, timeline: 2, history: b"1\t0/3000000\tx\n".to_vec(), version_num: 150_018 };
+        let identity = Identity {
+            system_identifier: 7_100,
+            timeline: 2,
+            history: b"1\t0/3000000\tx\n".to_vec(),
+            version_num: 150_018,
+        };
         Session::new(identity, Lsn(0x0300_0100))
     }
 

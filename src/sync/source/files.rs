@@ -232,7 +232,8 @@ impl Read {
     fn extent(&self, file: &File, index: u32, have: Option<&Held>) -> Result<(Extent, ExtentHash, usize), SyncError> {
         let wanted = extent::extent_bytes(self.bytes, index);
         let offset = u64::from(index) * EXTENT_BYTES as u64;
-        let bytes = extent::read_at(file, offset, wanted).map_err(|error| SyncError::file("reading", &self.path, error))?;
+        let bytes =
+            extent::read_at(file, offset, wanted).map_err(|error| SyncError::file("reading", &self.path, error))?;
         let end = bytes.len() < EXTENT_BYTES || offset + bytes.len() as u64 >= self.bytes;
         let hash = extent::hash(&bytes);
         let count = bytes.len();

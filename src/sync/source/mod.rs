@@ -31,7 +31,10 @@ pub async fn serve_files(connection: Connection, context: &SourceContext) -> Res
 }
 
 /// As [`serve_files`], over a link.
-pub async fn serve_files_link(mut link: Link<FilesReply, FilesRequest>, context: &SourceContext) -> Result<(), SyncError> {
+pub async fn serve_files_link(
+    mut link: Link<FilesReply, FilesRequest>,
+    context: &SourceContext,
+) -> Result<(), SyncError> {
     let served = files::serve(&mut link, context).await;
     if let Err(error) = &served {
         // The peer may be gone already.

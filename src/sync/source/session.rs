@@ -26,7 +26,8 @@ pub(super) struct Identity {
 /// Reads the identity; refuses a standby.
 pub(super) async fn identify(client: &Client) -> Result<Identity, SyncError> {
     let action = "asking PostgreSQL for its identity";
-    let recovering: bool = query(client, action, "SELECT pg_is_in_recovery()").await.and_then(|row| get(&row, 0, action))?;
+    let recovering: bool =
+        query(client, action, "SELECT pg_is_in_recovery()").await.and_then(|row| get(&row, 0, action))?;
     if recovering {
         return Err(SyncError::refused(
             "the source is a standby in recovery; only a server that accepts writes can be copied",

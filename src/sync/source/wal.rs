@@ -168,7 +168,9 @@ impl Reader<'_> {
 
 fn gone(segment: &str) -> SyncError {
     SyncError::refused(
-        format!("WAL segment {segment} is no longer on the source: more WAL was made than max_slot_wal_keep_size keeps"),
+        format!(
+            "WAL segment {segment} is no longer on the source: more WAL was made than max_slot_wal_keep_size keeps"
+        ),
         "Raise max_slot_wal_keep_size on the source, then start the recovery again: only what differs is sent.",
     )
 }

@@ -18,7 +18,9 @@ use super::super::wal_stream::WalStream;
 use super::follow::relay_folder;
 use super::journal::{Journal, rename_durably, write_durably};
 use super::pull::{Wanted, place, pull};
-use super::{BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, wal_files};
+use super::{
+    BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, wal_files,
+};
 use crate::config::NodeConfig;
 
 /// Largest `backup_label`; real ones have about 300 bytes.
@@ -67,7 +69,8 @@ impl Target {
             layout::arrange(&pgdata, &arranged)
         })
         .await?;
-        let wal = WalStream::open(source.as_ref(), segment_start(begun.start, begun.wal_segment_bytes), begun.timeline).await?;
+        let wal = WalStream::open(source.as_ref(), segment_start(begun.start, begun.wal_segment_bytes), begun.timeline)
+            .await?;
         let journal = Journal {
             system_identifier: begun.system_identifier,
             timeline: begun.timeline,

@@ -168,9 +168,9 @@ impl Target {
         let began = Instant::now();
         loop {
             let row = client.query_one("SELECT pg_is_in_recovery()", &[]).await;
-            let recovering: bool = row
-                .and_then(|row| row.try_get(0))
-                .map_err(|source| with_last_words(SyncError::Sql { action: "leaving recovery", source }, &self.postgres))?;
+            let recovering: bool = row.and_then(|row| row.try_get(0)).map_err(|source| {
+                with_last_words(SyncError::Sql { action: "leaving recovery", source }, &self.postgres)
+            })?;
             if !recovering {
                 return Ok(());
             }
@@ -223,13 +223,17 @@ fn check_source(status: &RelayStatus) -> Result<(), SyncError> {
 }
 
 async fn connect(postgres: &Postgres) -> Result<Client, SyncError> {
-    postgres.connect("postgres").await.map_err(|source| SyncError::Server { action: "connecting to the standby", source })
+    postgres
+        .connect("postgres")
+        .await
+        .map_err(|source| SyncError::Server { action: "connecting to the standby", source })
 }
 
 async fn replayed(client: &Client) -> Result<Lsn, SyncError> {
     let action = "asking the standby for its position";
     let row = client.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await;
-    let text: Option<String> = row.and_then(|row| row.try_get(0)).map_err(|source| SyncError::Sql { action, source })?;
+    let text: Option<String> =
+        row.and_then(|row| row.try_get(0)).map_err(|source| SyncError::Sql { action, source })?;
     let position = text.as_deref().map_or(Some(Lsn(0)), parse_lsn);
     position.ok_or_else(|| SyncError::Internal(format!("{action}: an answer that is no position")))
 }

@@ -56,7 +56,9 @@ impl Journal {
     pub fn remove(state_dir: &Path) -> Result<(), SyncError> {
         let path = path(state_dir);
         match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(SyncError::file("removing", &path, error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(SyncError::file("removing", &path, error))
+            }
             _ => Ok(()),
         }
     }

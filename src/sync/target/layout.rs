@@ -160,7 +160,16 @@ mod tests {
         for folder in ["base/5", "base/6", "global", "log", "pg_wal", "pg_replslot/old"] {
             fs::create_dir_all(root.join(folder)).unwrap();
         }
-        for file in ["base/5/1", "base/6/1", "global/pg_control", "log/a.log", "pg_wal/0001", "postgresql.conf", "standby.signal", "notes"] {
+        for file in [
+            "base/5/1",
+            "base/6/1",
+            "global/pg_control",
+            "log/a.log",
+            "pg_wal/0001",
+            "postgresql.conf",
+            "standby.signal",
+            "notes",
+        ] {
             fs::write(root.join(file), file).unwrap();
         }
         fs::create_dir(&outside).unwrap();
@@ -169,11 +178,21 @@ mod tests {
         unmake(&root).unwrap();
         assert!(!root.join("global/pg_control").exists() && !root.join("pg_wal/0001").exists());
         assert!(!root.join("standby.signal").exists());
-        let table = [entry("base", true), entry("base/5", true), entry("base/5/1", false), entry("global", true), entry("pg_wal", true), entry("pg_replslot", true), entry("pg_xact", true)];
+        let table = [
+            entry("base", true),
+            entry("base/5", true),
+            entry("base/5/1", false),
+            entry("global", true),
+            entry("pg_wal", true),
+            entry("pg_replslot", true),
+            entry("pg_xact", true),
+        ];
         arrange(&root, &table).unwrap();
         assert!(root.join("base/5/1").exists() && root.join("pg_xact").is_dir());
         assert!(root.join("postgresql.conf").exists() && root.join("log/a.log").exists());
-        assert!(!root.join("base/6").exists() && !root.join("pg_replslot/old").exists() && !root.join("notes").exists());
+        assert!(
+            !root.join("base/6").exists() && !root.join("pg_replslot/old").exists() && !root.join("notes").exists()
+        );
         assert!(fs::symlink_metadata(root.join("base/link")).is_err());
         assert!(outside.join("precious").exists());
     }

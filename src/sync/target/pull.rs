@@ -9,7 +9,9 @@ use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use pgtandem_proto::message::{EXTENT_BYTES, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Held, Progress};
+use pgtandem_proto::message::{
+    EXTENT_BYTES, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Held, Progress,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -195,7 +197,8 @@ impl Puller<'_> {
         if extent.file != self.file(batch) || extent.index != batch.first.saturating_add(front.received) {
             return Err(SyncError::Protocol("an extent came that was not due".into()));
         }
-        let announced = self.wanted.get(batch.wanted).map_or(0, |wanted| extent_bytes(wanted.entry.bytes, extent.index));
+        let announced =
+            self.wanted.get(batch.wanted).map_or(0, |wanted| extent_bytes(wanted.entry.bytes, extent.index));
         let have = front.have.get(front.received as usize).copied().flatten();
         let index = extent.index;
         let (write, same, sent) = match extent.content {

@@ -51,7 +51,12 @@ pub(super) fn node_conf(node: &NodeConfig) -> Result<String, SyncError> {
 }
 
 /// The text of [`RECOVERY_CONF`] for a standby that is fed by the relay in `relay_folder`.
-pub(super) fn recovery_conf(node: &NodeConfig, relay_folder: &Path, relay_port: u16, version_num: u32) -> Result<String, SyncError> {
+pub(super) fn recovery_conf(
+    node: &NodeConfig,
+    relay_folder: &Path,
+    relay_port: u16,
+    version_num: u32,
+) -> Result<String, SyncError> {
     use std::fmt::Write;
     let mut text = String::from("# A recovery is under way. Written and emptied by pgtandem.\n");
     let folder = plain(relay_folder)?;
@@ -76,12 +81,17 @@ pub(super) const RECOVERY_CONF_EMPTY: &str = "# No recovery is under way. Writte
 
 /// `postgresql.conf` with our two includes at its end.
 pub(super) fn with_includes(text: &str) -> String {
-    let includes: Vec<String> = [NODE_CONF, RECOVERY_CONF].iter().map(|name| format!("include_if_exists = '{name}'")).collect();
+    let includes: Vec<String> =
+        [NODE_CONF, RECOVERY_CONF].iter().map(|name| format!("include_if_exists = '{name}'")).collect();
     let mut kept: Vec<&str> = text.lines().collect();
     while kept.last().is_some_and(|line| line.trim().is_empty()) {
         kept.pop();
     }
-    if kept.len() >= 2 && kept.get(kept.len() - 2..).is_some_and(|end| end.iter().zip(&includes).all(|(line, include)| line.trim() == include)) {
+    if kept.len() >= 2
+        && kept
+            .get(kept.len() - 2..)
+            .is_some_and(|end| end.iter().zip(&includes).all(|(line, include)| line.trim() == include))
+    {
         return text.to_owned();
     }
     kept.retain(|line| !includes.iter().any(|include| line.trim() == include));
@@ -132,7 +142,10 @@ mod tests {
     #[test]
     fn includes_come_last_and_once() {
         let text = with_includes("port = 1\ninclude_if_exists = 'pgtandem.node.conf'\nport = 2\n");
-        assert_eq!(text, "port = 1\nport = 2\ninclude_if_exists = 'pgtandem.node.conf'\ninclude_if_exists = 'pgtandem.recovery.conf'\n");
+        assert_eq!(
+            text,
+            "port = 1\nport = 2\ninclude_if_exists = 'pgtandem.node.conf'\ninclude_if_exists = 'pgtandem.recovery.conf'\n"
+        );
         assert_eq!(with_includes(&text), text);
         assert!(with_includes("").ends_with("include_if_exists = 'pgtandem.recovery.conf'\n"));
     }

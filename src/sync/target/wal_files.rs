@@ -29,7 +29,8 @@ pub(super) async fn fetch(
     if !wal.history.is_empty() {
         write_durably(&pg_wal.join(history_name(timeline)), &wal.history)?;
     }
-    let mut writer = SegmentWriter { pg_wal, timeline, segment_bytes, open: None, position: segment_start(start, segment_bytes) };
+    let mut writer =
+        SegmentWriter { pg_wal, timeline, segment_bytes, open: None, position: segment_start(start, segment_bytes) };
     loop {
         if stop.borrow_and_update().is_some_and(|stop| writer.position >= stop) {
             break;

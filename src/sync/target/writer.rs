@@ -18,11 +18,25 @@ use super::super::extent::{self, ExtentHash, RootHasher};
 #[derive(Debug)]
 pub(super) enum Write {
     /// What is there already is right.
-    Same { index: u32, hash: ExtentHash, bytes: usize },
-    Zeros { index: u32, bytes: usize },
-    Data { index: u32, bytes: Bytes },
+    Same {
+        index: u32,
+        hash: ExtentHash,
+        bytes: usize,
+    },
+    Zeros {
+        index: u32,
+        bytes: usize,
+    },
+    Data {
+        index: u32,
+        bytes: Bytes,
+    },
     /// Pages, by their offset in an extent of `bytes`; the others are right.
-    Pages { index: u32, bytes: usize, pages: Vec<(usize, Bytes)> },
+    Pages {
+        index: u32,
+        bytes: usize,
+        pages: Vec<(usize, Bytes)>,
+    },
     /// All extents were handled; the file ends where the last one did.
     Finish,
     /// The file is gone on A.
@@ -154,7 +168,8 @@ pub(super) fn have(path: &Path, first: u32, count: u32) -> Result<Vec<Option<Hel
     };
     let mut held = nothing;
     for (index, held) in (first..).zip(&mut held) {
-        let bytes = extent::read_at(&file, offset(index), EXTENT_BYTES).map_err(|error| SyncError::file("reading", path, error))?;
+        let bytes = extent::read_at(&file, offset(index), EXTENT_BYTES)
+            .map_err(|error| SyncError::file("reading", path, error))?;
         if bytes.is_empty() {
             break;
         }
@@ -184,7 +199,9 @@ mod tests {
         assert!(kept.iter().all(Option::is_some));
         let mut writer = Writer::default();
         let place = place(&path);
-        writer.handle(&place, Write::Same { index: 0, hash: kept[0].as_ref().unwrap().hash, bytes: EXTENT_BYTES }).unwrap();
+        writer
+            .handle(&place, Write::Same { index: 0, hash: kept[0].as_ref().unwrap().hash, bytes: EXTENT_BYTES })
+            .unwrap();
         writer.handle(&place, data(1, b"new")).unwrap();
         writer.handle(&place, data(2, b"")).unwrap();
         writer.handle(&place, Write::Finish).unwrap();
