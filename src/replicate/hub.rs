@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use pgtandem_proto::membership::{MemberSet, NodeState};
 use pgtandem_proto::message::Request;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::client::{self, ClientError, Control};
@@ -32,6 +32,9 @@ const TELL_MS_MAX: u64 = 1000;
 const STORE_MS_MAX: u64 = 60_000;
 /// Pause between two attempts to store.
 const STORE_RETRY_MS: u64 = 200;
+/// Transactions that are flown to one follower, or prepared there, at once: below its `max_connections` and
+/// `max_prepared_transactions` together with the idle connections of all threads.
+const PLACES: usize = 64;
 /// Limit for opening a connection to a follower's PostgreSQL.
 const OPEN_MS_MAX: u64 = 10_000;
 
@@ -65,6 +68,8 @@ pub struct Follower {
     pub node: NodeConfig,
     /// Cancelled when it leaves the member set: whoever waits for it stops waiting.
     pub gone: CancellationToken,
+    /// How many transactions may be flown to it, or be prepared there, at once.
+    pub places: Arc<Semaphore>,
 }
 
 /// Where the reign of this proxy stands.
@@ -264,7 +269,9 @@ impl Hub {
                 None => {
                     if let Ok(node) = self.node(name) {
                         let id = self.next_follower_id.fetch_add(1, Ordering::Relaxed);
-                        followers.push(Arc::new(Follower { id, node: node.clone(), gone: CancellationToken::new() }));
+                        let places = Arc::new(Semaphore::new(PLACES));
+                        let gone = CancellationToken::new();
+                        followers.push(Arc::new(Follower { id, node: node.clone(), gone, places }));
                         lock(&self.reasons).remove(name);
                     }
                 }

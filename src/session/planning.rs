@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -161,12 +162,10 @@ impl Session {
         Ok(matches!(now, Planned::One { plan: now, .. } if *now == *plan))
     }
 
+    /// Database, role and settings are part of the key: a name or a rule may mean something else under others.
     fn key(&self, masked: &str) -> String {
         let number = self.hub.schema_number.load(Ordering::Acquire);
-        let (role, path) = self.facts.as_ref().map_or(("", ""), |f| {
-            (f.context.role.as_str(), f.context.settings.get(SEARCH_PATH).map_or("", String::as_str))
-        });
-        format!("{number}\0{}\0{role}\0{path}\0{masked}", self.database)
+        format!("{number}\0{}\0{:x}\0{masked}", self.database, self.context_hash)
     }
 
     /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
@@ -213,6 +212,9 @@ impl Session {
             Arc::new(facts)
         });
         self.context = self.facts.as_ref().map(|f| Arc::new(f.context.clone()));
+        let mut hasher = std::hash::DefaultHasher::new();
+        self.context.hash(&mut hasher);
+        self.context_hash = hasher.finish();
     }
 
     /// One row with one text from the catalog, on the session's own connection: it sees its own uncommitted DDL.

@@ -43,6 +43,8 @@ pub struct Session {
     pub facts: Option<Arc<SessionFacts>>,
     /// The context of the effects that are made now.
     pub context: Option<Arc<Context>>,
+    /// Of the context, as part of the key of plans.
+    pub context_hash: u64,
     /// Settings changed in this transaction: its end may change them back.
     pub settings_touched: bool,
     /// Schema number of the last plan.
@@ -91,6 +93,7 @@ impl Session {
             next_mark: 0,
             facts: None,
             context: None,
+            context_hash: 0,
             settings_touched: false,
             planned_at: 0,
             held_tag: None,
