@@ -151,10 +151,10 @@ pub fn text_parameters(parameters: &[u8]) -> Result<Vec<&[u8]>, FrameError> {
     };
     let mut found = Vec::new();
     for i in 0..usize::from(r.u16()?) {
-        if let Some(value) = r.value()? {
-            if is_text(i) {
-                found.push(value);
-            }
+        if let Some(value) = r.value()?
+            && is_text(i)
+        {
+            found.push(value);
         }
     }
     Ok(found)

@@ -23,10 +23,12 @@ const IDLE_MAX: usize = 32;
 /// A half may take this many times as long as the leader needed for the transaction, on top of the fixed limit.
 const SLOWER_MAX: u64 = 4;
 
+type Idle = HashMap<(u64, Arc<str>), Vec<Connection>>;
+
 /// Connections to followers that one thread keeps, by follower and database.
 #[derive(Clone, Debug, Default)]
 pub struct Pool {
-    idle: Rc<RefCell<HashMap<(u64, Arc<str>), Vec<Connection>>>>,
+    idle: Rc<RefCell<Idle>>,
 }
 
 impl Pool {

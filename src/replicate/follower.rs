@@ -277,25 +277,22 @@ fn absorb(input: &mut BytesMut, answer: &mut Answer) -> Result<bool, ServerError
                 let value = if r.u16()? == 0 { None } else { r.value()?.map(Bytes::copy_from_slice) };
                 answer.values.push(value);
             }
-            b'R' => {
-                if body != [0, 0, 0, 0] {
-                    return Err(ServerError::Other(
-                        "PostgreSQL asks role pgtandem for a password: pg_hba.conf must begin with \
+            b'R' if body != [0, 0, 0, 0] => {
+                return Err(ServerError::Other(
+                    "PostgreSQL asks role pgtandem for a password: pg_hba.conf must begin with \
                          'local all pgtandem peer map=pgtandem'"
-                            .into(),
-                    ));
-                }
+                        .into(),
+                ));
             }
             _ => {}
         }
     }
     // FATAL during startup ends the connection without ReadyForQuery.
-    if let Some(ServerError::Answer { sqlstate, message }) = &answer.error {
-        if answer.status == 0
-            && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
-        {
-            return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
-        }
+    if let Some(ServerError::Answer { sqlstate, message }) = &answer.error
+        && answer.status == 0
+        && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
+    {
+        return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
     }
     Ok(false)
 }

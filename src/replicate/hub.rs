@@ -3,7 +3,7 @@
 //!
 //! Changes of the member set go one at a time: recorded on the agents first, shown to sessions then.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -111,6 +111,8 @@ pub struct Hub {
     /// When a node joined or left while this proxy ran, by name.
     changes: Mutex<HashMap<String, SystemTime>>,
     next_follower_id: AtomicU64,
+    /// Databases with commits since the sequences were last looked at.
+    written: Mutex<HashSet<Arc<str>>>,
 }
 
 impl std::fmt::Debug for Hub {
@@ -143,6 +145,7 @@ impl Hub {
             reasons: Mutex::default(),
             changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),
+            written: Mutex::default(),
         }
     }
 
@@ -169,6 +172,19 @@ impl Hub {
     #[must_use]
     pub fn reign_epoch(&self) -> Option<u64> {
         self.epoch_and_secret().map(|(epoch, _)| epoch)
+    }
+
+    /// Remembers that this database was written to.
+    pub fn note_write(&self, database: &Arc<str>) {
+        let mut written = lock(&self.written);
+        if !written.contains(database) {
+            written.insert(Arc::clone(database));
+        }
+    }
+
+    /// The databases that were written to since this was last asked.
+    pub fn take_written(&self) -> HashSet<Arc<str>> {
+        std::mem::take(&mut lock(&self.written))
     }
 
     /// Puts a transaction that is about to be committed into the backlog of every node that is joining. Called inside the

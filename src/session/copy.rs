@@ -28,13 +28,13 @@ impl Session {
             {
                 match frame[0] {
                     b'd' => {
-                        if let Some(kept) = keep.as_deref_mut() {
-                            if let Ok(range) = kept {
-                                match self.log.append(frame::body(&frame)) {
-                                    Ok(added) if range.len == 0 => *range = added,
-                                    Ok(added) => range.len += added.len,
-                                    Err(error) => *kept = Err(error.into()),
-                                }
+                        if let Some(kept) = keep.as_deref_mut()
+                            && let Ok(range) = kept
+                        {
+                            match self.log.append(frame::body(&frame)) {
+                                Ok(added) if range.len == 0 => *range = added,
+                                Ok(added) => range.len += added.len,
+                                Err(error) => *kept = Err(error.into()),
                             }
                         }
                         self.wire.to_server.extend_from_slice(&frame);

@@ -75,7 +75,7 @@ impl Session {
             b'B' => self.bind(&frame).await,
             b'D' => self.describe(&frame).await,
             b'E' => self.execute(&frame).await,
-            _ => self.close(&frame).await,
+            _ => self.close(&frame),
         }
     }
 
@@ -272,7 +272,7 @@ impl Session {
         Ok(())
     }
 
-    async fn close(&mut self, frame: &Bytes) -> Result<(), End> {
+    fn close(&mut self, frame: &Bytes) -> Result<(), End> {
         let (kind, name) = message::kind_and_name(b'C', frame::body(frame)).map_err(End::ClientProtocol)?;
         if kind == b'S' {
             self.statements.prepared.remove(name);
@@ -321,7 +321,7 @@ impl Session {
             }
             Lane::Admin(Admin::PoolNodes) => {
                 self.catch_up().await?;
-                crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client).await;
+                crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client);
                 Ok(())
             }
             Lane::Control(control) => {

@@ -87,10 +87,11 @@ impl Session {
             return Ok(self.unreadable(text));
         };
         let failed = self.wire.status == b'E';
-        if !failed && self.facts.is_none() {
-            if let Some(error) = self.read_context().await? {
-                return Ok(Planned::Failed(error));
-            }
+        if !failed
+            && self.facts.is_none()
+            && let Some(error) = self.read_context().await?
+        {
+            return Ok(Planned::Failed(error));
         }
         self.planned_at = self.hub.schema_number.load(Ordering::Acquire);
         let shape = shape::mask(&text);

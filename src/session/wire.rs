@@ -284,7 +284,7 @@ impl Wire {
                 return Ok(());
             }
             let frame = self.from_server.split_to(header.frame_bytes);
-            self.take(header.tag, frame)?;
+            self.take(header.tag, &frame)?;
         }
     }
 
@@ -331,16 +331,16 @@ impl Wire {
         Ok(true)
     }
 
-    fn take(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+    fn take(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         match tag {
             // Not an answer to anything.
             b'N' if self.position_offset > 0 => {
-                let shifted = self.shift_position(&frame);
+                let shifted = self.shift_position(frame);
                 self.to_client.extend_from_slice(&shifted);
             }
-            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(&frame),
-            b'E' => self.take_error(&frame),
-            b'Z' => self.take_ready(&frame)?,
+            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(frame),
+            b'E' => self.take_error(frame),
+            b'Z' => self.take_ready(frame)?,
             _ => self.take_answer(tag, frame)?,
         }
         Ok(())
@@ -384,10 +384,10 @@ impl Wire {
         Ok(())
     }
 
-    fn take_answer(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+    fn take_answer(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         let Some(expect) = self.expects.front().copied() else {
             // An answer that nobody waits for: only what the client's own message outside our sight brought.
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
             return Ok(());
         };
         let hidden = match expect {
@@ -396,7 +396,7 @@ impl Wire {
                 hidden
             }
             Expect::Describe { mode } => {
-                return self.take_description(tag, &frame, mode);
+                return self.take_description(tag, frame, mode);
             }
             Expect::Execute { mode } => {
                 if matches!(tag, b'C' | b'I' | b's') {
@@ -408,7 +408,7 @@ impl Wire {
             Expect::Function | Expect::Sync { .. } => false,
         };
         if !hidden {
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
         }
         Ok(())
     }
@@ -436,21 +436,21 @@ impl Wire {
         Ok(())
     }
 
-    fn take_result(&mut self, tag: u8, frame: BytesMut, mode: Mode) -> Result<(), End> {
+    fn take_result(&mut self, tag: u8, frame: &BytesMut, mode: Mode) -> Result<(), End> {
         match (tag, mode) {
             (b'D', Mode::Strip { hidden, client_returning }) => {
-                self.take_stripped_row(&frame, hidden, client_returning).map_err(End::ServerProtocol)?;
+                self.take_stripped_row(frame, hidden, client_returning).map_err(End::ServerProtocol)?;
                 return Ok(());
             }
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(&frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 }
                 return Ok(());
             }
             (b'D', Mode::Hidden) => {
-                let mut r = Reader::new(b'D', frame::body(&frame));
+                let mut r = Reader::new(b'D', frame::body(frame));
                 let columns = r.u16().map_err(End::ServerProtocol)?;
                 let value = if columns == 0 { None } else { r.value().map_err(End::ServerProtocol)? };
                 self.results.values.push(value.map(Bytes::copy_from_slice));
@@ -460,7 +460,7 @@ impl Wire {
         }
         match tag {
             b'C' => {
-                let body = frame::body(&frame);
+                let body = frame::body(frame);
                 self.results.tag = Some(Bytes::copy_from_slice(body.strip_suffix(b"\0").unwrap_or(body)));
                 if self.hold_tag {
                     return Ok(());
@@ -471,7 +471,7 @@ impl Wire {
             _ => {}
         }
         if mode != Mode::Hidden {
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
         }
         Ok(())
     }
