@@ -71,6 +71,8 @@ pub enum Planned {
     Refused(Refusal),
     /// The leader answered the catalog query with this error.
     Failed(Bytes),
+    /// An earlier message of the batch failed: the leader skips to the next Sync.
+    Skipped,
 }
 
 fn refusal(message: &str, hint: &str) -> Refusal {
@@ -86,6 +88,12 @@ impl Session {
         let Some(text) = readable(text) else {
             return Ok(self.unreadable(text));
         };
+        if self.facts.is_none() {
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(Planned::Skipped);
+            }
+        }
         let failed = self.wire.status == b'E';
         if !failed
             && self.facts.is_none()
@@ -102,8 +110,8 @@ impl Session {
         }
         let mut statements = match parse::parse(&text) {
             Ok(statements) => statements,
-            Err(_) => {
-                let plan = Arc::new(classify::unparsed());
+            Err(error) => {
+                let plan = Arc::new(classify::unparsable(&error, &text));
                 return Ok(Planned::One { plan, shape, text });
             }
         };
@@ -117,6 +125,12 @@ impl Session {
             }
         };
         let needs = Needs::of(&statement);
+        // Answers to what the client sent before come first: an error among them is not the catalog query's.
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(Planned::Skipped);
+        }
+        let failed = self.wire.status == b'E';
         let facts = if needs.is_empty() || failed {
             Facts::default()
         } else {
@@ -154,7 +168,7 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn still_planned(&mut self, text: &str, plan: &Plan, made_at: u64) -> Result<bool, End> {
-        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.has_own_catalog {
+        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.log.ddl {
             return Ok(true);
         }
         let results = std::mem::take(&mut self.wire.results);
@@ -186,7 +200,7 @@ impl Session {
     }
 
     /// Reads role and settings of the leader's session again. Gives the error if the server had one.
-    async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
+    pub async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
         self.hidden("pgtandem_p", "pgtandem_context", &[]);
