@@ -104,8 +104,11 @@ impl Session {
             };
             let version = match followers.prepare(held).await {
                 Ok(version) => version,
-                // Nothing was committed; what is prepared is rolled back by the marks.
-                Err(PrepareError::ReignOver) => return Err(End::ServerGone),
+                // The COMMIT was never sent. What is prepared is rolled back by the marks before the next epoch serves.
+                Err(PrepareError::ReignOver) => {
+                    self.outcome(decision).await?;
+                    return Err(self.tell_rolled_back().await);
+                }
                 Err(error) => {
                     let error = prepare_error(&error);
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
@@ -152,12 +155,7 @@ impl Session {
         settle(&entries, committed);
         if !committed {
             self.abandon(std::mem::take(held), decision).await?;
-            let error = ClientError::fatal(
-                "40001",
-                "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
-                "Connect again and try the transaction again.",
-            );
-            return Ok(Err(client_error_frame(&error)));
+            return Err(self.tell_rolled_back().await);
         }
         if let Some(gate) = closed {
             // Finished under the closed gate: its catalog is everywhere before anything later arrives.
@@ -172,6 +170,17 @@ impl Session {
             drop(gate);
         }
         Ok(Ok(pass))
+    }
+
+    /// The session's last word after its leader was lost with a COMMIT under way that was not decided.
+    async fn tell_rolled_back(&mut self) -> End {
+        let error = ClientError::fatal(
+            "40001",
+            "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
+            "Connect again and try the transaction again.",
+        );
+        self.tell_fatal(&error).await;
+        End::Told
     }
 
     /// Mark and COMMIT in one flight: the decision.

@@ -136,6 +136,9 @@ pub struct Wire {
     pub position_offset: usize,
     /// Errors of the statement under way are kept in `results` alone, not shown.
     pub hide_errors: bool,
+    /// The FATAL with which the server ends the session. It is no answer to any statement, so it is told last, after the
+    /// answers that came before it: a COMMIT that it overtook may have been decided.
+    pub farewell: Option<BytesMut>,
 }
 
 impl Wire {
@@ -157,6 +160,7 @@ impl Wire {
             hold_tag: false,
             position_offset: 0,
             hide_errors: false,
+            farewell: None,
         }
     }
 
@@ -347,6 +351,11 @@ impl Wire {
     }
 
     fn take_error(&mut self, frame: &BytesMut) {
+        if message::is_fatal(frame::body(frame)) {
+            self.farewell = Some(frame.clone());
+            self.results.copy_in = false;
+            return;
+        }
         if self.results.error.is_none() {
             self.results.error = Some(Bytes::copy_from_slice(frame::body(frame)));
         }
