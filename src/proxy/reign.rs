@@ -173,9 +173,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             tracing::info!(node = %member.node.name, error = %e, "could not be told that it is stale; it will be");
         }
     }
-    for (database, marks) in marks {
-        hub.marks.load(&database, marks.into_iter().collect());
-    }
+    hub.marks.begin(epoch, marks);
     hub.show(new);
     hub.reign.send_replace(Reign::Serving { epoch, secret });
     tracing::info!(epoch, "a new epoch serves");
