@@ -109,6 +109,10 @@ pub fn copy_done(out: &mut BytesMut) {
     frame(out, b'c', |_| {});
 }
 
+pub fn copy_fail(out: &mut BytesMut, why: &str) {
+    frame(out, b'f', |b| put_string(b, why.as_bytes()));
+}
+
 /// `status`: `b'I'` idle, `b'T'` in a block, `b'E'` in a failed block.
 pub fn ready_for_query(out: &mut BytesMut, status: u8) {
     frame(out, b'Z', |b| b.put_u8(status));

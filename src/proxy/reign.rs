@@ -143,7 +143,11 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
                 return Err(ReignError::LeaderSuspect { leader, follower, database, mark, theirs, ours });
             }
             Ok(Some((database, verdict))) => {
-                leaves(hub, &follower.node.name, &format!("it missed commits of the leader in database {database}: {verdict:?}"));
+                leaves(
+                    hub,
+                    &follower.node.name,
+                    &format!("it missed commits of the leader in database {database}: {verdict:?}"),
+                );
                 dropped.push(follower);
             }
             Err(e) => {

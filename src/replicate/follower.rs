@@ -97,7 +97,7 @@ pub struct Connection {
     stream: Box<dyn Stream>,
     input: BytesMut,
     pub out: BytesMut,
-    prepared: HashMap<Arc<str>, String>,
+    prepared: HashMap<(Arc<str>, Arc<[u8]>), String>,
     /// The context that the session is in; `None` when it is not known.
     pub context: Option<Arc<Context>>,
 }
@@ -240,8 +240,9 @@ impl Connection {
     }
 
     /// The name under which `text` is prepared; appends its `Parse` if it is not.
-    pub fn prepare(&mut self, text: &Arc<str>, types: &[u8]) -> String {
-        if let Some(name) = self.prepared.get(text) {
+    pub fn prepare(&mut self, text: &Arc<str>, types: &Arc<[u8]>) -> String {
+        let key = (Arc::clone(text), Arc::clone(types));
+        if let Some(name) = self.prepared.get(&key) {
             return name.clone();
         }
         if self.prepared.len() >= PREPARED_MAX {
@@ -252,7 +253,7 @@ impl Connection {
         }
         let name = format!("e{}", self.prepared.len());
         build::parse(&mut self.out, name.as_bytes(), text.as_bytes(), types);
-        self.prepared.insert(Arc::clone(text), name.clone());
+        self.prepared.insert(key, name.clone());
         name
     }
 

@@ -153,6 +153,12 @@ pub struct SessionFacts {
 }
 
 impl SessionFacts {
+    /// Whether names mean the same: role and `search_path` are.
+    #[must_use]
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        self.context.role == other.context.role && self.context.settings.first() == other.context.settings.first()
+    }
+
     /// `None` if the row does not have the parts that the query gives.
     #[must_use]
     pub fn parse(row: &str) -> Option<Self> {

@@ -71,6 +71,8 @@ pub enum Planned {
     Refused(Refusal),
     /// The leader answered the catalog query with this error.
     Failed(Bytes),
+    /// An earlier message of the batch failed: the leader skips to the next Sync.
+    Skipped,
 }
 
 fn refusal(message: &str, hint: &str) -> Refusal {
@@ -84,8 +86,14 @@ impl Session {
     /// If the connection to the leader ends.
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
         let Some(text) = readable(text) else {
-            return Ok(self.unreadable(text));
+            return Ok(unreadable(text));
         };
+        if self.facts.is_none() {
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(Planned::Skipped);
+            }
+        }
         let failed = self.wire.status == b'E';
         if !failed
             && self.facts.is_none()
@@ -102,8 +110,8 @@ impl Session {
         }
         let mut statements = match parse::parse(&text) {
             Ok(statements) => statements,
-            Err(_) => {
-                let plan = Arc::new(classify::unparsed());
+            Err(error) => {
+                let plan = Arc::new(classify::unparsable(&error, &text));
                 return Ok(Planned::One { plan, shape, text });
             }
         };
@@ -117,6 +125,12 @@ impl Session {
             }
         };
         let needs = Needs::of(&statement);
+        // Answers to what the client sent before come first: an error among them is not the catalog query's.
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(Planned::Skipped);
+        }
+        let failed = self.wire.status == b'E';
         let facts = if needs.is_empty() || failed {
             Facts::default()
         } else {
@@ -154,7 +168,7 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn still_planned(&mut self, text: &str, plan: &Plan, made_at: u64) -> Result<bool, End> {
-        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.has_own_catalog {
+        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.log.ddl {
             return Ok(true);
         }
         let results = std::mem::take(&mut self.wire.results);
@@ -169,24 +183,8 @@ impl Session {
         format!("{number}\0{}\0{:x}\0{masked}", self.database, self.context_hash)
     }
 
-    /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
-    fn unreadable(&self, text: &[u8]) -> Planned {
-        let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
-        let reads =
-            |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
-        let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
-        if reads(&first) {
-            let plan = Arc::new(classify::unparsed());
-            return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
-        }
-        Planned::Refused(refusal(
-            "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
-            "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
-        ))
-    }
-
     /// Reads role and settings of the leader's session again. Gives the error if the server had one.
-    async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
+    pub async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
         self.hidden("pgtandem_p", "pgtandem_context", &[]);
@@ -317,4 +315,19 @@ pub fn mode_of(write: &Write) -> Mode {
 #[must_use]
 pub fn schema_changed() -> build::ClientError {
     build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
+}
+
+/// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
+fn unreadable(text: &[u8]) -> Planned {
+    let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
+    let reads = |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
+    let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
+    if reads(&first) {
+        let plan = Arc::new(classify::unparsed());
+        return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
+    }
+    Planned::Refused(refusal(
+        "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
+        "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
+    ))
 }

@@ -13,8 +13,8 @@ use crate::replicate::effects::{EffectLog, Position};
 use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
 use crate::replicate::schema::{Context, SessionFacts};
-use crate::session::extended::Statements;
 use crate::session::planning::PlanCache;
+use crate::session::statements::Statements;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
 
 /// What the sessions of one thread share.
@@ -174,7 +174,7 @@ impl Session {
 
     async fn message(&mut self, frame: BytesMut) -> Result<(), End> {
         let tag = frame[0];
-        if self.skip_until_sync && !matches!(tag, b'S' | b'X') {
+        if (self.skip_until_sync || self.wire.is_skipping()) && !matches!(tag, b'S' | b'X') {
             return Ok(());
         }
         match tag {
@@ -183,7 +183,7 @@ impl Session {
             b'X' => Err(End::ClientGone),
             b'F' => self.function_call(frame.freeze()).await,
             // What is left of a COPY that failed; the server ignores it, too.
-            b'd' | b'c' | b'f' => Ok(()),
+            b'd' | b'c' | b'f' if self.hub.replicates() => Ok(()),
             _ => {
                 self.wire.to_server.extend_from_slice(&frame);
                 Ok(())
@@ -246,14 +246,20 @@ impl Session {
         self.wire.status != b'I' || self.own_block
     }
 
+    /// Whether one more savepoint can be remembered.
+    ///
     /// # Errors
     /// Past [`SAVEPOINTS_MAX`].
-    pub fn savepoint(&mut self, name: &str) -> Result<(), ClientError> {
+    pub fn may_savepoint(&self) -> Result<(), ClientError> {
         if self.savepoints.len() >= SAVEPOINTS_MAX {
             return Err(ClientError::error("54000", "too many savepoints in one transaction", "Release some."));
         }
-        self.savepoints.push((name.to_owned(), self.log.position()));
         Ok(())
+    }
+
+    /// SAVEPOINT, done by the server.
+    pub fn remember_savepoint(&mut self, name: &str) {
+        self.savepoints.push((name.to_owned(), self.log.position()));
     }
 
     /// RELEASE: this savepoint and those after it are gone.
@@ -272,6 +278,14 @@ impl Session {
         }
     }
 
+    /// A transaction ended: settings made inside may be gone, and the isolation level was of that transaction alone.
+    pub fn forget_settings(&mut self) {
+        if self.settings_touched || self.facts.as_ref().is_some_and(|f| f.isolation != "read committed") {
+            self.facts = None;
+            self.settings_touched = false;
+        }
+    }
+
     /// The transaction is over: its effects are gone.
     pub fn forget_transaction(&mut self) {
         if self.log.ddl {
@@ -280,6 +294,8 @@ impl Session {
         }
         self.log = EffectLog::new(Arc::clone(&self.hub.spill));
         self.savepoints.clear();
+        self.statements.forget_portals();
+        self.forget_settings();
         self.own_block = false;
         self.effects_since = None;
         self.held_tag = None;
