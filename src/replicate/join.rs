@@ -180,7 +180,7 @@ impl Replication for Hub {
         let x = x.ok_or_else(|| leader_error(&"no position of the marker record"))?;
         let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max));
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(node.to_owned(), backlog);
-        Ok(CutDone { x, gate_ms: closed.closed_ms() })
+        Ok(CutDone { x, gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms() })
     }
 
     async fn drain(&self, node: &str, on_progress: &(dyn Fn(Drained) + Sync)) -> Result<(), ReplicationError> {
@@ -239,7 +239,7 @@ impl Replication for Hub {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         let version = larger.version;
         self.show(larger);
-        Ok(JoinDone { gate_ms: closed.closed_ms(), version })
+        Ok(JoinDone { gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms(), version })
     }
 
     async fn abandon(&self, node: &str) {
