@@ -162,6 +162,7 @@ async fn run(options: &Options, dir: &Path, started: &mut Started) -> anyhow::Re
         problems.extend(demo::wait_finished(layout).await?);
         problems.extend(compare::compare(layout).await?.differences);
     }
+    problems.extend(started.servers.pgpool_problem().await?);
     let targets: Vec<Target> = started.targets.iter().map(|(target, _)| *target).collect();
     Ok(Figures::new(options, &targets, &measured, problems))
 }

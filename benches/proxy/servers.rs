@@ -28,23 +28,41 @@ pub struct Server {
     stop: Signal,
 }
 
-/// Everything that was started, in order.
+/// Everything that was started.
 #[derive(Default)]
-pub struct Servers(Vec<Server>);
+pub struct Servers {
+    /// In the order of their start.
+    running: Vec<Server>,
+    /// Ports of the two PostgreSQL behind pgpool, if it runs.
+    behind_pgpool: Vec<u16>,
+}
 
 impl Servers {
     /// Returns the port.
     fn add(&mut self, server: Server) -> u16 {
         let port = server.port;
-        self.0.push(server);
+        self.running.push(server);
         port
     }
 
     /// The last one first.
     pub async fn stop(mut self) {
-        while let Some(server) = self.0.pop() {
+        while let Some(server) = self.running.pop() {
             server.stop().await;
         }
+    }
+
+    /// A sentence, if not both servers behind pgpool got the writes: then its figures are those of one server.
+    pub async fn pgpool_problem(&self) -> anyhow::Result<Option<String>> {
+        let mut rows = Vec::new();
+        for port in &self.behind_pgpool {
+            let client = compare::connect(*port, DATABASE).await?;
+            let count: i64 = client.query_one("select count(*) from pgbench_history", &[]).await?.get(0);
+            rows.push(count);
+        }
+        let differ = rows.windows(2).any(|pair| matches!(pair, [first, second] if first != second));
+        Ok(differ
+            .then(|| format!("the servers behind pgpool have {rows:?} rows in pgbench_history, so one of them is out")))
     }
 
     /// A PostgreSQL with the sandbox's settings and pgbench's tables.
@@ -84,14 +102,14 @@ impl Servers {
         make_dir(dir)?;
         let (first, second) = (dir.join("n0"), dir.join("n1"));
         self.postgres(bin_dir, &first, scale).await?;
-        if let Some(server) = self.0.pop() {
+        if let Some(server) = self.running.pop() {
             server.stop().await;
         }
         output(Path::new("cp"), &[OsStr::new("-a"), first.as_os_str(), second.as_os_str()]).await?;
-        let mut ports = Vec::new();
         for data in [&first, &second] {
             let server = start_postgres(bin_dir, data).await?;
-            ports.push(self.add(server));
+            let port = self.add(server);
+            self.behind_pgpool.push(port);
         }
         let (own, pcp) = (free_port()?, free_port()?);
         let mut text = format!(
@@ -101,7 +119,7 @@ impl Servers {
              health_check_user = 'postgres'\nsr_check_user = 'postgres'\nenable_pool_hba = off\n",
             dir = dir.display(),
         );
-        for (index, port) in ports.iter().enumerate() {
+        for (index, port) in self.behind_pgpool.iter().enumerate() {
             text.push_str(&format!(
                 "backend_hostname{index} = '127.0.0.1'\nbackend_port{index} = {port}\nbackend_weight{index} = 1\n\
                  backend_data_directory{index} = '{}'\nbackend_flag{index} = 'ALLOW_TO_FAILOVER'\n",
