@@ -40,9 +40,9 @@ pub fn bind_raw(out: &mut BytesMut, portal: &[u8], statement: &[u8], parameters:
         put_string(b, portal);
         put_string(b, statement);
         if parameters.is_empty() {
-            b.put_u32(0)
+            b.put_u32(0);
         } else {
-            b.put_slice(parameters)
+            b.put_slice(parameters);
         }
         b.put_u16(u16::try_from(result_formats.len() / 2).unwrap_or(0));
         b.put_slice(result_formats);
@@ -107,6 +107,10 @@ pub fn copy_data(out: &mut BytesMut, data: &[u8]) {
 
 pub fn copy_done(out: &mut BytesMut) {
     frame(out, b'c', |_| {});
+}
+
+pub fn copy_fail(out: &mut BytesMut, why: &str) {
+    frame(out, b'f', |b| put_string(b, why.as_bytes()));
 }
 
 /// `status`: `b'I'` idle, `b'T'` in a block, `b'E'` in a failed block.

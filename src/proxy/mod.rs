@@ -22,6 +22,7 @@ pub mod control;
 pub mod keeper;
 pub mod local_rules;
 pub mod reign;
+pub mod sequences;
 pub mod threads;
 
 /// Name of the lock in the proxy's folder.
@@ -93,6 +94,10 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     hub.reign.send_replace(Reign::Stopping);
     stop.cancel();
     let _ = keeper.await;
+    if result.is_ok() {
+        // Recoveries end in order: their nodes are told, their backlogs dropped.
+        let _ = control.await;
+    }
     threads.join();
     result
 }

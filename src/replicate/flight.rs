@@ -159,7 +159,7 @@ impl<'c> Writer<'c> {
     }
 
     async fn rows(&mut self, log: &EffectLog, text: &Arc<str>, data: Range) -> Result<(), ServerError> {
-        let name = self.connection.prepare(text, &[]);
+        let name = self.connection.prepare(text, &Arc::from([]));
         let mut at = 0;
         while at < data.len {
             self.read(log, Range { start: data.start + at, len: 4 })?;

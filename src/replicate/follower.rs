@@ -89,7 +89,7 @@ pub struct Connection {
     stream: Box<dyn Stream>,
     input: BytesMut,
     pub out: BytesMut,
-    prepared: HashMap<Arc<str>, String>,
+    prepared: HashMap<(Arc<str>, Arc<[u8]>), String>,
     /// The context that the session is in; `None` when it is not known.
     pub context: Option<Arc<Context>>,
 }
@@ -232,8 +232,9 @@ impl Connection {
     }
 
     /// The name under which `text` is prepared; appends its `Parse` if it is not.
-    pub fn prepare(&mut self, text: &Arc<str>, types: &[u8]) -> String {
-        if let Some(name) = self.prepared.get(text) {
+    pub fn prepare(&mut self, text: &Arc<str>, types: &Arc<[u8]>) -> String {
+        let key = (Arc::clone(text), Arc::clone(types));
+        if let Some(name) = self.prepared.get(&key) {
             return name.clone();
         }
         if self.prepared.len() >= PREPARED_MAX {
@@ -244,7 +245,7 @@ impl Connection {
         }
         let name = format!("e{}", self.prepared.len());
         build::parse(&mut self.out, name.as_bytes(), text.as_bytes(), types);
-        self.prepared.insert(Arc::clone(text), name.clone());
+        self.prepared.insert(key, name.clone());
         name
     }
 
@@ -277,25 +278,22 @@ fn absorb(input: &mut BytesMut, answer: &mut Answer) -> Result<bool, ServerError
                 let value = if r.u16()? == 0 { None } else { r.value()?.map(Bytes::copy_from_slice) };
                 answer.values.push(value);
             }
-            b'R' => {
-                if body != [0, 0, 0, 0] {
-                    return Err(ServerError::Other(
-                        "PostgreSQL asks role pgtandem for a password: pg_hba.conf must begin with \
+            b'R' if body != [0, 0, 0, 0] => {
+                return Err(ServerError::Other(
+                    "PostgreSQL asks role pgtandem for a password: pg_hba.conf must begin with \
                          'local all pgtandem peer map=pgtandem'"
-                            .into(),
-                    ));
-                }
+                        .into(),
+                ));
             }
             _ => {}
         }
     }
     // FATAL during startup ends the connection without ReadyForQuery.
-    if let Some(ServerError::Answer { sqlstate, message }) = &answer.error {
-        if answer.status == 0
-            && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
-        {
-            return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
-        }
+    if let Some(ServerError::Answer { sqlstate, message }) = &answer.error
+        && answer.status == 0
+        && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
+    {
+        return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
     }
     Ok(false)
 }

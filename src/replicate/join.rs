@@ -83,16 +83,21 @@ impl Applier<'_> {
         Ok(())
     }
 
-    /// Applies what there is until at most `left_max` transactions are left.
+    /// Applies what there is until at most `left_max` transactions are left; gives up, with the rest still there, at `until`.
     async fn apply(
         &mut self,
         backlog: &Backlog,
         left_max: u64,
+        until: Option<tokio::time::Instant>,
         on_progress: &(dyn Fn(Drained) + Sync),
     ) -> Result<(), ReplicationError> {
         let limit = Duration::from_millis(STANDSTILL_MS_MAX);
         let mut moved = tokio::time::Instant::now();
         loop {
+            if until.is_some_and(|until| tokio::time::Instant::now() >= until) {
+                let what = format!("the backlog for {} was not applied before proxy.gate_ms_max", self.node.name);
+                return Err(ReplicationError::new(Kind::Gate, what, "It is tried again by itself."));
+            }
             match backlog.next() {
                 Next::Batch(batch) => {
                     let Some(first) = batch.first() else { continue };
@@ -199,7 +204,7 @@ impl Replication for Hub {
             resolve::raise_epoch(&mut connection, applier.epoch, &applier.secret).await.map_err(|e| failed(&e))?;
             resolve::resolve(&mut connection, &self.config.cluster.name, None).await.map_err(|e| failed(&e))?;
         }
-        applier.apply(&backlog, SHORT_MAX, on_progress).await
+        applier.apply(&backlog, SHORT_MAX, None, on_progress).await
     }
 
     async fn join(&self, node: &str) -> Result<JoinDone, ReplicationError> {
@@ -218,9 +223,10 @@ impl Replication for Hub {
         }
         applier.connect_everywhere().await?;
         let ignore = |_: Drained| ();
-        applier.apply(&backlog, SHORT_MAX, &ignore).await?;
+        applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
         let closed = self.close_gate().await?;
-        applier.apply(&backlog, 0, &ignore).await?;
+        let until = tokio::time::Instant::now() + Duration::from_millis(self.config.proxy.gate_ms_max);
+        applier.apply(&backlog, 0, Some(until), &ignore).await?;
         let mut stored: Vec<String> = Vec::new();
         let mut failure = None;
         for (name, control) in &mut controls {

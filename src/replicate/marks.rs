@@ -77,21 +77,21 @@ impl MarkPool {
 
     /// Gives a mark back, if its last transaction is finished; otherwise when it is.
     pub fn give_back(self: &Arc<Self>, database: &str, mark: Mark) {
+        let Mark { id, n, idle, generation } = mark;
         let pool = Arc::clone(self);
         let database = database.to_owned();
         let put = move || {
             let mut marks = pool.marks.lock().unwrap_or_else(PoisonError::into_inner);
-            if marks.generation != mark.generation {
+            if marks.generation != generation {
                 return;
             }
             if let Some(free) = marks.free.get_mut(&database) {
-                free.push((mark.id, mark.n));
+                free.push((id, n));
             }
         };
-        if mark.idle.available_permits() > 0 {
+        if idle.available_permits() > 0 {
             put();
         } else {
-            let idle = Arc::clone(&mark.idle);
             tokio::task::spawn_local(async move {
                 let _finished = idle.acquire().await;
                 put();

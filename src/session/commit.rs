@@ -62,6 +62,7 @@ impl Session {
         let told = self.decide(&log, &decision, &mut held, chain).await;
         if matches!(&told, Ok(Ok(_))) {
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
+            self.hub.note_write(&self.database);
         }
         self.marks[place] = Some(mark);
         let pass = match told? {
@@ -222,12 +223,12 @@ impl Session {
         let mut reign = self.hub.reign.subscribe();
         while Instant::now() < deadline {
             let same_reign = self.hub.reign_epoch() == Some(self.epoch);
-            if matches!(*reign.borrow_and_update(), Reign::Serving { .. }) {
-                if let Ok(mut connection) = self.hub.leader_connection(&self.database).await {
-                    let gone = if same_reign { resolve::backend_gone(&mut connection, self.pid).await } else { Ok(()) };
-                    if let (Ok(()), Ok(n)) = (gone, resolve::mark(&mut connection, decision.mark_id).await) {
-                        return Ok(n >= decision.mark_n);
-                    }
+            if matches!(*reign.borrow_and_update(), Reign::Serving { .. })
+                && let Ok(mut connection) = self.hub.leader_connection(&self.database).await
+            {
+                let gone = if same_reign { resolve::backend_gone(&mut connection, self.pid).await } else { Ok(()) };
+                if let (Ok(()), Ok(n)) = (gone, resolve::mark(&mut connection, decision.mark_id).await) {
+                    return Ok(n >= decision.mark_n);
                 }
             }
             tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;

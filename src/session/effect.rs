@@ -9,6 +9,7 @@ use crate::pg::build::{self, ClientError};
 use crate::pg::message::{self, Reader};
 use crate::replicate::effects::{Effect, EffectRole, EffectsError, Range, StatementText};
 use crate::replicate::schema::Context;
+use crate::session::parameters;
 use crate::session::run::Session;
 use crate::session::wire::{End, Until};
 use crate::sql::plan::{EffectPlan, Role, Write};
@@ -101,7 +102,14 @@ impl Session {
         let context = self.effect_context()?;
         let follower_text: Arc<str> =
             write.follower_text(text, shape, &values, if *counted { count } else { None }).into();
-        let parameters = if parameters.is_empty() { Range::default() } else { self.log.append(parameters)? };
+        let (mut parameters, mut types) = (std::borrow::Cow::Borrowed(parameters), types);
+        if !parameters.is_empty() && (write.client_returning || parameters::has_user_types(&types)) {
+            let made = parameters::for_text(&follower_text, &types, &parameters);
+            let (new_types, new_parameters) = made.map_err(|error| ClientError::error("08P01", error.to_string(), ""))?;
+            types = Arc::from(&new_types[..]);
+            parameters = new_parameters.to_vec().into();
+        }
+        let parameters = if parameters.is_empty() { Range::default() } else { self.log.append(&parameters)? };
         let text =
             if parameters.len > 0 { StatementText::Shared(follower_text) } else { StatementText::Once(follower_text) };
         let effect = Effect::Statement { context, role: effect_role(owner.as_ref()), text, types, parameters };

@@ -4,7 +4,6 @@
 //! makes the server answer before the next message, because the effect must be known. A write outside a block opens one of
 //! ours inside the client's batch; its Sync commits it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -15,56 +14,19 @@ use crate::pg::frame;
 use crate::pg::message::{self, Bind, Parse};
 use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::run::Session;
+use crate::session::parameters;
 use crate::session::simple::{error_frame, refused};
+use crate::session::statements::{Portal, Prepared, Rest};
 use crate::session::wire::{EXPECTS_MAX, End, Expect, Mode, Until};
 use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Write};
-use crate::sql::shape::Shape;
-
-/// Prepared statements and portals that a session remembers.
-const REMEMBERED_MAX: usize = 100_000;
-
-/// A statement that the client prepared.
-#[derive(Debug)]
-pub struct Prepared {
-    pub text: Arc<str>,
-    pub shape: Shape,
-    pub plan: Arc<Plan>,
-    /// As in `Parse`.
-    pub types: Arc<[u8]>,
-    /// Columns of the client's own RETURNING, if there are hidden ones, too.
-    own_columns: usize,
-    schema_number: u64,
-}
-
-#[derive(Clone, Debug)]
-struct Portal {
-    prepared: Arc<Prepared>,
-    parameters: Bytes,
-}
-
-/// What a session has prepared and bound, by name.
-#[derive(Debug, Default)]
-pub struct Statements {
-    prepared: HashMap<Bytes, Arc<Prepared>>,
-    portals: HashMap<Bytes, Portal>,
-}
-
-impl Statements {
-    pub fn clear(&mut self) {
-        self.prepared.clear();
-        self.portals.clear();
-    }
-}
 
 impl Session {
     pub async fn extended(&mut self, tag: u8, frame: Bytes) -> Result<(), End> {
-        if self.wire.is_skipping() && tag != b'S' {
-            return Ok(());
-        }
+        self.settle();
         if self.wire.expects.len() >= EXPECTS_MAX {
             self.catch_up().await?;
         }
-        self.in_batch = tag != b'S';
+        self.in_batch |= !matches!(tag, b'S' | b'H');
         match tag {
             b'S' => self.sync(&frame).await,
             b'H' => {
@@ -75,7 +37,7 @@ impl Session {
             b'B' => self.bind(&frame).await,
             b'D' => self.describe(&frame).await,
             b'E' => self.execute(&frame).await,
-            _ => self.close(&frame).await,
+            _ => self.close(&frame),
         }
     }
 
@@ -85,31 +47,69 @@ impl Session {
     }
 
     /// Makes the server answer all that was sent.
-    async fn catch_up(&mut self) -> Result<(), End> {
+    pub async fn catch_up(&mut self) -> Result<(), End> {
         if !self.wire.expects.is_empty() {
             build::flush(&mut self.wire.to_server);
             self.wire.pump(Until::Answered).await?;
         }
+        self.settle();
         Ok(())
     }
 
-    async fn sync(&mut self, frame: &[u8]) -> Result<(), End> {
-        self.skip_until_sync = false;
-        self.in_batch = false;
-        if !self.own_block {
-            self.pass(frame, Expect::Sync { hidden: false });
-            return Ok(());
+    fn settle(&mut self) {
+        self.statements.settle(&mut self.wire.outcomes);
+    }
+
+    /// Makes sure of a name before it is used: an earlier batch may have failed to define it.
+    async fn make_sure(&mut self, name: &[u8]) -> Result<(), End> {
+        if self.statements.is_uncertain(name) {
+            self.catch_up().await?;
         }
-        self.pass(frame, Expect::Sync { hidden: true });
+        Ok(())
+    }
+
+    /// A Query in the middle of a batch with a block of ours: the batch ends here. False: its commit failed, and the client has
+    /// the error.
+    pub async fn end_own_block_of_batch(&mut self) -> Result<bool, End> {
+        let told = self.commit_batch(None).await?;
+        self.in_batch = false;
+        Ok(told)
+    }
+
+    /// Ends a block of ours at the client's Sync, or at one of ours.
+    async fn commit_batch(&mut self, frame: Option<&[u8]>) -> Result<bool, End> {
+        match frame {
+            Some(frame) => self.wire.to_server.extend_from_slice(frame),
+            None => build::sync(&mut self.wire.to_server),
+        }
+        self.wire.expects.push_back(Expect::Sync { hidden: true });
         self.wire.pump(Until::Answered).await?;
+        let mut ok = true;
         if self.wire.status == b'T' {
             if let Err(error) = self.commit(false).await? {
                 self.wire.to_client.extend_from_slice(&error);
+                ok = false;
             }
         } else if self.wire.status == b'E' {
             self.hidden_query("ROLLBACK").await?;
         }
         self.forget_transaction();
+        Ok(ok)
+    }
+
+    async fn sync(&mut self, frame: &[u8]) -> Result<(), End> {
+        self.skip_until_sync = false;
+        self.in_batch = false;
+        self.statements.end_batch();
+        if self.settings_touched {
+            // If the batch failed, its settings are gone.
+            self.facts = None;
+        }
+        if !self.own_block {
+            self.pass(frame, Expect::Sync { hidden: false });
+            return Ok(());
+        }
+        self.commit_batch(Some(frame)).await?;
         build::ready_for_query(&mut self.wire.to_client, self.wire.status);
         Ok(())
     }
@@ -125,10 +125,11 @@ impl Session {
         let (plan, shape, text) = match self.plan(parse.text).await? {
             Planned::One { plan, shape, text } => (plan, shape, text),
             Planned::Nothing | Planned::Several(_) => {
-                self.statements.prepared.remove(&name);
                 self.pass(frame, Expect::Parse { hidden: false });
+                self.statements.send_statement(name, None);
                 return Ok(());
             }
+            Planned::Skipped => return Ok(()),
             Planned::Refused(refusal) => return self.refuse_extended(&refused(&refusal)).await,
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
@@ -136,6 +137,11 @@ impl Session {
                 return Ok(());
             }
         };
+        if self.statements.is_full() {
+            let error = ClientError::error("53400", "too many prepared statements in one session", "Close some.");
+            return self.refuse_extended(&error).await;
+        }
+        let is_admin = matches!(plan.lane, Lane::Admin(_));
         match &plan.lane {
             Lane::Refused(refusal) => return self.refuse_extended(&refused(refusal)).await,
             Lane::Admin(_) => {
@@ -152,15 +158,12 @@ impl Session {
             _ => self.pass(frame, Expect::Parse { hidden: false }),
         }
         let own_columns = self.own_columns(&name, &plan).await?;
-        if self.statements.prepared.len() >= REMEMBERED_MAX {
-            let error = ClientError::error("53400", "too many prepared statements in one session", "Close some.");
-            return self.refuse_extended(&error).await;
-        }
-        let schema_number = self.hub.schema_number.load(Ordering::Acquire);
-        let prepared = Arc::new(Prepared { text, shape, plan, types, own_columns, schema_number });
-        // A second Parse of the same name is an error of the server's, and the first stays.
-        if name.is_empty() || !self.statements.prepared.contains_key(&name) {
-            self.statements.prepared.insert(name, prepared);
+        let (schema_number, facts) = (self.planned_at, self.facts.clone());
+        let prepared = Arc::new(Prepared { text, shape, plan, types, own_columns, schema_number, facts });
+        if is_admin {
+            self.statements.set_statement(name, prepared);
+        } else {
+            self.statements.send_statement(name, Some(prepared));
         }
         Ok(())
     }
@@ -168,9 +171,13 @@ impl Session {
     async fn bind(&mut self, frame: &Bytes) -> Result<(), End> {
         let bind = Bind::read(frame::body(frame)).map_err(End::ClientProtocol)?;
         let portal = frame.slice_ref(bind.portal);
-        let Some(prepared) = self.statements.prepared.get(bind.statement).cloned() else {
-            self.statements.portals.remove(&portal);
+        self.make_sure(bind.statement).await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
+        let Some(prepared) = self.statements.prepared(bind.statement).cloned() else {
             self.pass(frame, Expect::Bind { hidden: false });
+            self.statements.send_portal(portal, None);
             return Ok(());
         };
         let Some(prepared) = self.renew(frame.slice_ref(bind.statement), prepared).await? else { return Ok(()) };
@@ -181,6 +188,9 @@ impl Session {
         if matches!(prepared.plan.lane, Lane::Admin(_)) {
             self.catch_up().await?;
             build::frame(&mut self.wire.to_client, b'2', |_| {});
+            let parameters = frame.slice_ref(bind.parameters);
+            self.statements.set_portal(portal, Portal { prepared, parameters, rest: None });
+            return Ok(());
         } else if let Mode::Strip { hidden, client_returning } = mode {
             let formats = result_formats(bind.result_formats, client_returning, prepared.own_columns, hidden);
             build::bind_raw(&mut self.wire.to_server, bind.portal, bind.statement, bind.parameters, &formats);
@@ -188,24 +198,34 @@ impl Session {
         } else {
             self.pass(frame, Expect::Bind { hidden: false });
         }
-        if self.statements.portals.len() >= REMEMBERED_MAX {
-            self.statements.portals.clear();
-        }
         let parameters = frame.slice_ref(bind.parameters);
-        self.statements.portals.insert(portal, Portal { prepared, parameters });
+        self.statements.send_portal(portal, Some(Portal { prepared, parameters, rest: None }));
         Ok(())
     }
 
-    /// A statement that was prepared before a change of the schema is planned again, and prepared again on the leader if its
-    /// plan is another one now. `None`: it is refused now, and the client has the error.
+    /// Whether a plan made under other settings, or in another catalog, would be the same now.
+    fn is_current(&self, prepared: &Prepared) -> bool {
+        let same_place = match (&prepared.facts, &self.facts) {
+            (Some(then), Some(now)) => Arc::ptr_eq(then, now) || then.is_same_place(now),
+            _ => false,
+        };
+        same_place
+            && !self.has_own_catalog
+            && prepared.schema_number == self.hub.schema_number.load(Ordering::Acquire)
+    }
+
+    /// A statement that was prepared before a change of the schema, the role or the search path is planned again, and prepared
+    /// again on the leader if its plan is another one now. `None`: it is refused now, and the client has the error.
     async fn renew(&mut self, name: Bytes, old: Arc<Prepared>) -> Result<Option<Arc<Prepared>>, End> {
-        let schema_number = self.hub.schema_number.load(Ordering::Acquire);
-        if old.schema_number == schema_number || matches!(old.plan.lane, Lane::Admin(_)) {
+        let fixed = matches!(old.plan.lane, Lane::Admin(_) | Lane::Control(_));
+        // In a failed block nothing is run, and nothing can be known.
+        if fixed || self.wire.status == b'E' || self.is_current(&old) {
             return Ok(Some(old));
         }
         let (plan, shape) = match self.plan(old.text.as_bytes()).await? {
             Planned::One { plan, shape, .. } => (plan, shape),
             Planned::Nothing | Planned::Several(_) => return Ok(Some(old)),
+            Planned::Skipped => return Ok(None),
             Planned::Refused(refusal) => return self.refuse_extended(&refused(&refusal)).await.map(|()| None),
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
@@ -215,6 +235,9 @@ impl Session {
         };
         if let Lane::Refused(refusal) = &plan.lane {
             return self.refuse_extended(&refused(refusal)).await.map(|()| None);
+        }
+        if self.wire.status == b'E' {
+            return Ok(Some(old));
         }
         let mut own_columns = old.own_columns;
         if plan != old.plan {
@@ -229,10 +252,10 @@ impl Session {
             self.wire.expects.push_back(Expect::Parse { hidden: true });
             own_columns = self.own_columns(&name, &plan).await?;
         }
-        let types = Arc::clone(&old.types);
-        let prepared =
-            Arc::new(Prepared { text: Arc::clone(&old.text), shape, plan, types, own_columns, schema_number });
-        self.statements.prepared.insert(name, Arc::clone(&prepared));
+        let (text, types) = (Arc::clone(&old.text), Arc::clone(&old.types));
+        let (schema_number, facts) = (self.planned_at, self.facts.clone());
+        let prepared = Arc::new(Prepared { text, shape, plan, types, own_columns, schema_number, facts });
+        self.statements.set_statement(name, Arc::clone(&prepared));
         Ok(Some(prepared))
     }
 
@@ -251,14 +274,18 @@ impl Session {
 
     fn plan_named(&self, kind: u8, name: &[u8]) -> Option<&Arc<Prepared>> {
         if kind == b'S' {
-            self.statements.prepared.get(name)
+            self.statements.prepared(name)
         } else {
-            self.statements.portals.get(name).map(|p| &p.prepared)
+            self.statements.portal(name).map(|p| &p.prepared)
         }
     }
 
     async fn describe(&mut self, frame: &Bytes) -> Result<(), End> {
         let (kind, name) = message::kind_and_name(b'D', frame::body(frame)).map_err(End::ClientProtocol)?;
+        self.make_sure(name).await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
         let mode = match self.plan_named(kind, name).map(|p| &p.plan.lane) {
             Some(Lane::Write(write)) => mode_of(write),
             Some(Lane::Admin(Admin::PoolNodes)) => {
@@ -272,31 +299,49 @@ impl Session {
         Ok(())
     }
 
-    async fn close(&mut self, frame: &Bytes) -> Result<(), End> {
+    fn close(&mut self, frame: &Bytes) -> Result<(), End> {
         let (kind, name) = message::kind_and_name(b'C', frame::body(frame)).map_err(End::ClientProtocol)?;
-        if kind == b'S' {
-            self.statements.prepared.remove(name);
-        } else {
-            self.statements.portals.remove(name);
-        }
+        let name = frame.slice_ref(name);
         self.pass(frame, Expect::Close { hidden: false });
+        if kind == b'S' {
+            self.statements.send_statement(name, None);
+        } else {
+            self.statements.send_portal(name, None);
+        }
         Ok(())
     }
 
     async fn execute(&mut self, frame: &Bytes) -> Result<(), End> {
         let (name, rows_max) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
-        let Some(portal) = self.statements.portals.get(name).cloned() else {
-            self.pass(frame, Expect::Execute { mode: Mode::Forward });
+        self.make_sure(name).await?;
+        if self.wire.is_skipping() {
             return Ok(());
+        }
+        let Some(portal) = self.statements.portal(name) else {
+            if !self.hub.replicates() || self.wire.status == b'E' {
+                self.pass(frame, Expect::Execute { mode: Mode::Forward });
+                return Ok(());
+            }
+            // A cursor of SQL, or nothing that we know: whatever it is, it must not write.
+            self.facts = None;
+            return self.execute_guarded(frame).await;
         };
-        let plan = Arc::clone(&portal.prepared.plan);
+        if portal.rest.is_some() {
+            return self.give_part(name, rows_max).await;
+        }
+        let (prepared, parameters) = (Arc::clone(&portal.prepared), portal.parameters.clone());
+        let plan = Arc::clone(&prepared.plan);
         match &plan.lane {
             Lane::Read { guard: false, copy_in: false } if !plan.drops_prepared => {
                 self.pass(frame, Expect::Execute { mode: Mode::Forward });
-                self.after(&plan);
+                self.after(&plan, &prepared.text, true);
                 Ok(())
             }
-            Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.execute_guarded(frame).await,
+            Lane::Read { guard: true, .. } if self.wire.status != b'E' => {
+                let done = self.execute_guarded(frame).await;
+                self.after(&plan, &prepared.text, true);
+                done
+            }
             Lane::Read { copy_in, .. } => {
                 self.wire.clear_results();
                 self.pass(frame, Expect::Execute { mode: Mode::Forward });
@@ -306,7 +351,7 @@ impl Session {
                     self.pass_copy_data(None).await?;
                     self.wire.pump(Until::Answered).await?;
                 }
-                self.after(&plan);
+                self.after(&plan, &prepared.text, self.wire.results.error.is_none());
                 Ok(())
             }
             Lane::Maintenance => {
@@ -315,22 +360,22 @@ impl Session {
                 build::flush(&mut self.wire.to_server);
                 self.wire.pump(Until::Answered).await?;
                 if self.wire.results.error.is_none() {
-                    self.maintain_followers(&portal.prepared.text);
+                    self.maintain_followers(&prepared.text);
                 }
                 Ok(())
             }
             Lane::Admin(Admin::PoolNodes) => {
                 self.catch_up().await?;
-                crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client).await;
+                crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client);
                 Ok(())
             }
             Lane::Control(control) => {
                 let done = self.execute_control(frame, control).await;
-                self.after(&plan);
+                self.after(&plan, &prepared.text, true);
                 done
             }
             Lane::Refused(refusal) => self.refuse_extended(&refused(refusal)).await,
-            Lane::Write(write) => self.execute_write(frame, write, &portal, rows_max).await,
+            Lane::Write(write) => self.execute_write(frame, write, &prepared, &parameters, rows_max).await,
         }
     }
 
@@ -364,9 +409,27 @@ impl Session {
         self.catch_up().await
     }
 
-    async fn execute_write(&mut self, frame: &Bytes, write: &Write, portal: &Portal, rows_max: u32) -> Result<(), End> {
-        let prepared = &portal.prepared;
-        if let Some(refusal) = self.refuse_execution(write, portal, rows_max)? {
+    async fn execute_write(
+        &mut self,
+        frame: &Bytes,
+        write: &Write,
+        prepared: &Arc<Prepared>,
+        parameters: &Bytes,
+        rows_max: u32,
+    ) -> Result<(), End> {
+        if self.facts.is_none() && self.wire.status != b'E' {
+            // A setting was changed since Bind: the effect is made under what holds now.
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(());
+            }
+            if let Some(error) = self.read_context().await? {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                self.skip_until_sync = true;
+                return Ok(());
+            }
+        }
+        if let Some(refusal) = self.refuse_execution(write, prepared, parameters)? {
             return self.refuse_extended(&refusal).await;
         }
         self.open_block_in_batch();
@@ -380,8 +443,11 @@ impl Session {
         let position = self.log.position();
         self.wire.clear_results();
         let mode = mode_of(write);
-        if rows_max > 0 && matches!(mode, Mode::Strip { client_returning: false, .. }) {
-            let (name, _) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
+        let (name, _) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
+        // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
+        let in_parts = rows_max > 0 && write.client_returning;
+        (self.wire.hold_rows, self.wire.hold_tag) = (in_parts, in_parts);
+        if rows_max > 0 {
             build::execute(&mut self.wire.to_server, name, 0);
             self.wire.expects.push_back(Expect::Execute { mode });
         } else {
@@ -389,7 +455,10 @@ impl Session {
         }
         build::flush(&mut self.wire.to_server);
         let types = Arc::clone(&prepared.types);
-        let effect = self.take_write(write, &prepared.shape, &prepared.text, &portal.parameters, types).await?;
+        let taken = self.take_write(write, &prepared.shape, &prepared.text, parameters, types).await;
+        self.wire.hold_tag = false;
+        let rows = self.wire.take_held_rows();
+        let effect = taken?;
         if self.wire.results.error.is_some() {
             self.log.truncate(position);
             return Ok(());
@@ -399,31 +468,65 @@ impl Session {
             Ok(()) if !self.still_planned(&text, &prepared.plan, prepared.schema_number).await? => {
                 Err(schema_changed())
             }
+            Ok(()) if rows.is_none() => Err(ClientError::error(
+                "54000",
+                "the rows of a RETURNING that is fetched in parts are more than 16 MB",
+                "Fetch all rows at once.",
+            )),
             effect => effect,
         };
         if let Err(error) = effect {
             self.log.truncate(position);
+            if self.wire.is_skipping() {
+                // The server failed at our request (a COPY), and the client has not heard why.
+                error.write(&mut self.wire.to_client);
+                return Ok(());
+            }
             return self.refuse_extended(&error).await;
+        }
+        if in_parts {
+            let rest = Rest { rows: rows.unwrap_or_default(), tag: self.wire.results.tag.clone().unwrap_or_default() };
+            if let Some(portal) = self.statements.portal_mut(name) {
+                portal.rest = Some(rest);
+            }
+            return self.give_part(name, rows_max).await;
+        }
+        Ok(())
+    }
+
+    /// The next rows of a portal that has run, as many as the client asks for (0: all).
+    async fn give_part(&mut self, name: &[u8], rows_max: u32) -> Result<(), End> {
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
+        let Some(rest) = self.statements.portal_mut(name).and_then(|portal| portal.rest.as_mut()) else { return Ok(()) };
+        let all = rest.rows.len();
+        let part = usize::try_from(rows_max).ok().filter(|n| *n > 0).unwrap_or(usize::MAX);
+        for row in rest.rows.drain(..part.min(all)) {
+            self.wire.to_client.extend_from_slice(&row);
+        }
+        if all >= part {
+            build::frame(&mut self.wire.to_client, b's', |_| {});
+        } else {
+            crate::session::effect::put_tag(&mut self.wire.to_client, &rest.tag);
         }
         Ok(())
     }
 
     /// Why this execution can not be carried to followers.
-    fn refuse_execution(&self, write: &Write, portal: &Portal, rows_max: u32) -> Result<Option<ClientError>, End> {
+    fn refuse_execution(
+        &self,
+        write: &Write,
+        prepared: &Prepared,
+        parameters: &[u8],
+    ) -> Result<Option<ClientError>, End> {
         if let Some(refusal) = self.refuses_write(write) {
             return Ok(Some(refusal));
         }
-        if rows_max > 0 && write.client_returning && !write.hidden_returning.is_empty() {
-            return Ok(Some(ClientError::error(
-                "0A000",
-                "INSERT ... RETURNING in parts (Execute with a row limit) is not supported",
-                "Fetch all rows at once.",
-            )));
-        }
         if let EffectPlan::Text { dates_matter: true, .. } = &write.effect {
-            let values = message::text_parameters(&portal.parameters).map_err(End::ClientProtocol)?;
-            let texts: Vec<Option<&str>> = values.iter().map(|v| std::str::from_utf8(v).ok()).collect();
-            if write.reads_clock(&portal.prepared.text, &portal.prepared.shape, &texts) {
+            let texts = parameters::texts(&prepared.types, parameters).map_err(End::ClientProtocol)?;
+            if write.reads_clock(&prepared.text, &prepared.shape, &texts) {
                 return Ok(Some(refused(&crate::sql::refuse::clock_literal())));
             }
         }
@@ -456,8 +559,8 @@ impl Session {
                 self.forget_transaction();
                 return Ok(());
             }
-            Control::Savepoint { name } => {
-                if let Err(error) = self.savepoint(name) {
+            Control::Savepoint { .. } => {
+                if let Err(error) = self.may_savepoint() {
                     return self.refuse_extended(&error).await;
                 }
             }

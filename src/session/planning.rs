@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -70,6 +71,8 @@ pub enum Planned {
     Refused(Refusal),
     /// The leader answered the catalog query with this error.
     Failed(Bytes),
+    /// An earlier message of the batch failed: the leader skips to the next Sync.
+    Skipped,
 }
 
 fn refusal(message: &str, hint: &str) -> Refusal {
@@ -85,11 +88,18 @@ impl Session {
         let Some(text) = readable(text) else {
             return Ok(self.unreadable(text));
         };
-        let failed = self.wire.status == b'E';
-        if !failed && self.facts.is_none() {
-            if let Some(error) = self.read_context().await? {
-                return Ok(Planned::Failed(error));
+        if self.facts.is_none() {
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(Planned::Skipped);
             }
+        }
+        let failed = self.wire.status == b'E';
+        if !failed
+            && self.facts.is_none()
+            && let Some(error) = self.read_context().await?
+        {
+            return Ok(Planned::Failed(error));
         }
         self.planned_at = self.hub.schema_number.load(Ordering::Acquire);
         let shape = shape::mask(&text);
@@ -100,8 +110,8 @@ impl Session {
         }
         let mut statements = match parse::parse(&text) {
             Ok(statements) => statements,
-            Err(_) => {
-                let plan = Arc::new(classify::unparsed());
+            Err(error) => {
+                let plan = Arc::new(classify::unparsable(&error, &text));
                 return Ok(Planned::One { plan, shape, text });
             }
         };
@@ -115,6 +125,12 @@ impl Session {
             }
         };
         let needs = Needs::of(&statement);
+        // Answers to what the client sent before come first: an error among them is not the catalog query's.
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(Planned::Skipped);
+        }
+        let failed = self.wire.status == b'E';
         let facts = if needs.is_empty() || failed {
             Facts::default()
         } else {
@@ -152,7 +168,7 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn still_planned(&mut self, text: &str, plan: &Plan, made_at: u64) -> Result<bool, End> {
-        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.has_own_catalog {
+        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.log.ddl {
             return Ok(true);
         }
         let results = std::mem::take(&mut self.wire.results);
@@ -161,12 +177,10 @@ impl Session {
         Ok(matches!(now, Planned::One { plan: now, .. } if *now == *plan))
     }
 
+    /// Database, role and settings are part of the key: a name or a rule may mean something else under others.
     fn key(&self, masked: &str) -> String {
         let number = self.hub.schema_number.load(Ordering::Acquire);
-        let (role, path) = self.facts.as_ref().map_or(("", ""), |f| {
-            (f.context.role.as_str(), f.context.settings.get(SEARCH_PATH).map_or("", String::as_str))
-        });
-        format!("{number}\0{}\0{role}\0{path}\0{masked}", self.database)
+        format!("{number}\0{}\0{:x}\0{masked}", self.database, self.context_hash)
     }
 
     /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
@@ -186,7 +200,7 @@ impl Session {
     }
 
     /// Reads role and settings of the leader's session again. Gives the error if the server had one.
-    async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
+    pub async fn read_context(&mut self) -> Result<Option<Bytes>, End> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
         self.hidden("pgtandem_p", "pgtandem_context", &[]);
@@ -213,6 +227,9 @@ impl Session {
             Arc::new(facts)
         });
         self.context = self.facts.as_ref().map(|f| Arc::new(f.context.clone()));
+        let mut hasher = std::hash::DefaultHasher::new();
+        self.context.hash(&mut hasher);
+        self.context_hash = hasher.finish();
     }
 
     /// One row with one text from the catalog, on the session's own connection: it sees its own uncommitted DDL.

@@ -13,8 +13,8 @@ use crate::replicate::effects::{EffectLog, Position};
 use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
 use crate::replicate::schema::{Context, SessionFacts};
-use crate::session::extended::Statements;
 use crate::session::planning::PlanCache;
+use crate::session::statements::Statements;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
 
 /// What the sessions of one thread share.
@@ -43,6 +43,8 @@ pub struct Session {
     pub facts: Option<Arc<SessionFacts>>,
     /// The context of the effects that are made now.
     pub context: Option<Arc<Context>>,
+    /// Of the context, as part of the key of plans.
+    pub context_hash: u64,
     /// Settings changed in this transaction: its end may change them back.
     pub settings_touched: bool,
     /// Schema number of the last plan.
@@ -91,6 +93,7 @@ impl Session {
             next_mark: 0,
             facts: None,
             context: None,
+            context_hash: 0,
             settings_touched: false,
             planned_at: 0,
             held_tag: None,
@@ -117,8 +120,8 @@ impl Session {
         match &end {
             End::ServerGone => {
                 let _ = self.wire.flush_client().await;
-                // Whatever the server said last, a FATAL of its own for example, has been passed on.
-                if self.wire.results.error.is_none() {
+                // A FATAL of the server's own has been passed on.
+                if !self.wire.fatal_told {
                     self.tell_fatal(&ClientError::fatal(
                         "57P01",
                         "terminating connection: the connection to the leader's PostgreSQL ended",
@@ -169,7 +172,7 @@ impl Session {
 
     async fn message(&mut self, frame: BytesMut) -> Result<(), End> {
         let tag = frame[0];
-        if self.skip_until_sync && !matches!(tag, b'S' | b'X') {
+        if (self.skip_until_sync || self.wire.is_skipping()) && !matches!(tag, b'S' | b'X') {
             return Ok(());
         }
         match tag {
@@ -178,7 +181,7 @@ impl Session {
             b'X' => Err(End::ClientGone),
             b'F' => self.function_call(frame.freeze()).await,
             // What is left of a COPY that failed; the server ignores it, too.
-            b'd' | b'c' | b'f' => Ok(()),
+            b'd' | b'c' | b'f' if self.hub.replicates() => Ok(()),
             _ => {
                 self.wire.to_server.extend_from_slice(&frame);
                 Ok(())
@@ -241,14 +244,20 @@ impl Session {
         self.wire.status != b'I' || self.own_block
     }
 
+    /// Whether one more savepoint can be remembered.
+    ///
     /// # Errors
     /// Past [`SAVEPOINTS_MAX`].
-    pub fn savepoint(&mut self, name: &str) -> Result<(), ClientError> {
+    pub fn may_savepoint(&self) -> Result<(), ClientError> {
         if self.savepoints.len() >= SAVEPOINTS_MAX {
             return Err(ClientError::error("54000", "too many savepoints in one transaction", "Release some."));
         }
-        self.savepoints.push((name.to_owned(), self.log.position()));
         Ok(())
+    }
+
+    /// SAVEPOINT, done by the server.
+    pub fn remember_savepoint(&mut self, name: &str) {
+        self.savepoints.push((name.to_owned(), self.log.position()));
     }
 
     /// RELEASE: this savepoint and those after it are gone.
@@ -267,6 +276,14 @@ impl Session {
         }
     }
 
+    /// A transaction ended: settings made inside may be gone, and the isolation level was of that transaction alone.
+    pub fn forget_settings(&mut self) {
+        if self.settings_touched || self.facts.as_ref().is_some_and(|f| f.isolation != "read committed") {
+            self.facts = None;
+            self.settings_touched = false;
+        }
+    }
+
     /// The transaction is over: its effects are gone.
     pub fn forget_transaction(&mut self) {
         if self.log.ddl {
@@ -275,6 +292,8 @@ impl Session {
         }
         self.log = EffectLog::new(Arc::clone(&self.hub.spill));
         self.savepoints.clear();
+        self.statements.forget_portals();
+        self.forget_settings();
         self.own_block = false;
         self.effects_since = None;
         self.held_tag = None;

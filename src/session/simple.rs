@@ -12,6 +12,7 @@ use crate::pg::frame;
 use crate::session::planning::{Planned, schema_changed};
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
+use crate::sql::lex::{Kind, Lexer};
 use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
 use crate::sql::shape::Shape;
 
@@ -20,19 +21,27 @@ const READ_ONLY_VIOLATION: &[u8] = b"25006";
 
 impl Session {
     pub async fn simple_query(&mut self, frame: Bytes) -> Result<(), End> {
-        // The simple protocol ends whatever batch was open.
-        self.in_batch = false;
         let body = frame::body(&frame);
         let text = body.strip_suffix(b"\0").unwrap_or(body);
+        // Answers to earlier messages of the extended protocol come first; a Query ends their batch.
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
         if !self.hub.replicates() {
+            self.in_batch = false;
             return self.forward(&frame).await;
         }
-        // Answers to earlier messages of the extended protocol come first.
-        self.wire.pump(Until::Answered).await?;
+        if self.own_block && !self.end_own_block_of_batch().await? {
+            build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+            return Ok(());
+        }
+        self.in_batch = false;
         match self.plan(text).await? {
             Planned::One { plan, shape, text } => self.only_statement(&frame, &plan, &shape, &text).await,
             Planned::Several(ranges) => self.several(text, &ranges).await,
             Planned::Nothing => self.forward(&frame).await,
+            Planned::Skipped => Ok(()),
             Planned::Refused(refusal) => self.refuse_simple(&refused(&refusal)).await,
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
@@ -66,12 +75,12 @@ impl Session {
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => {
                 let own = !was_block;
                 let ok = self.guarded_simple(text).await?;
-                self.after(plan);
+                self.after(plan, text, ok);
                 self.end_simple(own, ok).await
             }
             Lane::Read { .. } => {
                 self.forward(frame).await?;
-                self.after(plan);
+                self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
             }
             Lane::Maintenance => {
@@ -82,7 +91,7 @@ impl Session {
                 Ok(())
             }
             Lane::Admin(admin) => {
-                self.answer_admin(*admin).await;
+                self.answer_admin(*admin);
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
                 Ok(())
             }
@@ -91,41 +100,57 @@ impl Session {
                 self.wire.hold_ready = true;
                 let done = self.control(control, text).await;
                 self.wire.hold_ready = false;
-                done?;
-                self.after(plan);
+                let ok = done?;
+                self.after(plan, text, ok);
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
                 Ok(())
             }
             Lane::Write(write) => {
                 let own = !was_block;
                 if own {
-                    self.open_own_block().await?;
+                    self.open_own_block();
                 }
                 let ok = self.write_simple(plan, write, shape, text, own).await?;
-                self.after(plan);
+                self.after(plan, text, ok);
                 self.end_simple(own, ok).await
             }
         }
     }
 
-    /// What must be known differently after a statement.
-    pub fn after(&mut self, plan: &Plan) {
+    /// What must be known differently after a statement. `ok`: it is not known to have failed.
+    pub fn after(&mut self, plan: &Plan, text: &str, ok: bool) {
         if plan.changes_settings {
             self.facts = None;
             self.settings_touched = true;
         }
-        if plan.drops_prepared {
+        if plan.drops_prepared && ok {
             self.statements.clear();
             self.reprepare();
+        }
+        if matches!(plan.lane, Lane::Read { .. }) {
+            let mut words = words(text);
+            match words.next().map(str::to_ascii_lowercase).as_deref() {
+                // Definitions in this lane are of temp objects, which hide permanent ones from this session alone.
+                Some("create" | "alter" | "drop") => {
+                    self.has_temp_objects = true;
+                    self.has_own_catalog = true;
+                    self.own_plans.clear();
+                }
+                Some("deallocate") => {
+                    if let Some(name) = words.find(|word| !word.eq_ignore_ascii_case("prepare")) {
+                        self.statements.deallocate(name);
+                    }
+                }
+                _ => {}
+            }
         }
     }
 
     /// Opens a block of ours; its answer is swallowed together with the next statement's.
-    async fn open_own_block(&mut self) -> Result<(), End> {
+    fn open_own_block(&mut self) {
         build::query(&mut self.wire.to_server, b"BEGIN");
         self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
         self.own_block = true;
-        Ok(())
     }
 
     /// Ends a statement or text of the simple protocol: commits or rolls back what was ours, and says ready.
@@ -196,7 +221,7 @@ impl Session {
             ok = false;
         }
         if hold_tag {
-            self.held_tag = self.wire.results.tag.clone();
+            self.held_tag.clone_from(&self.wire.results.tag);
         }
         if !ok {
             self.log.truncate(position);
@@ -231,13 +256,18 @@ impl Session {
         types: Arc<[u8]>,
     ) -> Result<Result<(), ClientError>, End> {
         match &write.effect {
-            EffectPlan::Copy { .. } => {
+            EffectPlan::Copy { dates, .. } => {
                 self.wire.pump(Until::AnsweredOrCopy).await?;
                 if !self.wire.results.copy_in {
                     return Ok(Ok(()));
                 }
-                let kept = self.keep_copy_data().await?;
-                self.wire.pump(Until::Answered).await?;
+                let kept = self.keep_copy_data(dates.as_ref()).await?;
+                let done = self.wire.pump(Until::Answered).await;
+                if std::mem::take(&mut self.wire.hide_errors) {
+                    // The COPY was made to fail: the client hears why.
+                    self.wire.results.error = None;
+                }
+                done?;
                 if self.wire.results.error.is_some() {
                     return Ok(Ok(()));
                 }
@@ -275,8 +305,8 @@ impl Session {
                 self.forget_transaction();
                 return Ok(true);
             }
-            Control::Savepoint { name } if self.wire.status == b'T' => {
-                if let Err(error) = self.savepoint(name) {
+            Control::Savepoint { .. } if self.wire.status == b'T' => {
+                if let Err(error) = self.may_savepoint() {
                     self.refuse_in_text(&error).await?;
                     return Ok(false);
                 }
@@ -297,13 +327,9 @@ impl Session {
         match control {
             Control::Begin { with_modes: true } | Control::Other => self.facts = None,
             Control::Commit { .. } | Control::Rollback { .. } if self.wire.status == b'I' || ok => {
-                // Settings made inside may be gone, and the isolation level was of that transaction alone.
-                if self.settings_touched || self.facts.as_ref().is_some_and(|f| f.isolation != "read committed") {
-                    self.facts = None;
-                    self.settings_touched = false;
-                }
                 self.forget_transaction();
             }
+            Control::Savepoint { name } if ok => self.remember_savepoint(name),
             Control::Release { name } if ok => self.release(name),
             Control::RollbackTo { name } if ok => {
                 self.facts = None;
@@ -317,10 +343,11 @@ impl Session {
     /// False: it failed, and the client has the error.
     async fn guarded_simple(&mut self, text: &str) -> Result<bool, End> {
         if self.wire.status == b'I' {
-            self.open_own_block().await?;
+            self.open_own_block();
         }
         if !self.hidden_query("SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY").await? {
-            return self.tell_hidden_error().map(|()| false);
+            self.tell_hidden_error();
+            return Ok(false);
         }
         self.wire.clear_results();
         build::query(&mut self.wire.to_server, text.as_bytes());
@@ -335,11 +362,11 @@ impl Session {
             self.tell_guard_error(&error);
             return Ok(false);
         }
-        if self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await? {
-            Ok(true)
-        } else {
-            self.tell_hidden_error().map(|()| false)
+        let released = self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await?;
+        if !released {
+            self.tell_hidden_error();
         }
+        Ok(released)
     }
 
     /// The error of a guarded statement; one that tells of a write becomes a refusal.
@@ -356,11 +383,10 @@ impl Session {
         }
     }
 
-    fn tell_hidden_error(&mut self) -> Result<(), End> {
+    fn tell_hidden_error(&mut self) {
         if let Some(error) = self.wire.results.error.take() {
             self.wire.to_client.extend_from_slice(&error_frame(&error));
         }
-        Ok(())
     }
 
     /// Several statements in one text: one by one, in one transaction unless they say otherwise.
@@ -384,7 +410,7 @@ impl Session {
     async fn one_of_several(&mut self, part: &[u8], own: &mut bool) -> Result<bool, End> {
         let (plan, shape, text) = match self.plan(part).await? {
             Planned::One { plan, shape, text } => (plan, shape, text),
-            Planned::Nothing | Planned::Several(_) => return Ok(true),
+            Planned::Nothing | Planned::Several(_) | Planned::Skipped => return Ok(true),
             Planned::Refused(refusal) => return self.refuse_in_text(&refused(&refusal)).await.map(|()| false),
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
@@ -393,11 +419,11 @@ impl Session {
         };
         if let Lane::Control(control) = &plan.lane {
             let done = self.control_in_text(control, &text, own).await?;
-            self.after(&plan);
+            self.after(&plan, &text, done);
             return Ok(done);
         }
         if self.wire.status == b'I' && !self.own_block && !matches!(plan.lane, Lane::Maintenance | Lane::Admin(_)) {
-            self.open_own_block().await?;
+            self.open_own_block();
             *own = true;
         }
         let ok = match &plan.lane {
@@ -407,7 +433,7 @@ impl Session {
                 false
             }
             Lane::Admin(admin) => {
-                self.answer_admin(*admin).await;
+                self.answer_admin(*admin);
                 true
             }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
@@ -426,7 +452,7 @@ impl Session {
                 ok
             }
         };
-        self.after(&plan);
+        self.after(&plan, &text, ok);
         Ok(ok)
     }
 
@@ -493,9 +519,9 @@ impl Session {
         done
     }
 
-    async fn answer_admin(&mut self, admin: Admin) {
+    fn answer_admin(&mut self, admin: Admin) {
         match admin {
-            Admin::PoolNodes => crate::proxy::admin::pool_nodes(&self.hub, &mut self.wire.to_client).await,
+            Admin::PoolNodes => crate::proxy::admin::pool_nodes(&self.hub, &mut self.wire.to_client),
         }
     }
 
@@ -504,6 +530,13 @@ impl Session {
         let (hub, database, text) = (Arc::clone(&self.hub), Arc::clone(&self.database), text.to_owned());
         tokio::task::spawn_local(async move { crate::replicate::maintain::run(&hub, &database, &text).await });
     }
+}
+
+/// The words of a statement, identifiers without their quotes.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    let kept = |kind| matches!(kind, Kind::Word | Kind::QuotedIdentifier);
+    let tokens = Lexer::new(text).filter(move |token| kept(token.kind));
+    tokens.filter_map(|token| text.get(token.range)).map(|word| word.trim_matches('"'))
 }
 
 #[must_use]

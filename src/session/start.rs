@@ -35,12 +35,11 @@ pub async fn serve(mut client: TcpStream, hub: Arc<Hub>, thread: Thread) {
     let limit = Duration::from_millis(LOGIN_MS_MAX);
     let session = match tokio::time::timeout(limit, open(&mut client, &hub)).await {
         Ok(Ok(Some(opened))) => log_in(client, &hub, thread, opened).await,
-        Ok(Ok(None)) => return,
         Ok(Err(error)) => {
             tell(&mut client, &error).await;
             return;
         }
-        Err(_) => return,
+        Ok(Ok(None)) | Err(_) => return,
     };
     if let Some(session) = session {
         hub.counters.sessions.fetch_add(1, Ordering::Relaxed);
@@ -147,10 +146,7 @@ async fn log_in(client: TcpStream, hub: &Arc<Hub>, thread: Thread, opened: Opene
     let Opened { start, rest, server, epoch, secret } = opened;
     let mut wire = Wire::new(client, server, rest, BytesMut::new());
     let limit = Duration::from_millis(LOGIN_MS_MAX);
-    let (pid, ready) = match tokio::time::timeout(limit, authenticate(&mut wire, &start)).await {
-        Ok(Ok(done)) => done,
-        _ => return None,
-    };
+    let Ok(Ok((pid, ready))) = tokio::time::timeout(limit, authenticate(&mut wire, &start)).await else { return None };
     let database: Arc<str> = start.database.as_str().into();
     match enter(&mut wire, epoch, &secret).await {
         Ok(()) => {}

@@ -110,6 +110,10 @@ pub enum Until {
     Rows,
 }
 
+/// What waits from the server while something is written to it; past that it is taken first.
+const IN_BYTES_MAX: usize = 256 * 1024;
+/// Rows of one portal that wait for a client which fetches in parts.
+const HELD_BYTES_MAX: usize = 16 << 20;
 /// Stripped rows are handed over at this many bytes.
 const ROWS_BYTES_MAX: usize = 256 * 1024;
 
@@ -136,6 +140,15 @@ pub struct Wire {
     pub position_offset: usize,
     /// Errors of the statement under way are kept in `results` alone, not shown.
     pub hide_errors: bool,
+    /// Whether each `Parse`, `Bind` and `Close` of the client's was done (or lost to an error before it), in order. Taken by
+    /// the session before every message of the extended protocol.
+    pub outcomes: VecDeque<bool>,
+    /// Rows for the client go to `held_rows`: it fetches in parts.
+    pub hold_rows: bool,
+    pub held_rows: VecDeque<BytesMut>,
+    held_bytes: usize,
+    /// The client has seen a FATAL of the server's own.
+    pub fatal_told: bool,
 }
 
 impl Wire {
@@ -157,7 +170,21 @@ impl Wire {
             hold_tag: false,
             position_offset: 0,
             hide_errors: false,
+            outcomes: VecDeque::new(),
+            hold_rows: false,
+            held_rows: VecDeque::new(),
+            held_bytes: 0,
+            fatal_told: false,
         }
+    }
+
+    /// The rows that were held back; `None`: there were more than are kept.
+    pub fn take_held_rows(&mut self) -> Option<VecDeque<BytesMut>> {
+        self.hold_rows = false;
+        let rows = std::mem::take(&mut self.held_rows);
+        let all = self.held_bytes <= HELD_BYTES_MAX;
+        self.held_bytes = 0;
+        all.then_some(rows)
     }
 
     /// Writes what waits for the client.
@@ -172,15 +199,33 @@ impl Wire {
         Ok(())
     }
 
-    /// Writes what waits for the server.
+    /// Writes what waits for the server, and reads meanwhile: a server that can not get rid of its answers reads nothing more.
     ///
     /// # Errors
-    /// If it is gone.
+    /// If one of both sides is gone or breaks the protocol.
     pub async fn flush_server(&mut self) -> Result<(), End> {
-        if !self.to_server.is_empty() {
-            self.server.write_all(&self.to_server).await.map_err(|_| End::ServerGone)?;
-            shrink(&mut self.to_server);
+        let mut sent = 0;
+        while sent < self.to_server.len() {
+            if self.from_server.len() > IN_BYTES_MAX {
+                self.absorb()?;
+                self.flush_client().await?;
+            }
+            self.from_server.reserve(READ_BYTES);
+            let (mut read, mut write) = self.server.split();
+            let rest = self.to_server.get(sent..).unwrap_or_default();
+            tokio::select! {
+                biased;
+                n = write.write(rest) => match n {
+                    Ok(n) if n > 0 => sent += n,
+                    _ => return Err(End::ServerGone),
+                },
+                n = read.read_buf(&mut self.from_server) => match n {
+                    Ok(n) if n > 0 => {}
+                    _ => return Err(End::ServerGone),
+                },
+            }
         }
+        shrink(&mut self.to_server);
         Ok(())
     }
 
@@ -284,13 +329,13 @@ impl Wire {
                 return Ok(());
             }
             let frame = self.from_server.split_to(header.frame_bytes);
-            self.take(header.tag, frame)?;
+            self.take(header.tag, &frame)?;
         }
     }
 
     /// Whether rows and the like of the statement under way go to the client as they are.
     fn forwards(&self) -> bool {
-        matches!(
+        !self.hold_rows && matches!(
             self.expects.front(),
             Some(Expect::Execute { mode: Mode::Forward } | Expect::Query { mode: Mode::Forward })
         )
@@ -331,16 +376,16 @@ impl Wire {
         Ok(true)
     }
 
-    fn take(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+    fn take(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         match tag {
             // Not an answer to anything.
             b'N' if self.position_offset > 0 => {
-                let shifted = self.shift_position(&frame);
+                let shifted = self.shift_position(frame);
                 self.to_client.extend_from_slice(&shifted);
             }
-            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(&frame),
-            b'E' => self.take_error(&frame),
-            b'Z' => self.take_ready(&frame)?,
+            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(frame),
+            b'E' => self.take_error(frame),
+            b'Z' => self.take_ready(frame)?,
             _ => self.take_answer(tag, frame)?,
         }
         Ok(())
@@ -354,13 +399,21 @@ impl Wire {
         if !hidden {
             let shifted = self.shift_position(frame);
             self.to_client.extend_from_slice(&shifted);
+            self.fatal_told |= matches!(message::error_field(frame::body(frame), b'V'), Some(b"FATAL" | b"PANIC"));
         }
         self.results.copy_in = false;
         match self.expects.front() {
             // The end of a simple query, or of the batch, still comes.
             Some(Expect::Query { .. } | Expect::Function | Expect::Sync { .. }) | None => {}
             Some(_) => {
-                while self.expects.front().is_some_and(|e| !matches!(e, Expect::Sync { .. } | Expect::Query { .. })) {
+                while let Some(lost) = self.expects.front() {
+                    match lost {
+                        Expect::Sync { .. } | Expect::Query { .. } => break,
+                        Expect::Parse { hidden: false }
+                        | Expect::Bind { hidden: false }
+                        | Expect::Close { hidden: false } => self.outcomes.push_back(false),
+                        _ => {}
+                    }
                     self.expects.pop_front();
                 }
                 self.skipping = self.expects.is_empty();
@@ -384,19 +437,22 @@ impl Wire {
         Ok(())
     }
 
-    fn take_answer(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+    fn take_answer(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         let Some(expect) = self.expects.front().copied() else {
             // An answer that nobody waits for: only what the client's own message outside our sight brought.
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
             return Ok(());
         };
         let hidden = match expect {
             Expect::Parse { hidden } | Expect::Bind { hidden } | Expect::Close { hidden } => {
                 self.expects.pop_front();
+                if !hidden {
+                    self.outcomes.push_back(true);
+                }
                 hidden
             }
             Expect::Describe { mode } => {
-                return self.take_description(tag, &frame, mode);
+                return self.take_description(tag, frame, mode);
             }
             Expect::Execute { mode } => {
                 if matches!(tag, b'C' | b'I' | b's') {
@@ -408,7 +464,7 @@ impl Wire {
             Expect::Function | Expect::Sync { .. } => false,
         };
         if !hidden {
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
         }
         Ok(())
     }
@@ -436,21 +492,21 @@ impl Wire {
         Ok(())
     }
 
-    fn take_result(&mut self, tag: u8, frame: BytesMut, mode: Mode) -> Result<(), End> {
+    fn take_result(&mut self, tag: u8, frame: &BytesMut, mode: Mode) -> Result<(), End> {
         match (tag, mode) {
             (b'D', Mode::Strip { hidden, client_returning }) => {
-                self.take_stripped_row(&frame, hidden, client_returning).map_err(End::ServerProtocol)?;
+                self.take_stripped_row(frame, hidden, client_returning).map_err(End::ServerProtocol)?;
                 return Ok(());
             }
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(&frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 }
                 return Ok(());
             }
             (b'D', Mode::Hidden) => {
-                let mut r = Reader::new(b'D', frame::body(&frame));
+                let mut r = Reader::new(b'D', frame::body(frame));
                 let columns = r.u16().map_err(End::ServerProtocol)?;
                 let value = if columns == 0 { None } else { r.value().map_err(End::ServerProtocol)? };
                 self.results.values.push(value.map(Bytes::copy_from_slice));
@@ -460,20 +516,36 @@ impl Wire {
         }
         match tag {
             b'C' => {
-                let body = frame::body(&frame);
+                let body = frame::body(frame);
                 self.results.tag = Some(Bytes::copy_from_slice(body.strip_suffix(b"\0").unwrap_or(body)));
                 if self.hold_tag {
                     return Ok(());
                 }
+            }
+            b'D' if self.hold_rows => {
+                self.give_row(frame);
+                return Ok(());
             }
             b's' => self.results.suspended = true,
             b'G' => self.results.copy_in = true,
             _ => {}
         }
         if mode != Mode::Hidden {
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
         }
         Ok(())
+    }
+
+    /// A row for the client: now, or in the part that it will ask for.
+    fn give_row(&mut self, row: BytesMut) {
+        if !self.hold_rows {
+            self.to_client.extend_from_slice(&row);
+            return;
+        }
+        self.held_bytes = self.held_bytes.saturating_add(row.len() + size_of::<BytesMut>());
+        if self.held_bytes <= HELD_BYTES_MAX {
+            self.held_rows.push_back(row);
+        }
     }
 
     fn take_stripped_row(&mut self, frame: &BytesMut, hidden: usize, client_returning: bool) -> Result<(), FrameError> {
@@ -487,10 +559,12 @@ impl Wire {
         let ours = r.rest();
         if client_returning {
             let kept = &body[2..body.len() - ours.len()];
-            build::frame(&mut self.to_client, b'D', |b| {
+            let mut row = BytesMut::with_capacity(HEADER_BYTES + 2 + kept.len());
+            build::frame(&mut row, b'D', |b| {
                 b.extend_from_slice(&u16::try_from(own).unwrap_or(0).to_be_bytes());
                 b.extend_from_slice(kept);
             });
+            self.give_row(row);
         }
         self.results.row_bytes += ours.len() + size_of::<Bytes>();
         self.results.rows.push(Bytes::copy_from_slice(ours));

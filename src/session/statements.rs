@@ -1,0 +1,227 @@
+//! What a session has prepared and bound, by name, as the server knows it.
+//!
+//! Messages are passed before the server has answered, so an entry may turn out not to be there: the message failed, or an
+//! error before it made the server skip it. Every change is remembered until its outcome is known, and is undone if it was
+//! lost. An entry that is wrong would let a write pass as a read.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+use crate::replicate::schema::SessionFacts;
+use crate::sql::plan::Plan;
+use crate::sql::shape::Shape;
+
+/// Prepared statements and portals that a session remembers.
+pub const REMEMBERED_MAX: usize = 100_000;
+
+/// A statement that the client prepared.
+#[derive(Debug)]
+pub struct Prepared {
+    pub text: Arc<str>,
+    pub shape: Shape,
+    pub plan: Arc<Plan>,
+    /// As in `Parse`.
+    pub types: Arc<[u8]>,
+    /// Columns of the client's own RETURNING, if there are hidden ones, too.
+    pub own_columns: usize,
+    pub schema_number: u64,
+    /// Under which role and settings it was planned; `None`: not known.
+    pub facts: Option<Arc<SessionFacts>>,
+}
+
+#[derive(Debug)]
+pub struct Portal {
+    pub prepared: Arc<Prepared>,
+    /// As in `Bind`.
+    pub parameters: Bytes,
+    /// It has run, and the client fetches its rows in parts.
+    pub rest: Option<Rest>,
+}
+
+/// Rows of a write that the client has not asked for yet.
+#[derive(Debug)]
+pub struct Rest {
+    /// As frames.
+    pub rows: VecDeque<BytesMut>,
+    /// The command tag.
+    pub tag: Bytes,
+}
+
+/// A change that was sent to the server.
+#[derive(Debug)]
+struct Change {
+    /// Number of Syncs before it.
+    batch: u64,
+    name: Bytes,
+    before: Before,
+}
+
+#[derive(Debug)]
+enum Before {
+    Statement(Option<Arc<Prepared>>),
+    Portal(Option<Portal>),
+}
+
+/// What a session has prepared and bound, by name.
+#[derive(Debug, Default)]
+pub struct Statements {
+    prepared: HashMap<Bytes, Arc<Prepared>>,
+    portals: HashMap<Bytes, Portal>,
+    changes: VecDeque<Change>,
+    batch: u64,
+}
+
+impl Statements {
+    /// All prepared statements are gone; everything that was sent has been answered.
+    pub fn clear(&mut self) {
+        *self = Self { batch: self.batch, ..Self::default() };
+    }
+
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.prepared.len() >= REMEMBERED_MAX
+    }
+
+    /// A Sync was sent.
+    pub fn end_batch(&mut self) {
+        self.batch += 1;
+    }
+
+    #[must_use]
+    pub fn prepared(&self, name: &[u8]) -> Option<&Arc<Prepared>> {
+        self.prepared.get(name)
+    }
+
+    #[must_use]
+    pub fn portal(&self, name: &[u8]) -> Option<&Portal> {
+        self.portals.get(name)
+    }
+
+    pub fn portal_mut(&mut self, name: &[u8]) -> Option<&mut Portal> {
+        self.portals.get_mut(name)
+    }
+
+    /// `Parse` or `Close` of a statement was sent to the server.
+    pub fn send_statement(&mut self, name: Bytes, prepared: Option<Arc<Prepared>>) {
+        let before = match prepared {
+            Some(prepared) => self.prepared.insert(name.clone(), prepared),
+            None => self.prepared.remove(&name),
+        };
+        self.changes.push_back(Change { batch: self.batch, name, before: Before::Statement(before) });
+    }
+
+    /// `Bind` or `Close` of a portal was sent to the server.
+    pub fn send_portal(&mut self, name: Bytes, portal: Option<Portal>) {
+        let before = match portal {
+            Some(portal) => self.portals.insert(name.clone(), portal),
+            None => self.portals.remove(&name),
+        };
+        self.changes.push_back(Change { batch: self.batch, name, before: Before::Portal(before) });
+    }
+
+    /// The server has it already, or never will.
+    pub fn set_statement(&mut self, name: Bytes, prepared: Arc<Prepared>) {
+        self.prepared.insert(name, prepared);
+    }
+
+    /// The server never will have it.
+    pub fn set_portal(&mut self, name: Bytes, portal: Portal) {
+        self.portals.insert(name, portal);
+    }
+
+    /// `DEALLOCATE name`, by SQL.
+    pub fn deallocate(&mut self, name: &str) {
+        self.prepared.remove(name.as_bytes());
+    }
+
+    /// Portals end with their transaction. What was bound outside of one and not executed yet is then not known, which is safe.
+    pub fn forget_portals(&mut self) {
+        if self.changes.is_empty() {
+            self.portals.clear();
+        }
+    }
+
+    /// Takes the outcomes of what was sent, in order.
+    pub fn settle(&mut self, outcomes: &mut VecDeque<bool>) {
+        for done in outcomes.drain(..) {
+            let Some(change) = self.changes.pop_front() else { continue };
+            if !done {
+                self.undo(change);
+            }
+        }
+    }
+
+    fn undo(&mut self, lost: Change) {
+        // A later change of the same name stays, and what it would fall back to is what was before this one.
+        for later in &mut self.changes {
+            if later.name != lost.name {
+                continue;
+            }
+            match (&mut later.before, &lost.before) {
+                (Before::Statement(_), Before::Statement(_)) | (Before::Portal(_), Before::Portal(_)) => {
+                    later.before = lost.before;
+                    return;
+                }
+                _ => {}
+            }
+        }
+        match lost.before {
+            Before::Statement(Some(prepared)) => drop(self.prepared.insert(lost.name, prepared)),
+            Before::Statement(None) => drop(self.prepared.remove(&lost.name)),
+            Before::Portal(Some(portal)) => drop(self.portals.insert(lost.name, portal)),
+            Before::Portal(None) => drop(self.portals.remove(&lost.name)),
+        }
+    }
+
+    /// Whether what is known of a name hangs on an answer to an earlier batch, so that an error there would not keep a message of
+    /// this batch from running.
+    #[must_use]
+    pub fn is_uncertain(&self, name: &[u8]) -> bool {
+        self.changes.iter().take_while(|change| change.batch < self.batch).any(|change| change.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sql::{classify, shape};
+
+    fn prepared(text: &str) -> Arc<Prepared> {
+        Arc::new(Prepared {
+            text: text.into(),
+            shape: shape::mask(text),
+            plan: Arc::new(classify::unparsed()),
+            types: Arc::from([]),
+            own_columns: 0,
+            schema_number: 0,
+            facts: None,
+        })
+    }
+
+    fn text<'s>(statements: &'s Statements, name: &'static str) -> Option<&'s str> {
+        statements.prepared(name.as_bytes()).map(|p| &*p.text)
+    }
+
+    #[test]
+    fn a_lost_change_is_undone_and_later_ones_stay() {
+        let mut all = Statements::default();
+        let name = || Bytes::from_static(b"s");
+        all.send_statement(name(), Some(prepared("first")));
+        all.end_batch();
+        assert!(all.is_uncertain(b"s") && !all.is_uncertain(b"t"));
+        all.settle(&mut VecDeque::from([true]));
+        assert!(!all.is_uncertain(b"s"));
+        all.send_statement(name(), Some(prepared("second")));
+        all.send_statement(name(), None);
+        all.settle(&mut VecDeque::from([false, false]));
+        assert_eq!(text(&all, "s"), Some("first"));
+        all.send_statement(name(), Some(prepared("third")));
+        all.send_statement(name(), Some(prepared("fourth")));
+        all.settle(&mut VecDeque::from([false]));
+        assert_eq!(text(&all, "s"), Some("fourth"));
+        all.settle(&mut VecDeque::from([false]));
+        assert_eq!(text(&all, "s"), Some("first"));
+    }
+}
