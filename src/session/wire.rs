@@ -335,10 +335,11 @@ impl Wire {
 
     /// Whether rows and the like of the statement under way go to the client as they are.
     fn forwards(&self) -> bool {
-        !self.hold_rows && matches!(
-            self.expects.front(),
-            Some(Expect::Execute { mode: Mode::Forward } | Expect::Query { mode: Mode::Forward })
-        )
+        !self.hold_rows
+            && matches!(
+                self.expects.front(),
+                Some(Expect::Execute { mode: Mode::Forward } | Expect::Query { mode: Mode::Forward })
+            )
     }
 
     /// Moves the run of frames at the start that need no look to the client. Large frames pass before they are whole.
@@ -523,7 +524,7 @@ impl Wire {
                 }
             }
             b'D' if self.hold_rows => {
-                self.give_row(frame);
+                self.give_row(frame.clone());
                 return Ok(());
             }
             b's' => self.results.suspended = true,
