@@ -105,7 +105,8 @@ impl Session {
         let (mut parameters, mut types) = (std::borrow::Cow::Borrowed(parameters), types);
         if !parameters.is_empty() && (write.client_returning || parameters::has_user_types(&types)) {
             let made = parameters::for_text(&follower_text, &types, &parameters);
-            let (new_types, new_parameters) = made.map_err(|error| ClientError::error("08P01", error.to_string(), ""))?;
+            let (new_types, new_parameters) =
+                made.map_err(|error| ClientError::error("08P01", error.to_string(), ""))?;
             types = Arc::from(&new_types[..]);
             parameters = new_parameters.to_vec().into();
         }
