@@ -67,7 +67,7 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(io("signals can not be watched"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals can not be watched"))?;
     let hub = Arc::new(Hub::new(Arc::clone(&config), identity, members::first(&config.proxy.node)));
-    reign::raise(&hub).await?;
+    reign::raise(&hub, reign::Occasion::Start).await?;
     local_rules::check(&hub).await?;
     let stop = CancellationToken::new();
     let threads = threads::start(&hub, &stop).map_err(io("threads can not be started"))?;

@@ -28,7 +28,7 @@ pub enum ServerError {
     /// The server's answer: SQLSTATE and message.
     #[error("{message} (SQLSTATE {sqlstate})")]
     Answer { sqlstate: String, message: String },
-    #[error("the connection ended: {0}")]
+    #[error("the connection ended: {}", io_reason(.0))]
     Io(#[from] std::io::Error),
     #[error("the server broke the protocol: {0}")]
     Frame(#[from] FrameError),
@@ -36,6 +36,14 @@ pub enum ServerError {
     Timeout(u64),
     #[error("{0}")]
     Other(String),
+}
+
+/// TLS says at length that the other end was gone without a goodbye, which is how a process that was killed leaves.
+fn io_reason(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => "the other end closed it".to_owned(),
+        _ => error.to_string(),
+    }
 }
 
 impl ServerError {

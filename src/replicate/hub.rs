@@ -240,6 +240,11 @@ impl Hub {
         lock(&self.reasons).get(node).cloned()
     }
 
+    /// Keeps why a node leaves the member set.
+    pub fn note_reason(&self, node: &str, reason: &str) {
+        lock(&self.reasons).insert(node.to_owned(), reason.to_owned());
+    }
+
     /// When this node joined or left, if it did while this proxy ran.
     #[must_use]
     pub fn changed_at(&self, node: &str) -> Option<SystemTime> {
@@ -355,7 +360,7 @@ impl Hub {
 
     async fn shrink(&self, set: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
         let smaller = members::without(set, name)?;
-        lock(&self.reasons).insert(name.to_owned(), reason.to_owned());
+        self.note_reason(name, reason);
         let generation = format!("{:032x}", rand::random::<u128>());
         let node = self.node(name)?;
         let tell = self.store(node, &smaller, state, None, Some(reason));

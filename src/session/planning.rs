@@ -86,7 +86,7 @@ impl Session {
     /// If the connection to the leader ends.
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
         let Some(text) = readable(text) else {
-            return Ok(self.unreadable(text));
+            return Ok(unreadable(text));
         };
         if self.facts.is_none() {
             self.catch_up().await?;
@@ -181,22 +181,6 @@ impl Session {
     fn key(&self, masked: &str) -> String {
         let number = self.hub.schema_number.load(Ordering::Acquire);
         format!("{number}\0{}\0{:x}\0{masked}", self.database, self.context_hash)
-    }
-
-    /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
-    fn unreadable(&self, text: &[u8]) -> Planned {
-        let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
-        let reads =
-            |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
-        let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
-        if reads(&first) {
-            let plan = Arc::new(classify::unparsed());
-            return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
-        }
-        Planned::Refused(refusal(
-            "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
-            "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
-        ))
     }
 
     /// Reads role and settings of the leader's session again. Gives the error if the server had one.
@@ -331,4 +315,19 @@ pub fn mode_of(write: &Write) -> Mode {
 #[must_use]
 pub fn schema_changed() -> build::ClientError {
     build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
+}
+
+/// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
+fn unreadable(text: &[u8]) -> Planned {
+    let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
+    let reads = |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
+    let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
+    if reads(&first) {
+        let plan = Arc::new(classify::unparsed());
+        return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
+    }
+    Planned::Refused(refusal(
+        "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
+        "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
+    ))
 }

@@ -119,9 +119,10 @@ impl Session {
         };
         match &end {
             End::ServerGone => {
-                let _ = self.wire.flush_client().await;
-                // A FATAL of the server's own has been passed on.
-                if !self.wire.fatal_told {
+                if let Some(farewell) = self.wire.farewell.take() {
+                    self.wire.to_client.extend_from_slice(&farewell);
+                    let _ = self.wire.flush_client().await;
+                } else {
                     self.tell_fatal(&ClientError::fatal(
                         "57P01",
                         "terminating connection: the connection to the leader's PostgreSQL ended",
@@ -153,7 +154,8 @@ impl Session {
         }
     }
 
-    async fn tell_fatal(&mut self, error: &ClientError) {
+    /// Writes what waits for the client, and this as the last word.
+    pub async fn tell_fatal(&mut self, error: &ClientError) {
         error.write(&mut self.wire.to_client);
         let _ = self.wire.flush_client().await;
     }

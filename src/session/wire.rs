@@ -147,8 +147,9 @@ pub struct Wire {
     pub hold_rows: bool,
     pub held_rows: VecDeque<BytesMut>,
     held_bytes: usize,
-    /// The client has seen a FATAL of the server's own.
-    pub fatal_told: bool,
+    /// The FATAL with which the server ends the session. It is no answer to any statement, so it is told last, after the
+    /// answers that came before it: a COMMIT that it overtook may have been decided.
+    pub farewell: Option<BytesMut>,
 }
 
 impl Wire {
@@ -174,7 +175,7 @@ impl Wire {
             hold_rows: false,
             held_rows: VecDeque::new(),
             held_bytes: 0,
-            fatal_told: false,
+            farewell: None,
         }
     }
 
@@ -393,6 +394,11 @@ impl Wire {
     }
 
     fn take_error(&mut self, frame: &BytesMut) {
+        if message::is_fatal(frame::body(frame)) {
+            self.farewell = Some(frame.clone());
+            self.results.copy_in = false;
+            return;
+        }
         if self.results.error.is_none() {
             self.results.error = Some(Bytes::copy_from_slice(frame::body(frame)));
         }
@@ -400,7 +406,6 @@ impl Wire {
         if !hidden {
             let shifted = self.shift_position(frame);
             self.to_client.extend_from_slice(&shifted);
-            self.fatal_told |= matches!(message::error_field(frame::body(frame), b'V'), Some(b"FATAL" | b"PANIC"));
         }
         self.results.copy_in = false;
         match self.expects.front() {
