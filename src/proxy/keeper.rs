@@ -123,7 +123,8 @@ async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
         () = follower.gone.cancelled() => return,
     };
     let reason = format!("its PostgreSQL did not answer: {error}");
-    if let Err(e) = hub.lost(&follower, NodeState::Stale, &reason).await {
+    while let Err(e) = hub.lost(&follower, NodeState::Stale, &reason).await {
         tracing::error!(error = %e, "a lost follower could not be taken out of the member set");
+        tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
     }
 }

@@ -9,10 +9,13 @@ use std::time::Duration;
 
 use crate::pg::build;
 use crate::replicate::follower::{Answer, Connection, ServerError};
-use crate::replicate::hub::{Hub, HubError};
+use crate::replicate::hub::{Hub, HubError, within};
 
 /// Time between two looks at the leader's sequences.
 const LOOK_MS: u64 = 1000;
+
+/// How long a server may take for one statement.
+const ANSWER_MS_MAX: u64 = 10_000;
 
 /// One line a sequence: its quoted name, then where it stands. Then the statement that moves a follower's ahead of it: never
 /// back, and never past the sequence's own limits.
@@ -67,7 +70,7 @@ async fn keep_database(
     if moved.is_empty() {
         return Ok(());
     }
-    for follower in &view.followers {
+    for follower in view.followers.iter().filter(|f| !f.gone.is_cancelled()) {
         let mut connection = hub.tunnel_connection(&follower.node, database, epoch, Some(&secret)).await?;
         for (_, _, statement) in &moved {
             match rows(&mut connection, statement).await {
@@ -83,6 +86,6 @@ async fn keep_database(
 
 async fn rows(connection: &mut Connection, text: &str) -> Result<Vec<String>, ServerError> {
     build::query(&mut connection.out, text.as_bytes());
-    let answer = connection.exchange().await.and_then(Answer::ok)?;
+    let answer = within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok)?;
     Ok(answer.values.into_iter().flatten().map(|v| String::from_utf8_lossy(&v).into_owned()).collect())
 }

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::Config;
 use crate::replicate::hub::Hub;
 use crate::session::run::Thread;
 use crate::session::start;
@@ -22,16 +23,22 @@ pub struct Threads {
     next: AtomicUsize,
 }
 
+/// How many threads serve clients.
+#[must_use]
+pub fn count(config: &Config) -> usize {
+    match config.proxy.threads {
+        // The leader's PostgreSQL has the rest of the host: with more threads than that both only switch more often.
+        0 => std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)),
+        n => n,
+    }
+}
+
 /// Starts the threads.
 ///
 /// # Errors
 /// If the system refuses one.
 pub fn start(hub: &Arc<Hub>, stop: &CancellationToken) -> io::Result<Threads> {
-    let count = match hub.config.proxy.threads {
-        // The leader's PostgreSQL has the rest of the host: with more threads than that both only switch more often.
-        0 => std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)),
-        n => n,
-    };
+    let count = count(&hub.config);
     let mut threads = Vec::with_capacity(count);
     for i in 0..count {
         let (sender, receiver) = mpsc::channel(WAITING_MAX);

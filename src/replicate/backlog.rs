@@ -18,6 +18,7 @@ const ENTRY_BYTES: u64 = 1024;
 const PENDING: u8 = 0;
 const COMMITTED: u8 = 1;
 const DROPPED: u8 = 2;
+const UNKNOWN: u8 = 3;
 
 /// One transaction. Its effects may still turn out to be rolled back.
 #[derive(Debug)]
@@ -32,6 +33,11 @@ impl Entry {
     #[must_use]
     pub fn new(database: Arc<str>, log: Arc<EffectLog>, decision: Decision) -> Self {
         Self { database, log, decision, outcome: AtomicU8::new(PENDING) }
+    }
+
+    /// Nobody knows what became of it.
+    pub fn give_up(&self) {
+        self.outcome.store(UNKNOWN, Ordering::Release);
     }
 
     /// The leader has answered.
@@ -63,6 +69,8 @@ pub enum Next {
     /// The first one is not settled yet.
     Unsettled,
     Empty,
+    /// The outcome of a transaction is not known to this proxy: the recovery has failed.
+    Unknown,
     /// Past its limit: the recovery has failed.
     Overflowed,
 }
@@ -102,6 +110,7 @@ impl Backlog {
             match first.outcome.load(Ordering::Acquire) {
                 PENDING if batch.is_empty() => return Next::Unsettled,
                 PENDING => break,
+                UNKNOWN => return Next::Unknown,
                 DROPPED => {}
                 _ => {
                     let fits =

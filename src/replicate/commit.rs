@@ -7,21 +7,31 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use pgtandem_proto::membership::NodeState;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::replicate::effects::EffectLog;
+use crate::replicate::effects::{EffectLog, EffectsError};
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, within};
 
-/// Idle connections that one thread keeps per follower, over all databases.
-const IDLE_MAX: usize = 32;
+/// Idle connections to one follower, over all databases and threads.
+const IDLE_MAX: usize = 64;
+/// How long a transaction may wait for those before it, and for its place, on top of what it took on the leader.
+const PLACE_MS_MAX: u64 = 120_000;
+/// Pause between two attempts to take out a member that could not finish.
+const RETRY_MS: u64 = 500;
 /// A half may take this many times as long as the leader needed for the transaction, on top of the fixed limit.
 const SLOWER_MAX: u64 = 4;
+
+/// The share of one thread in the idle connections.
+fn idle_max(hub: &Hub) -> usize {
+    (IDLE_MAX / crate::proxy::threads::count(&hub.config)).max(1)
+}
 
 type Idle = HashMap<(u64, Arc<str>), Vec<Connection>>;
 
@@ -32,26 +42,36 @@ pub struct Pool {
 }
 
 impl Pool {
-    async fn take(&self, hub: &Hub, follower: &Follower, database: &Arc<str>) -> Result<Connection, ServerError> {
+    /// A connection, and whether it has been idle.
+    async fn take(
+        &self,
+        hub: &Hub,
+        follower: &Follower,
+        database: &Arc<str>,
+    ) -> Result<(Connection, bool), ServerError> {
         let key = (follower.id, Arc::clone(database));
         if let Some(connection) = self.idle.borrow_mut().get_mut(&key).and_then(Vec::pop) {
-            return Ok(connection);
+            return Ok((connection, true));
         }
         if let Some(connection) = follower.take_spare(database) {
-            return Ok(connection);
+            return Ok((connection, true));
         }
+        Ok((self.open(hub, follower, database).await?, false))
+    }
+
+    async fn open(&self, hub: &Hub, follower: &Follower, database: &Arc<str>) -> Result<Connection, ServerError> {
         let (epoch, secret) = hub.epoch_and_secret().ok_or_else(|| ServerError::Other("the epoch is over".into()))?;
         hub.tunnel_connection(&follower.node, database, epoch, Some(&secret)).await
     }
 
-    fn give_back(&self, follower: &Follower, database: &Arc<str>, connection: Connection) {
+    fn give_back(&self, hub: &Hub, follower: &Follower, database: &Arc<str>, connection: Connection) {
         let mut idle = self.idle.borrow_mut();
         if follower.gone.is_cancelled() {
             idle.retain(|(id, _), _| *id != follower.id);
             return;
         }
         let kept: usize = idle.iter().filter(|((id, _), _)| *id == follower.id).map(|(_, list)| list.len()).sum();
-        if kept < IDLE_MAX {
+        if kept < idle_max(hub) {
             idle.entry((follower.id, Arc::clone(database))).or_default().push(connection);
         }
     }
@@ -71,6 +91,11 @@ pub enum PrepareError {
     /// The follower can not prepare what the transaction did; nobody is suspect.
     #[error("{0}")]
     Unsupported(String),
+    #[error("the followers are too busy: no place within {0} ms")]
+    Busy(u64),
+    /// What was kept of the transaction can not be read again: the proxy's own disk.
+    #[error(transparent)]
+    Effects(EffectsError),
     /// A new epoch is being raised: the session's is over.
     #[error("the epoch of this session is over")]
     ReignOver,
@@ -111,14 +136,23 @@ impl Commit<'_> {
             if missing.is_empty() {
                 return Ok((view.set.epoch, view.set.version));
             }
-            let flights = missing.iter().map(|f| self.half(f));
+            let places = self.places(&missing).await?;
+            let flights = missing.iter().zip(places).map(|(follower, place)| self.half(follower, place));
+            let mut failed = Vec::new();
             for (follower, result) in missing.iter().zip(join_all(flights).await) {
                 match result {
                     Ok((connection, place)) => {
                         held.push(Prepared { follower: Arc::clone(follower), connection, _place: place });
                     }
-                    Err(e) if e.sqlstate() == Some("0A000") => return Err(PrepareError::Unsupported(e.to_string())),
-                    Err(e) => {
+                    Err(e) => failed.push((follower, e)),
+                }
+            }
+            // Judged only now: whoever has prepared must be in `held`, so that it is rolled back.
+            for (follower, error) in failed {
+                match error {
+                    e if e.sqlstate() == Some("0A000") => return Err(PrepareError::Unsupported(e.to_string())),
+                    ServerError::Effects(e) => return Err(PrepareError::Effects(e)),
+                    e => {
                         let state = if e.is_sick() { NodeState::Stale } else { NodeState::Suspect };
                         let reason = format!("its half of a transaction in database {} failed: {e}", self.database);
                         self.hub.lost(follower, state, &reason).await?;
@@ -128,18 +162,61 @@ impl Commit<'_> {
         }
     }
 
-    /// One follower's half. What only differs because earlier commits are not finished there yet is made once more.
-    async fn half(&self, follower: &Arc<Follower>) -> Result<(Connection, OwnedSemaphorePermit), ServerError> {
-        let limit_ms = self.hub.config.proxy.follower_ms_max + SLOWER_MAX * self.leader_ms;
-        let work = async {
+    /// Waits for what the transaction must come after, and for a place on each follower, always in the same order. Slow members
+    /// and a slow leader show here, so nobody counts as lost for it.
+    async fn places(&self, missing: &[Arc<Follower>]) -> Result<Vec<OwnedSemaphorePermit>, PrepareError> {
+        let waiting = async {
             if let Some(number) = self.log.barrier {
                 self.hub.gate.barrier(number).await;
             }
+            let mut places = Vec::with_capacity(missing.len());
             // Whoever holds a place has prepared, or waits only for those that have: nothing can wait for itself.
-            let place = Arc::clone(&follower.places).acquire_owned().await;
-            let place = place.map_err(|_| ServerError::Other("it left the member set".into()))?;
-            let mut connection = self.pool.take(self.hub, follower, self.database).await?;
-            match flight::prepare(&mut connection, self.log, self.decision).await {
+            for follower in missing {
+                places.push(Arc::clone(&follower.places).acquire_owned().await);
+            }
+            places
+        };
+        let limit_ms = PLACE_MS_MAX + SLOWER_MAX * self.leader_ms;
+        match tokio::time::timeout(Duration::from_millis(limit_ms), waiting).await {
+            // The semaphores are never closed.
+            Ok(places) => places.into_iter().collect::<Result<_, _>>().map_err(|_| PrepareError::ReignOver),
+            Err(_) => Err(PrepareError::Busy(limit_ms)),
+        }
+    }
+
+    /// A connection for a half, and the half prepared. A connection that had been idle may have died of that: a new one tries
+    /// again, after what the old one may have left is gone.
+    async fn prepare_on_any(&self, follower: &Follower) -> (Result<(), ServerError>, Option<Connection>) {
+        let (mut connection, was_idle) = match self.pool.take(self.hub, follower, self.database).await {
+            Ok(taken) => taken,
+            Err(e) => return (Err(e), None),
+        };
+        let result = flight::prepare(&mut connection, self.log, self.decision).await;
+        if !was_idle || !matches!(result, Err(ServerError::Io(_))) {
+            return (result, Some(connection));
+        }
+        let mut connection = match self.pool.open(self.hub, follower, self.database).await {
+            Ok(connection) => connection,
+            Err(e) => return (Err(e), None),
+        };
+        let result = match flight::finish(&mut connection, &self.decision.gid, false).await {
+            Ok(()) => flight::prepare(&mut connection, self.log, self.decision).await,
+            Err(e) => Err(e),
+        };
+        (result, Some(connection))
+    }
+
+    /// One follower's half. What only differs because earlier commits are not finished there yet is made once more.
+    async fn half(
+        &self,
+        follower: &Arc<Follower>,
+        place: OwnedSemaphorePermit,
+    ) -> Result<(Connection, OwnedSemaphorePermit), ServerError> {
+        let limit_ms = self.hub.config.proxy.follower_ms_max + SLOWER_MAX * self.leader_ms;
+        let work = async {
+            let (result, connection) = self.prepare_on_any(follower).await;
+            let Some(mut connection) = connection else { return Err(result.err().unwrap_or_else(no_connection)) };
+            match result {
                 Err(e) if !e.is_sick() && e.sqlstate() != Some("0A000") => {
                     tracing::debug!(node = %follower.node.name, error = %e, "half is made once more");
                     self.hub.counters.halves_remade.fetch_add(1, Ordering::Relaxed);
@@ -159,30 +236,28 @@ impl Commit<'_> {
 
 /// Commits or rolls back what is prepared. A follower that can not is taken out of the member set.
 /// When this returns it is true on every member.
-///
-/// # Errors
-/// If a smaller set can not be recorded.
-pub async fn finish(
-    hub: &Hub,
-    pool: &Pool,
-    database: &Arc<str>,
-    held: Vec<Prepared>,
-    gid: &str,
-    commit: bool,
-) -> Result<(), HubError> {
+pub async fn finish(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepared>, gid: &str, commit: bool) {
     let finishing = held.into_iter().map(|mut prepared| async move {
         let result = tokio::select! {
             result = within(hub.config.proxy.follower_ms_max, flight::finish(&mut prepared.connection, gid, commit)) => result,
-            () = prepared.follower.gone.cancelled() => return Ok(()),
+            () = prepared.follower.gone.cancelled() => return,
         };
         match result {
-            Ok(()) => pool.give_back(&prepared.follower, database, prepared.connection),
+            Ok(()) => pool.give_back(hub, &prepared.follower, database, prepared.connection),
             Err(e) => {
                 let reason = format!("finishing {gid} in database {database} failed: {e}");
-                hub.lost(&prepared.follower, NodeState::Stale, &reason).await?;
+                // It must not stay a member with a half that is decided and not finished, so there is no giving up: nobody waits
+                // for this but the gate, and a new epoch ends it.
+                while let Err(e) = hub.lost(&prepared.follower, NodeState::Stale, &reason).await {
+                    tracing::error!(error = %e, gid, "a member with an unfinished transaction could not be taken out yet");
+                    tokio::time::sleep(Duration::from_millis(RETRY_MS)).await;
+                }
             }
         }
-        Ok(())
     });
-    join_all(finishing).await.into_iter().collect()
+    join_all(finishing).await;
+}
+
+fn no_connection() -> ServerError {
+    ServerError::Other("no connection".into())
 }

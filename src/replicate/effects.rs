@@ -78,8 +78,8 @@ pub enum EffectRole {
 
 #[derive(Clone, Debug)]
 pub enum StatementText {
-    /// Sent once, parsed each time.
-    Once(Arc<str>),
+    /// Sent once, parsed each time; kept with the data of the list.
+    Once(Range),
     /// The same text for many executions: followers keep it prepared.
     Shared(Arc<str>),
 }

@@ -144,14 +144,15 @@ impl<'c> Writer<'c> {
             match effect {
                 Effect::Statement { context, role, text, types, parameters } => {
                     self.enter(context, role);
-                    self.read(log, *parameters)?;
                     let out_name = match text {
                         StatementText::Shared(text) => self.connection.prepare(text, types),
                         StatementText::Once(text) => {
-                            build::parse(&mut self.connection.out, b"", text.as_bytes(), types);
+                            self.read(log, *text)?;
+                            build::parse(&mut self.connection.out, b"", &self.buffer, types);
                             String::new()
                         }
                     };
+                    self.read(log, *parameters)?;
                     build::bind_raw(&mut self.connection.out, b"", out_name.as_bytes(), &self.buffer, &[]);
                     build::execute(&mut self.connection.out, b"", 0);
                     if self.connection.out.len() >= BATCH_BYTES_MAX {
@@ -190,7 +191,7 @@ impl<'c> Writer<'c> {
     }
 
     fn read(&mut self, log: &EffectLog, range: Range) -> Result<(), ServerError> {
-        log.read(range, &mut self.buffer).map_err(|e| ServerError::Other(e.to_string()))
+        log.read(range, &mut self.buffer).map_err(ServerError::Effects)
     }
 
     /// Brings the session into the context and role of the next effect, if it is not in them.

@@ -12,6 +12,7 @@ use crate::pg::build;
 use crate::pg::frame::{self, FrameError, Sender};
 use crate::pg::message;
 use crate::pg::startup;
+use crate::replicate::effects::EffectsError;
 use crate::replicate::schema::{self, Context};
 
 /// Statements that one connection keeps prepared for effects; past that all are closed.
@@ -34,6 +35,9 @@ pub enum ServerError {
     Frame(#[from] FrameError),
     #[error("the server did not answer within {0} ms")]
     Timeout(u64),
+    /// The proxy's own disk, not the server.
+    #[error(transparent)]
+    Effects(EffectsError),
     #[error("{0}")]
     Other(String),
 }
@@ -65,6 +69,7 @@ impl ServerError {
     pub fn is_sick(&self) -> bool {
         match self {
             Self::Answer { sqlstate, .. } => ["08", "53", "57P", "58", "XX"].iter().any(|c| sqlstate.starts_with(c)),
+            Self::Effects(_) => false,
             _ => true,
         }
     }
@@ -143,6 +148,16 @@ impl Connection {
         for (name, text) in schema::PREPARED {
             build::parse(&mut connection.out, name.as_bytes(), text.as_bytes(), &[]);
         }
+        // These two exist from PostgreSQL 14 and 17 on.
+        build::parse(
+            &mut connection.out,
+            b"",
+            b"SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings \
+              WHERE name IN ('idle_session_timeout', 'transaction_timeout')",
+            &[],
+        );
+        build::bind_text(&mut connection.out, b"", b"", &[]);
+        build::execute(&mut connection.out, b"", 0);
         let apply = schema::apply_context_text();
         build::parse(&mut connection.out, b"pgtandem_apply", apply.as_bytes(), &[]);
         build::parse(&mut connection.out, b"pgtandem_role", b"SELECT pg_catalog.set_config('role', $1, true)", &[]);

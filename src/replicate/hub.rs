@@ -111,7 +111,7 @@ pub struct Hub {
     pub gate: Arc<Gate>,
     pub marks: Arc<MarkPool>,
     pub spill: Arc<SpillBudget>,
-    /// Grows with each DDL commit.
+    /// Grows by two with each DDL commit; odd while one is under way, so that nothing is planned between two catalogs.
     pub schema_number: AtomicU64,
     pub counters: Counters,
     pub reign: watch::Sender<Reign>,
@@ -149,7 +149,7 @@ impl Hub {
             gate: Arc::default(),
             marks: Arc::default(),
             spill: Arc::new(spill),
-            schema_number: AtomicU64::new(1),
+            schema_number: AtomicU64::new(2),
             counters: Counters::default(),
             reign: watch::Sender::new(Reign::Starting),
             view: Mutex::new(Arc::new(View { set, followers: Vec::new() })),
@@ -185,6 +185,17 @@ impl Hub {
     #[must_use]
     pub fn reign_epoch(&self) -> Option<u64> {
         self.epoch_and_secret().map(|(epoch, _)| epoch)
+    }
+
+    /// The schema number, once no DDL commit is under way: those hold the gate.
+    pub async fn settled_schema(&self) -> u64 {
+        loop {
+            let number = self.schema_number.load(Ordering::Acquire);
+            if number.is_multiple_of(2) {
+                return number;
+            }
+            drop(self.gate.pass().await);
+        }
     }
 
     /// Remembers that this database was written to.

@@ -27,6 +27,10 @@ const SHORT_MAX: u64 = 20;
 const SPARES_MAX: usize = 32;
 /// Pause while the first transaction of the backlog is not decided yet.
 const UNSETTLED_POLL_US: u64 = 200;
+/// How long one agent may take to store the larger set while the gate is closed.
+const STORE_MS_MAX: u64 = 2000;
+/// What a batch under way may take past the limit of the gate.
+const GRACE_MS: u64 = 500;
 /// How long the backlog may stand still before the recovery fails.
 const STANDSTILL_MS_MAX: u64 = 60_000;
 
@@ -140,6 +144,12 @@ impl Applier<'_> {
                     return Err(node_error(&self.node.name, &"the backlog stands still"));
                 }
                 Next::Unsettled => tokio::time::sleep(Duration::from_micros(UNSETTLED_POLL_US)).await,
+                Next::Unknown => {
+                    return Err(node_error(
+                        &self.node.name,
+                        &"the outcome of a transaction in the backlog is not known",
+                    ));
+                }
                 Next::Overflowed => {
                     return Err(ReplicationError::new(
                         Kind::Backlog,
@@ -250,17 +260,22 @@ impl Replication for Hub {
         applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
         let closed = self.close_gate().await?;
         let until = tokio::time::Instant::now() + Duration::from_millis(self.config.proxy.gate_ms_max);
-        applier.apply(&backlog, 0, Some(until), &ignore).await?;
+        let rest = applier.apply(&backlog, 0, Some(until), &ignore);
+        // What was under way when the time is over may be half applied, so this attempt is not taken up again.
+        let late = || node_error(node, &"it did not apply the rest of the backlog before proxy.gate_ms_max");
+        tokio::time::timeout_at(until + Duration::from_millis(GRACE_MS), rest).await.unwrap_or_else(|_| Err(late()))?;
         let mut stored: Vec<String> = Vec::new();
         let mut failure = None;
         for (name, control) in &mut controls {
-            match store_on(control, &larger, NodeState::InSync, None, None).await {
-                Ok(()) => stored.push(name.clone()),
-                Err(e) => {
-                    failure = Some(record_error(name, &e));
-                    break;
-                }
-            }
+            let store = store_on(control, &larger, NodeState::InSync, None, None);
+            // Counted as stored even if that is not known: the smaller set goes there, too.
+            stored.push(name.clone());
+            failure = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(e)) => Some(record_error(name, &e)),
+                Err(_) => Some(record_error(name, &"no answer in time")),
+            };
+            break;
         }
         if let Some(failure) = failure {
             self.shrink_out(&larger, node, &stored).await?;
@@ -294,7 +309,15 @@ impl Hub {
         for name in stored.iter().chain(smaller.nodes.iter()) {
             let config = self.node(name).map_err(|e| wrong_node(&e))?;
             let state = if name == node { NodeState::Stale } else { NodeState::InSync };
-            self.store(config, &smaller, state, None, None).await.map_err(|e| record_error(name, &e))?;
+            let store = self.store(config, &smaller, state, None, None);
+            let told = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {
+                Ok(told) => told.map_err(|e| e.to_string()),
+                Err(_) => Err("no answer in time".to_owned()),
+            };
+            // A node that could not be told has marks that are behind, or is told by the next contact.
+            if let Err(error) = told {
+                tracing::warn!(node = %name, error, "the smaller member set is not stored there yet");
+            }
         }
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         self.show(smaller);

@@ -15,7 +15,7 @@ use crate::replicate::commit::{self, Commit, PrepareError, Prepared};
 use crate::replicate::effects::EffectLog;
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::gate::{Closed, Pass};
-use crate::replicate::hub::HubError;
+use crate::replicate::hub::{Hub, HubError};
 use crate::replicate::resolve;
 use crate::session::effect::client_error_frame;
 use crate::session::run::Session;
@@ -73,9 +73,7 @@ impl Session {
         };
         let (hub, pool, database) = (Arc::clone(&self.hub), self.thread.pool.clone(), Arc::clone(&self.database));
         tokio::task::spawn_local(async move {
-            if let Err(e) = commit::finish(&hub, &pool, &database, held, &decision.gid, true).await {
-                tracing::error!(error = %e, gid = decision.gid, "a decided transaction could not be finished");
-            }
+            commit::finish(&hub, &pool, &database, held, &decision.gid, true).await;
             drop((pass, finished));
         });
         Ok(Ok(()))
@@ -95,6 +93,8 @@ impl Session {
         let started = Instant::now();
         let mut closed: Option<Closed<'_>>;
         let pass: Pass = loop {
+            // The gate is not held while followers work.
+            closed = None;
             let followers = Commit {
                 hub: &hub,
                 pool: &self.thread.pool,
@@ -116,7 +116,6 @@ impl Session {
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
                 }
             };
-            closed = None;
             let pass = if log.ddl {
                 let mut attempt = 0;
                 let gate = loop {
@@ -141,32 +140,37 @@ impl Session {
             }
         };
         tracing::trace!(gid = decision.gid, prepared_us = started.elapsed().as_micros(), "members have prepared");
-        let entries = hub.enter_backlogs(&self.database, log, decision);
+        let entries = Entered(hub.enter_backlogs(&self.database, log, decision));
+        // Whoever plans from here on waits for the gate: the old catalog is over, and the new one not yet everywhere.
+        let change = closed.as_ref().map(|_| SchemaChange::begin(&hub));
+        self.wire.mute = true;
         let result = self.commit_leader(decision, chain).await;
+        self.wire.mute = false;
         let committed = match result {
             Ok(()) if self.wire.results.error.is_none() => true,
             Ok(()) => {
-                settle(&entries, false);
+                entries.settle(false);
                 let error = self.last_error();
-                self.abandon(std::mem::take(held), decision).await?;
+                self.abandon(std::mem::take(held), decision).await;
                 return Ok(Err(error));
             }
-            Err(End::ServerGone) => self.outcome(decision).await?,
-            Err(end) => return Err(end),
+            Err(end) => {
+                tracing::info!(%end, gid = decision.gid, "the leader's connection ended with a COMMIT under way");
+                let committed = self.outcome(decision).await?;
+                self.wire.status = b'I';
+                committed
+            }
         };
-        settle(&entries, committed);
+        entries.settle(committed);
         if !committed {
-            self.abandon(std::mem::take(held), decision).await?;
+            self.abandon(std::mem::take(held), decision).await;
             return Err(self.tell_rolled_back().await);
         }
         if let Some(gate) = closed {
             // Finished under the closed gate: its catalog is everywhere before anything later arrives.
             let all = std::mem::take(held);
-            let done = commit::finish(&hub, &self.thread.pool, &self.database, all, &decision.gid, true).await;
-            if let Err(e) = done {
-                tracing::error!(error = %e, gid = decision.gid, "a decided transaction could not be finished");
-            }
-            hub.schema_number.fetch_add(1, Ordering::AcqRel);
+            commit::finish(&hub, &self.thread.pool, &self.database, all, &decision.gid, true).await;
+            drop(change);
             self.has_own_catalog = self.has_temp_objects;
             self.own_plans.clear();
             drop(gate);
@@ -212,17 +216,13 @@ impl Session {
 
     /// Nothing was decided: rolled back on the leader and on every member that had prepared.
     async fn abort(&mut self, held: Vec<Prepared>, decision: &Decision, error: ClientError) -> Result<BytesMut, End> {
-        self.abandon(held, decision).await?;
+        self.abandon(held, decision).await;
         self.hidden_query("ROLLBACK").await?;
         Ok(client_error_frame(&error))
     }
 
-    async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) -> Result<(), End> {
-        let done = commit::finish(&self.hub, &self.thread.pool, &self.database, held, &decision.gid, false).await;
-        done.map_err(|e| {
-            tracing::error!(error = %e, gid = decision.gid, "a transaction could not be rolled back everywhere");
-            End::Unknown
-        })
+    async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) {
+        commit::finish(&self.hub, &self.thread.pool, &self.database, held, &decision.gid, false).await;
     }
 
     /// The leader's connection ended with a COMMIT under way. Its mark says whether it was committed: once the backend is gone,
@@ -265,9 +265,38 @@ impl Session {
     }
 }
 
-fn settle(entries: &[Arc<Entry>], committed: bool) {
-    for entry in entries {
-        entry.settle(committed);
+/// A transaction in the backlogs. Dropped without a verdict, nobody knows what became of it: the recoveries fail.
+struct Entered(Vec<Arc<Entry>>);
+
+impl Entered {
+    fn settle(mut self, committed: bool) {
+        for entry in self.0.drain(..) {
+            entry.settle(committed);
+        }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        for entry in &self.0 {
+            entry.give_up();
+        }
+    }
+}
+
+/// A DDL commit under way: the schema number is odd.
+struct SchemaChange<'a>(&'a Hub);
+
+impl<'a> SchemaChange<'a> {
+    fn begin(hub: &'a Hub) -> Self {
+        hub.schema_number.fetch_add(1, Ordering::AcqRel);
+        Self(hub)
+    }
+}
+
+impl Drop for SchemaChange<'_> {
+    fn drop(&mut self) {
+        self.0.schema_number.fetch_add(1, Ordering::AcqRel);
     }
 }
 
@@ -278,6 +307,10 @@ fn prepare_error(error: &PrepareError) -> ClientError {
             format!("the transaction can not be prepared on a follower: {why}"),
             "Do this in a transaction of its own.",
         ),
+        PrepareError::Busy(_) => ClientError::error("40001", error.to_string(), "Try the transaction again."),
+        PrepareError::Effects(_) => {
+            ClientError::error("53400", error.to_string(), "Make room in the proxy's state_dir.")
+        }
         PrepareError::ReignOver => ClientError::fatal("57P01", error.to_string(), "Connect again."),
         PrepareError::Hub(why) => ClientError::error(
             "40001",

@@ -70,6 +70,7 @@ impl Session {
         self.log.deferrable_constraints |= write.deferrable_constraints;
         if write.ddl {
             self.log.ddl = true;
+            self.ddl_under_way = true;
             // From here to the end of the transaction the catalog is this session's alone.
             self.has_own_catalog = true;
             self.own_plans.clear();
@@ -95,7 +96,8 @@ impl Session {
     ) -> Result<(), ClientError> {
         let EffectPlan::Text { owner, counted, .. } = &write.effect else { return Ok(()) };
         let count = self.wire.results.tag.as_deref().and_then(message::tag_count);
-        if *counted && count.unwrap_or(0) == 0 {
+        // No rows, no effect: an INSERT that was run to its end before answers so, too.
+        if count == Some(0) || (*counted && count.is_none()) {
             return Ok(());
         }
         let values = self.wire.results.rows.first().map(|row| values_of(row)).unwrap_or_default();
@@ -125,12 +127,26 @@ impl Session {
             parameters = new_parameters.to_vec().into();
         }
         let parameters = if parameters.is_empty() { Range::default() } else { self.log.append(&parameters)? };
-        let text =
-            if parameters.len > 0 { StatementText::Shared(follower_text) } else { StatementText::Once(follower_text) };
+        let text = if parameters.len > 0 {
+            StatementText::Shared(self.intern(follower_text))
+        } else {
+            StatementText::Once(self.log.append(follower_text.as_bytes())?)
+        };
         let effect = Effect::Statement { context, role: effect_role(owner.as_ref()), text, types, parameters };
         self.log.push(effect)?;
         self.note(write);
         Ok(())
+    }
+
+    /// The same text for many executions is kept once.
+    fn intern(&mut self, text: Arc<str>) -> Arc<str> {
+        match &self.last_text {
+            Some(last) if *last == text => Arc::clone(last),
+            _ => {
+                self.last_text = Some(Arc::clone(&text));
+                text
+            }
+        }
     }
 
     /// Takes the hidden columns of a statement's rows into the effect list, as they come.

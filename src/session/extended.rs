@@ -27,6 +27,9 @@ impl Session {
             self.catch_up().await?;
         }
         self.in_batch |= !matches!(tag, b'S' | b'H');
+        if names_ours(tag, frame::body(&frame)) {
+            return self.refuse_extended(&refused(&crate::sql::refuse::own_name())).await;
+        }
         match tag {
             b'S' => self.sync(&frame).await,
             b'H' => {
@@ -591,6 +594,17 @@ impl Session {
         self.refuse_in_text(error).await?;
         self.skip_until_sync = true;
         Ok(())
+    }
+}
+
+/// Whether a message names a statement or portal of the proxy's own.
+fn names_ours(tag: u8, body: &[u8]) -> bool {
+    let ours = |name: &[u8]| name.starts_with(crate::sql::refuse::OWN_PREFIX.as_bytes());
+    match tag {
+        b'D' | b'C' => body.get(1..).is_some_and(ours),
+        b'P' | b'E' => ours(body),
+        b'B' => ours(body) || body.splitn(3, |b| *b == 0).nth(1).is_some_and(ours),
+        _ => false,
     }
 }
 

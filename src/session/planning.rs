@@ -86,7 +86,7 @@ impl Session {
     /// If the connection to the leader ends.
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
         let Some(text) = readable(text) else {
-            return Ok(unreadable(text));
+            return Ok(unreadable());
         };
         if self.facts.is_none() {
             self.catch_up().await?;
@@ -101,7 +101,7 @@ impl Session {
         {
             return Ok(Planned::Failed(error));
         }
-        self.planned_at = self.hub.schema_number.load(Ordering::Acquire);
+        self.planned_at = self.hub.settled_schema().await;
         let shape = shape::mask(&text);
         let key = self.key(&shape.key);
         let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
@@ -168,7 +168,7 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn still_planned(&mut self, text: &str, plan: &Plan, made_at: u64) -> Result<bool, End> {
-        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.log.ddl {
+        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.ddl_under_way {
             return Ok(true);
         }
         let results = std::mem::take(&mut self.wire.results);
@@ -179,7 +179,7 @@ impl Session {
 
     /// Database, role and settings are part of the key: a name or a rule may mean something else under others.
     fn key(&self, masked: &str) -> String {
-        let number = self.hub.schema_number.load(Ordering::Acquire);
+        let number = self.planned_at;
         format!("{number}\0{}\0{:x}\0{masked}", self.database, self.context_hash)
     }
 
@@ -317,17 +317,10 @@ pub fn schema_changed() -> build::ClientError {
     build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
 }
 
-/// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
-fn unreadable(text: &[u8]) -> Planned {
-    let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
-    let reads = |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
-    let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
-    if reads(&first) {
-        let plan = Arc::new(classify::unparsed());
-        return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
-    }
+/// A text that is not UTF-8 can be parsed only with its other bytes masked, so it is not known well enough to be carried.
+fn unreadable() -> Planned {
     Planned::Refused(refusal(
-        "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
+        "the statement has characters that are not UTF-8, which pgtandem does not understand yet",
         "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
     ))
 }

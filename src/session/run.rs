@@ -49,6 +49,8 @@ pub struct Session {
     pub settings_touched: bool,
     /// Schema number of the last plan.
     pub planned_at: u64,
+    /// The last text of an effect that may come again.
+    pub last_text: Option<Arc<str>>,
     /// The tag of a write whose commit is not decided yet.
     pub held_tag: Option<Bytes>,
     /// Effects of the transaction under way.
@@ -64,6 +66,8 @@ pub struct Session {
     /// Temp objects or uncommitted DDL: plans of this session are its own.
     pub has_own_catalog: bool,
     pub has_temp_objects: bool,
+    /// This transaction has changed the schema, even if it rolled that back to a savepoint.
+    pub ddl_under_way: bool,
     pub own_plans: PlanCache,
     /// When the transaction's first effect came.
     pub effects_since: Option<Instant>,
@@ -81,6 +85,8 @@ impl Session {
         [first, second]: [Mark; 2],
     ) -> Self {
         let log = EffectLog::new(Arc::clone(&hub.spill));
+        let mut wire = wire;
+        wire.secret = Arc::clone(&secret);
         Self {
             hub,
             thread,
@@ -96,6 +102,7 @@ impl Session {
             context_hash: 0,
             settings_touched: false,
             planned_at: 0,
+            last_text: None,
             held_tag: None,
             log,
             savepoints: Vec::new(),
@@ -105,6 +112,7 @@ impl Session {
             statements: Statements::default(),
             has_own_catalog: false,
             has_temp_objects: false,
+            ddl_under_way: false,
             own_plans: PlanCache::default(),
             effects_since: None,
         }
@@ -275,6 +283,8 @@ impl Session {
             let position = self.savepoints[at].1;
             self.savepoints.truncate(at + 1);
             self.log.truncate(position);
+            // What was planned since then may be about a catalog that is gone.
+            self.own_plans.clear();
         }
     }
 
@@ -288,7 +298,8 @@ impl Session {
 
     /// The transaction is over: its effects are gone.
     pub fn forget_transaction(&mut self) {
-        if self.log.ddl {
+        if self.ddl_under_way {
+            self.ddl_under_way = false;
             self.has_own_catalog = self.has_temp_objects;
             self.own_plans.clear();
         }

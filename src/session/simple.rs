@@ -281,7 +281,11 @@ impl Session {
                 Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
             }
             EffectPlan::Text { .. } => {
-                self.wire.pump(Until::Answered).await?;
+                // The session's values are the same in every row.
+                self.wire.rows_kept_max = 1;
+                let done = self.wire.pump(Until::Answered).await;
+                self.wire.rows_kept_max = usize::MAX;
+                done?;
                 if self.wire.results.error.is_some() {
                     return Ok(Ok(()));
                 }

@@ -5,6 +5,7 @@
 //! that are only forwarded move as one piece, without a copy, and leave in one write.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -147,6 +148,12 @@ pub struct Wire {
     pub hold_rows: bool,
     pub held_rows: VecDeque<BytesMut>,
     held_bytes: usize,
+    /// Nothing is written to the client now: it must not hold up a commit under way.
+    pub mute: bool,
+    /// Rows of a statement that are kept at most; the rest are only counted by the server.
+    pub rows_kept_max: usize,
+    /// The secret of the session's epoch: an error that quotes it is told without its context.
+    pub secret: Arc<str>,
     /// The FATAL with which the server ends the session. It is no answer to any statement, so it is told last, after the
     /// answers that came before it: a COMMIT that it overtook may have been decided.
     pub farewell: Option<BytesMut>,
@@ -175,6 +182,9 @@ impl Wire {
             hold_rows: false,
             held_rows: VecDeque::new(),
             held_bytes: 0,
+            mute: false,
+            rows_kept_max: usize::MAX,
+            secret: Arc::from(""),
             farewell: None,
         }
     }
@@ -193,7 +203,7 @@ impl Wire {
     /// # Errors
     /// If it is gone.
     pub async fn flush_client(&mut self) -> Result<(), End> {
-        if !self.to_client.is_empty() {
+        if !self.to_client.is_empty() && !self.mute {
             self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
             shrink(&mut self.to_client);
         }
@@ -394,6 +404,10 @@ impl Wire {
     }
 
     fn take_error(&mut self, frame: &BytesMut) {
+        let quotes = |needle: &[u8]| !needle.is_empty() && frame.windows(needle.len()).any(|part| part == needle);
+        if quotes(self.secret.as_bytes()) {
+            return self.take_error(&without_context(frame));
+        }
         if message::is_fatal(frame::body(frame)) {
             self.farewell = Some(frame.clone());
             self.results.copy_in = false;
@@ -533,7 +547,13 @@ impl Wire {
                 return Ok(());
             }
             b's' => self.results.suspended = true,
-            b'G' => self.results.copy_in = true,
+            b'G' => {
+                self.results.copy_in = true;
+                // The Sync that the client sent with its Execute is ignored by a server that copies.
+                if matches!(self.expects.get(1), Some(Expect::Sync { .. })) {
+                    self.expects.remove(1);
+                }
+            }
             _ => {}
         }
         if mode != Mode::Hidden {
@@ -571,6 +591,9 @@ impl Wire {
                 b.extend_from_slice(kept);
             });
             self.give_row(row);
+        }
+        if self.results.rows.len() >= self.rows_kept_max {
+            return Ok(());
         }
         self.results.row_bytes += ours.len() + size_of::<Bytes>();
         self.results.rows.push(Bytes::copy_from_slice(ours));
@@ -614,6 +637,24 @@ impl Wire {
     pub fn clear_results(&mut self) {
         self.results = Results::default();
     }
+}
+
+/// An error without its context and details, which quote the parameters of statements of ours.
+fn without_context(frame: &BytesMut) -> BytesMut {
+    let mut out = BytesMut::with_capacity(frame.len());
+    build::frame(&mut out, b'E', |b| {
+        let mut r = Reader::new(b'E', frame::body(frame));
+        while let Ok(field) = r.u8() {
+            let Ok(value) = r.string() else { break };
+            if !matches!(field, b'W' | b'D' | b'q') {
+                b.extend_from_slice(&[field]);
+                b.extend_from_slice(value);
+                b.extend_from_slice(&[0]);
+            }
+        }
+        b.extend_from_slice(&[0]);
+    });
+    out
 }
 
 fn shrink(buffer: &mut BytesMut) {

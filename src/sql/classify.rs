@@ -17,7 +17,7 @@ use super::lex::{Kind, Lexer};
 use super::needs::{Name, Needs};
 use super::parse::{ParseError, Statement, tree};
 use super::plan::{Admin, Control, Lane, Plan};
-use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
+use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
 use super::shape::Shape;
 use super::{copy, ddl, insert, modify};
 
@@ -77,6 +77,9 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
     if !is_query(&statement.node) && mentions(&context.tree, OWN_SCHEMA) {
         return plan(own_schema());
     }
+    if names_ours(&statement.node) {
+        return plan(own_statements());
+    }
     match &statement.node {
         NodeEnum::VariableSetStmt(set) => Plan { changes_settings: true, ..plan(set_variable(set)) },
         NodeEnum::DiscardStmt(discard) => {
@@ -96,6 +99,17 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
             Plan { changes_settings, ..plan(lane) }
         }
     }
+}
+
+/// Whether SQL names a statement that the proxy has prepared for itself.
+fn names_ours(node: &NodeEnum) -> bool {
+    let name = match node {
+        NodeEnum::PrepareStmt(statement) => &statement.name,
+        NodeEnum::ExecuteStmt(statement) => &statement.name,
+        NodeEnum::DeallocateStmt(statement) => &statement.name,
+        _ => return false,
+    };
+    name.starts_with(OWN_PREFIX)
 }
 
 fn is_query(node: &NodeEnum) -> bool {
@@ -254,6 +268,16 @@ fn copy_lane(statement: &CopyStmt, context: &Context<'_>) -> Lane {
 }
 
 fn vacuum(statement: &VacuumStmt, context: &Context<'_>) -> Lane {
+    let full = statement.options.iter().any(|option| match option.node.as_ref() {
+        Some(NodeEnum::DefElem(option)) => option.defname == "full",
+        _ => false,
+    });
+    if full {
+        return refused(
+            "VACUUM FULL is not supported: it would lock the table on a follower out of the leader's order",
+            "Use VACUUM, or CLUSTER.",
+        );
+    }
     let relations = statement.rels.iter().filter_map(|relation| match relation.node.as_ref() {
         Some(NodeEnum::VacuumRelation(relation)) => relation.relation.as_ref(),
         _ => None,

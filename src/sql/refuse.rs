@@ -41,6 +41,25 @@ pub fn guarded_write() -> Refusal {
     )
 }
 
+/// Names of prepared statements and portals that are the proxy's own.
+pub const OWN_PREFIX: &str = "pgtandem_";
+
+pub(super) fn own_statements() -> Lane {
+    let refusal = own_name();
+    refused(refusal.message, refusal.hint)
+}
+
+/// A client named a prepared statement or portal of ours.
+#[must_use]
+pub fn own_name() -> Refusal {
+    Refusal {
+        message: format!(
+            "names of prepared statements and portals that begin with {OWN_PREFIX} belong to pgtandem itself"
+        ),
+        hint: "Use other names.".to_owned(),
+    }
+}
+
 pub(super) fn own_schema() -> Lane {
     refused("the schema pgtandem belongs to pgtandem itself", "Use other names.")
 }

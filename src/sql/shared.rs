@@ -17,6 +17,11 @@ use super::shape::Shape;
 /// Literals that one text may have; `Bind` counts parameters in 16 bits.
 const LITERALS_MAX: usize = 1000;
 
+/// Words after which a literal is a value of its own.
+const BEFORE_A_VALUE: [&str; 14] = [
+    "and", "or", "not", "like", "ilike", "to", "between", "when", "then", "else", "case", "values", "zone", "distinct",
+];
+
 /// Type of a parameter as in `Parse`: `pg_type.oid` of int4, int8 and numeric; 0: inferred, as for a string literal.
 const INT4: u32 = 23;
 const INT8: u32 = 20;
@@ -46,12 +51,22 @@ pub fn share(text: &str, shape: &Shape, cut: Range<usize>) -> Option<SharedText>
         return None;
     }
     let mut kinds = Vec::with_capacity(literals.len());
-    for token in Lexer::new(text) {
+    let mut before = None;
+    for token in Lexer::new(text).filter(|token| token.kind.is_significant()) {
+        let word = text.get(token.range.clone())?;
         match token.kind {
             Kind::Parameter => return None,
-            kind if kind.is_literal() && literals.contains(&token.range) => kinds.push(kind),
+            kind if kind.is_literal() && literals.contains(&token.range) => {
+                // DATE '2020-01-01' is one constant with a type, which the parser at hand also takes with a parameter.
+                if before.is_some_and(|word: &str| !BEFORE_A_VALUE.iter().any(|known| known.eq_ignore_ascii_case(word)))
+                {
+                    return None;
+                }
+                kinds.push(kind);
+            }
             _ => {}
         }
+        before = matches!(token.kind, Kind::Word | Kind::QuotedIdentifier).then_some(word);
     }
     let mut shared = String::with_capacity(text.len());
     let mut types = u16::try_from(kinds.len()).ok()?.to_be_bytes().to_vec();
