@@ -57,3 +57,24 @@ async fn drivers_and_psql_leave_identical_servers() {
     assert!(said.contains("three rows: 3"), "{said}");
     cluster.assert_identical().await;
 }
+
+fn psql(cluster: &Cluster, port: u16, file: &str) -> String {
+    let mut psql = Command::new(cluster.layout.plan.bin_dir.join("psql"));
+    psql.args(["-X", "-h", "127.0.0.1", "-U", "postgres", "-p", &port.to_string(), "postgres"]);
+    psql.arg("-f").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/drivers").join(file));
+    run(&mut psql)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn psql_prints_what_it_prints_on_a_lone_server() {
+    let cluster = common::cluster();
+    let lone = Cluster::up(&["--nodes", "1"]);
+    let expected = psql(&lone, lone.layout.postgres_port(0), "same.sql");
+    let found = psql(&cluster, cluster.layout.proxy_port(), "same.sql");
+    for (number, (expected, found)) in expected.lines().zip(found.lines()).enumerate() {
+        assert_eq!(expected, found, "line {}", number + 1);
+    }
+    assert_eq!(expected.lines().count(), found.lines().count());
+    cluster.wait_member(1, true).await;
+    cluster.assert_identical().await;
+}

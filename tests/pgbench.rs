@@ -31,7 +31,37 @@ async fn every_query_mode_leaves_identical_servers() {
     let client = cluster.connect_node(1, "bench").await;
     let rows: i64 = client.query_one("select count(*) from pgbench_history", &[]).await.unwrap().get(0);
     assert_eq!(rows, 3 * 4 * 150);
+    // A script of its own, as one pipeline per transaction.
+    client_pipeline(&cluster).await;
     // Initialised again, over what is there, with both nodes members.
     pgbench(&cluster, &["-i", "-q", "-s", "2"]);
     cluster.assert_identical().await;
+}
+
+const PIPELINE: &str = "\\set i random(1, 1000000)
+\\startpipeline
+insert into piped (b) values (:i);
+select count(*) from piped where a = :i;
+update piped set b = b + 1 where a = :i % 50;
+insert into piped (b) select :i + 1;
+\\endpipeline
+";
+
+async fn client_pipeline(cluster: &Cluster) {
+    let client = cluster.connect("bench").await;
+    client
+        .batch_execute("create table piped (a serial primary key, b int, at timestamptz default now())")
+        .await
+        .expect("a table");
+    let script = common::folder();
+    let file = script.path().join("pipeline.sql");
+    std::fs::write(&file, PIPELINE).expect("a file");
+    let file = file.display().to_string();
+    for mode in ["extended", "prepared"] {
+        let said = pgbench(cluster, &["-n", "-M", mode, "-f", &file, "-c", "4", "-t", "25"]);
+        assert!(said.contains("number of failed transactions: 0"), "{said}");
+        cluster.assert_identical().await;
+    }
+    let rows: i64 = client.query_one("select count(*) from piped", &[]).await.unwrap().get(0);
+    assert_eq!(rows, 2 * 4 * 25 * 2);
 }

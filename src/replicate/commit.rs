@@ -37,6 +37,9 @@ impl Pool {
         if let Some(connection) = self.idle.borrow_mut().get_mut(&key).and_then(Vec::pop) {
             return Ok(connection);
         }
+        if let Some(connection) = follower.take_spare(database) {
+            return Ok(connection);
+        }
         let (epoch, secret) = hub.epoch_and_secret().ok_or_else(|| ServerError::Other("the epoch is over".into()))?;
         hub.tunnel_connection(&follower.node, database, epoch, Some(&secret)).await
     }

@@ -70,6 +70,19 @@ pub struct Follower {
     pub gone: CancellationToken,
     /// How many transactions may be flown to it, or be prepared there, at once.
     pub places: Arc<Semaphore>,
+    /// Connections that were opened before it became a member, by database, so that no commit waits for one then.
+    spares: Mutex<HashMap<Arc<str>, Vec<Connection>>>,
+}
+
+impl Follower {
+    /// A connection that nobody has used, if there is one for this database.
+    pub fn take_spare(&self, database: &str) -> Option<Connection> {
+        lock(&self.spares).get_mut(database)?.pop()
+    }
+
+    pub(crate) fn put_spares(&self, spares: HashMap<Arc<str>, Vec<Connection>>) {
+        *lock(&self.spares) = spares;
+    }
 }
 
 /// Where the reign of this proxy stands.
@@ -305,7 +318,13 @@ impl Hub {
                         let id = self.next_follower_id.fetch_add(1, Ordering::Relaxed);
                         let places = Arc::new(Semaphore::new(PLACES));
                         let gone = CancellationToken::new();
-                        followers.push(Arc::new(Follower { id, node: node.clone(), gone, places }));
+                        followers.push(Arc::new(Follower {
+                            id,
+                            node: node.clone(),
+                            gone,
+                            places,
+                            spares: Mutex::default(),
+                        }));
                         lock(&self.reasons).remove(name);
                     }
                 }

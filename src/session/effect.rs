@@ -106,8 +106,8 @@ impl Session {
             let effect = Effect::Statement {
                 context,
                 role: effect_role(owner.as_ref()),
-                text: StatementText::Shared(shared.text.as_str().into()),
-                types: shared.types.as_slice().into(),
+                text: StatementText::Shared(Arc::clone(&shared.text)),
+                types: Arc::clone(&shared.types),
                 parameters: self.log.append(&build::text_values(&bound))?,
             };
             self.log.push(effect)?;

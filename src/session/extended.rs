@@ -505,7 +505,11 @@ impl Session {
         if all >= part {
             build::frame(&mut self.wire.to_client, b's', |_| {});
         } else {
-            crate::session::effect::put_tag(&mut self.wire.to_client, &rest.tag);
+            // As PostgreSQL does: the tag counts the rows of this part.
+            let count = rest.tag.rsplit(|byte| *byte == b' ').next().map_or(0, <[u8]>::len);
+            let mut tag = rest.tag.get(..rest.tag.len() - count).unwrap_or_default().to_vec();
+            tag.extend_from_slice(all.to_string().as_bytes());
+            crate::session::effect::put_tag(&mut self.wire.to_client, &tag);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -25,9 +26,9 @@ const INFERRED: u32 = 0;
 /// A text with parameters in the places of literals.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedText {
-    pub text: String,
+    pub text: Arc<str>,
     /// Number and types of the parameters, as in `Parse`.
-    pub types: Vec<u8>,
+    pub types: Arc<[u8]>,
 }
 
 /// Makes the text that all statements of this shape share, out of one of them. `cut` is the part that followers get.
@@ -72,7 +73,7 @@ pub fn share(text: &str, shape: &Shape, cut: Range<usize>) -> Option<SharedText>
     let (before, after) = (parse::parse_one(text).ok()?, parse::parse_one(&shared).ok()?);
     let mut found = 0;
     let same = same(&parse::tree(&before.node), &parse::tree(&after.node), &kinds, &mut found);
-    (same && found == kinds.len()).then_some(SharedText { text: shared, types })
+    (same && found == kinds.len()).then_some(SharedText { text: shared.into(), types: types.into() })
 }
 
 /// The values of a statement's literals, as the parameters of its shared text. `None`: one of them is written in a way that is
@@ -103,16 +104,16 @@ fn value(literal: &str) -> Option<std::borrow::Cow<'_, str>> {
 fn same(before: &Value, after: &Value, kinds: &[Kind], found: &mut usize) -> bool {
     match (before, after) {
         (Value::Object(a), Value::Object(b)) => {
-            if let (Some(Value::Object(_)), Some(Value::Object(parameter))) = (a.get("A_Const"), b.get("ParamRef")) {
+            if let (Some(Value::Object(_)), Some(Value::Object(parameter))) = (a.get("AConst"), b.get("ParamRef")) {
                 return is_next(parameter, found);
             }
-            if let (Some(Value::Object(constant)), Some(Value::Object(minus))) = (a.get("A_Const"), b.get("A_Expr")) {
+            if let (Some(Value::Object(constant)), Some(Value::Object(minus))) = (a.get("AConst"), b.get("AExpr")) {
                 return is_minus(constant, minus, kinds, found);
             }
             a.len() == b.len()
                 && a.iter().all(|(name, value)| match (name.as_str(), b.get(name)) {
                     (_, None) => false,
-                    (name, Some(_)) if name.ends_with("location") || name == "stmt_len" => true,
+                    (name, Some(_)) if name.ends_with("location") || name.starts_with("rexpr_list_") => true,
                     ("typmods", Some(other)) => same(value, other, kinds, &mut usize::MAX.clone()),
                     (_, Some(other)) => same(value, other, kinds, found),
                 })
@@ -151,7 +152,7 @@ mod tests {
     fn shared(text: &str) -> Option<(String, Vec<String>)> {
         let shape = mask(text);
         let made = share(text, &shape, 0..text.len())?;
-        Some((made.text, values(text, &shape)?.into_iter().map(std::borrow::Cow::into_owned).collect()))
+        Some((made.text.to_string(), values(text, &shape)?.into_iter().map(std::borrow::Cow::into_owned).collect()))
     }
 
     #[test]

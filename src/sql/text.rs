@@ -112,7 +112,7 @@ impl Edits {
     pub(super) fn share(&mut self, text: &str, shape: &Shape, counted: bool) {
         let Some(end) = self.end.filter(|_| self.returning.is_none() && self.splices.is_empty()) else { return };
         self.shared = shared::share(text, shape, 0..end.at(shape)).map(|shared| {
-            let text = if counted { asserting(&shared.text, 1) } else { shared.text };
+            let text = if counted { asserting(&shared.text, 1).into() } else { shared.text };
             SharedText { text, ..shared }
         });
     }
