@@ -260,7 +260,8 @@ async fn what_is_refused_fails_its_block_and_changes_nothing() {
         assert_eq!(client.query("commit"), "C ROLLBACK\\x00\nZ I\n");
     }
     // In a batch with a write before it, that write is undone.
-    let said = client.play("P ||insert into d values (3, null)\nB |||\nE |0\nP ||do $$ begin end $$\nB |||\nE |0\nS\n> Z\n");
+    let said =
+        client.play("P ||insert into d values (3, null)\nB |||\nE |0\nP ||do $$ begin end $$\nB |||\nE |0\nS\n> Z\n");
     assert!(said.contains("C0A000") && said.ends_with("Z I\n"), "{said}");
     // Times of the clock in data.
     for copy in [
@@ -270,7 +271,8 @@ async fn what_is_refused_fails_its_block_and_changes_nothing() {
         let said = client.play(copy);
         assert!(said.contains("C0A000") && said.contains("'now'") && said.ends_with("Z I\n"), "{said}");
     }
-    let update = "P ||update d set at = $1::text::timestamptz where i = $2\nB ||1,1||now|\\x00\\x00\\x00\\x01\nE |0\nS\n> Z\n";
+    let update =
+        "P ||update d set at = $1::text::timestamptz where i = $2\nB ||1,1||now|\\x00\\x00\\x00\\x01\nE |0\nS\n> Z\n";
     let said = client.play(update);
     assert!(said.contains("C0A000"), "{said}");
     assert_eq!(client.query("select i from d").matches("D ").count(), 1);

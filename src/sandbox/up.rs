@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::layout::{NODES_MAX, Plan};
 use super::process::Starting;
-use super::{Layout, SandboxError, first, initdb, ports, process, report, stop, user};
+use super::{Layout, SandboxError, control, first, initdb, ports, process, report, stop, user};
 
 /// How long an agent may take until it listens.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
@@ -106,7 +106,7 @@ async fn wait_for_ports(layout: &Layout) -> Result<(), SandboxError> {
     loop {
         match ports::check(layout, &report(layout)?.running_ports()) {
             Err(SandboxError::PortInUse { .. }) if started.elapsed() < PORTS_LIMIT => {
-                tokio::time::sleep(PORTS_POLL).await
+                tokio::time::sleep(PORTS_POLL).await;
             }
             checked => return checked,
         }
@@ -200,12 +200,14 @@ async fn start_agent(layout: &Layout, index: usize) -> Result<(), SandboxError> 
     starting.wait(AGENT_LIMIT, async || ports::is_listening(port)).await
 }
 
-/// Returns when the proxy answers a query.
+/// Returns when the proxy answers a query, and commands.
 async fn start_proxy(layout: &Layout) -> Result<(), SandboxError> {
     let log = layout.proxy_log();
     let child = daemon(layout, &["proxy"], &log, &layout.proxy_pid_file())?;
     let port = layout.proxy_port();
-    Starting { name: "the proxy".into(), child, log }.wait(PROXY_LIMIT, async || answers(port).await).await
+    Starting { name: "the proxy".into(), child, log }
+        .wait(PROXY_LIMIT, async || answers(port).await && control::members(layout).await.is_ok())
+        .await
 }
 
 fn daemon(layout: &Layout, command: &[&str], log: &Path, pid_file: &Path) -> Result<std::process::Child, SandboxError> {
