@@ -101,6 +101,11 @@ async fn an_idle_session_and_one_in_a_transaction_hear_why_they_end() {
         sessions.push((client, connection));
     }
     cluster.kill_postgres(0);
+    common::wait_for("status says that nobody is served, or the leader is back", async || {
+        let (status, _) = cluster.status();
+        status.contains("no client is served: ") || status.contains("epoch 2,")
+    })
+    .await;
     for (_client, connection) in sessions {
         let error = connection.await.expect("no panic").expect_err("the session ends");
         assert_eq!(error.code().map(tokio_postgres::error::SqlState::code), Some("57P01"), "{error}");

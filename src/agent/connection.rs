@@ -164,5 +164,12 @@ fn read<M: Message>(next: Option<Result<Frame, CodecError>>, peer: &str) -> Resu
 }
 
 fn codec(peer: &str, source: CodecError) -> ConnectionError {
+    // TLS says at length that the other end was gone without a goodbye, which is how a process that was killed leaves.
+    let source = match source {
+        CodecError::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            CodecError::Io(std::io::Error::new(error.kind(), "the other end closed it"))
+        }
+        other => other,
+    };
     ConnectionError::Codec { peer: peer.to_owned(), source }
 }

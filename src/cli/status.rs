@@ -39,18 +39,20 @@ impl Status {
 }
 
 async fn find(config: &Config) -> anyhow::Result<ClusterStatus> {
-    match ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME)).await {
-        Ok(mut client) => {
-            client.send(&ControlRequest::Status).await.map_err(|error| explained(&error))?;
-            match client.next().await.map_err(|error| explained(&error))? {
-                ControlAnswer::Result { result: Outcome::Status { status } } => Ok(*status),
-                ControlAnswer::Error { error } => Err(super::Explained { what: error.what, hint: error.hint }.into()),
-                _ => anyhow::bail!("the proxy answered status with something else"),
-            }
-        }
-        Err(ControlClientError::NotRunning(_)) => ask_agents(config).await,
+    match ask_proxy(config).await {
+        // Nobody there, or a proxy that ends at this moment.
+        Err(ControlClientError::NotRunning(_) | ControlClientError::Ended { .. }) => ask_agents(config).await,
         Err(error) => Err(explained(&error).into()),
+        Ok(ControlAnswer::Result { result: Outcome::Status { status } }) => Ok(*status),
+        Ok(ControlAnswer::Error { error }) => Err(super::Explained { what: error.what, hint: error.hint }.into()),
+        Ok(_) => anyhow::bail!("the proxy answered status with something else"),
     }
+}
+
+async fn ask_proxy(config: &Config) -> Result<ControlAnswer, ControlClientError> {
+    let mut client = ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME)).await?;
+    client.send(&ControlRequest::Status).await?;
+    client.next().await
 }
 
 async fn ask_agents(config: &Config) -> anyhow::Result<ClusterStatus> {

@@ -152,6 +152,15 @@ pub fn cluster_problems(status: &ClusterStatus) -> Vec<Problem> {
     problems
 }
 
+/// The proxy runs and serves nobody; `why` is a sentence.
+#[must_use]
+pub fn not_served(why: &str) -> Problem {
+    problem(
+        format!("no client is served: {why}"),
+        "clients that connect wait until the leader is back; if it does not come: postgresql.log in its state folder",
+    )
+}
+
 /// The state in the words of the design.
 #[must_use]
 pub fn state_name(state: Option<NodeState>) -> &'static str {

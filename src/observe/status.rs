@@ -28,6 +28,11 @@ pub trait StatusSource: Send + Sync + 'static {
         ProxyCounters::default()
     }
 
+    /// Why no client is served at the moment, if so: one sentence.
+    fn not_served(&self) -> Option<String> {
+        None
+    }
+
     /// Why the node left the member set, or the last thing that went wrong with it: one sentence.
     fn last_error(&self, node: &str) -> Option<String> {
         let _ = node;

@@ -38,10 +38,13 @@ async fn keep_leader(hub: &Arc<Hub>) {
     loop {
         let lost = watch_leader(hub).await;
         tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
+        hub.set_trouble(Some(format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again")));
         while let Err(e) = reign::raise(hub, reign::Occasion::LeaderBack).await {
             tracing::error!(error = %e, "no new epoch yet");
+            hub.set_trouble(Some(e.to_string()));
             tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
         }
+        hub.set_trouble(None);
     }
 }
 

@@ -124,6 +124,8 @@ pub struct Hub {
     /// When a node joined or left while this proxy ran, by name.
     changes: Mutex<HashMap<String, SystemTime>>,
     next_follower_id: AtomicU64,
+    /// Why no client is served at the moment.
+    trouble: Mutex<Option<String>>,
     /// Databases with commits since the sequences were last looked at.
     written: Mutex<HashSet<Arc<str>>>,
 }
@@ -158,6 +160,7 @@ impl Hub {
             reasons: Mutex::default(),
             changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),
+            trouble: Mutex::default(),
             written: Mutex::default(),
         }
     }
@@ -249,6 +252,16 @@ impl Hub {
     #[must_use]
     pub fn reason(&self, node: &str) -> Option<String> {
         lock(&self.reasons).get(node).cloned()
+    }
+
+    /// Why no client is served at the moment; `None`: clients are served.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        lock(&self.trouble).clone()
+    }
+
+    pub fn set_trouble(&self, why: Option<String>) {
+        *lock(&self.trouble) = why;
     }
 
     /// Keeps why a node leaves the member set.

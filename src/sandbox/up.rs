@@ -11,12 +11,15 @@ use std::time::Duration;
 
 use super::layout::{NODES_MAX, Plan};
 use super::process::Starting;
-use super::{Layout, SandboxError, first, initdb, ports, process, report, stop, user};
+use super::{Layout, SandboxError, control, first, initdb, ports, process, report, stop, user};
 
 /// How long an agent may take until it listens.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
 /// How long the proxy may take until it answers; crash recovery of a PostgreSQL before it included.
 const PROXY_LIMIT: Duration = Duration::from_secs(120);
+/// How long processes that were killed may take until their ports are free.
+const PORTS_LIMIT: Duration = Duration::from_secs(5);
+const PORTS_POLL: Duration = Duration::from_millis(50);
 const NODES_DEFAULT: usize = 2;
 
 /// What was asked for; what is None is chosen, or taken from the sandbox that is there.
@@ -31,6 +34,7 @@ pub struct Options {
 /// Returns when the cluster is up. `say` gets a line for each step.
 pub async fn up(options: &Options, say: &dyn Fn(&str)) -> Result<Layout, SandboxError> {
     let layout = plan(options)?;
+    wait_for_ports(&layout).await?;
     let ran = report(&layout)?.runs();
     let work = async { if layout.plan.complete { start(&layout, say).await } else { make(&layout, say).await } };
     let result = tokio::select! {
@@ -59,7 +63,6 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
     match Layout::load(dir) {
         Ok(existing) if existing.plan.complete => {
             same(&existing, options)?;
-            ports::check(&existing, &report(&existing)?.running_ports())?;
             return Ok(existing);
         }
         Ok(existing) if report(&existing)?.runs() => {
@@ -92,6 +95,22 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
     }
     layout.store()?;
     Ok(layout)
+}
+
+/// The ports of a sandbox that is there: what was killed a moment ago holds its own until its last process is gone.
+async fn wait_for_ports(layout: &Layout) -> Result<(), SandboxError> {
+    if !layout.plan.complete {
+        return Ok(());
+    }
+    let started = std::time::Instant::now();
+    loop {
+        match ports::check(layout, &report(layout)?.running_ports()) {
+            Err(SandboxError::PortInUse { .. }) if started.elapsed() < PORTS_LIMIT => {
+                tokio::time::sleep(PORTS_POLL).await;
+            }
+            checked => return checked,
+        }
+    }
 }
 
 /// A new sandbox gets a folder that is not there or empty; `bin`, where root puts the program first, does not count.
@@ -181,12 +200,14 @@ async fn start_agent(layout: &Layout, index: usize) -> Result<(), SandboxError> 
     starting.wait(AGENT_LIMIT, async || ports::is_listening(port)).await
 }
 
-/// Returns when the proxy answers a query.
+/// Returns when the proxy answers a query, and commands.
 async fn start_proxy(layout: &Layout) -> Result<(), SandboxError> {
     let log = layout.proxy_log();
     let child = daemon(layout, &["proxy"], &log, &layout.proxy_pid_file())?;
     let port = layout.proxy_port();
-    Starting { name: "the proxy".into(), child, log }.wait(PROXY_LIMIT, async || answers(port).await).await
+    Starting { name: "the proxy".into(), child, log }
+        .wait(PROXY_LIMIT, async || answers(port).await && control::members(layout).await.is_ok())
+        .await
 }
 
 fn daemon(layout: &Layout, command: &[&str], log: &Path, pid_file: &Path) -> Result<std::process::Child, SandboxError> {

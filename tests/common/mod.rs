@@ -186,6 +186,18 @@ fn kill(pid_file: &Path) {
     let pid: i32 = text.lines().next().and_then(|line| line.trim().parse().ok()).expect("a pid");
     let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill -9");
+    // Until it is gone `sandbox up` takes it for one that runs.
+    let started = Instant::now();
+    while runs(pid) {
+        assert!(started.elapsed() < LIMIT, "process {pid:?} does not die");
+        std::thread::yield_now();
+    }
+}
+
+/// Whether there is such a process, and not only its exit status.
+fn runs(pid: rustix::process::Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// Waits for a condition; fails with `what` when it does not come true.

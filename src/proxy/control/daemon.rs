@@ -57,6 +57,10 @@ impl StatusSource for Hub {
         }
     }
 
+    fn not_served(&self) -> Option<String> {
+        self.trouble()
+    }
+
     fn last_error(&self, node: &str) -> Option<String> {
         self.reason(node)
     }

@@ -12,6 +12,7 @@ use super::message::{ControlAnswer, ControlRequest, Detached, Outcome};
 use super::server::{Answers, Handler};
 use crate::cluster::members;
 use crate::config::NodeConfig;
+use crate::observe::explain;
 use crate::observe::progress::RecoveryView;
 use crate::observe::status::{ClusterStatus, NodeFindings, StatusSource};
 use crate::recovery::agents::{self, Agents};
@@ -62,7 +63,9 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
         }
         let findings = self.nodes.iter().zip(given).map(|(node, answer)| self.findings(node, answer)).collect();
         let set = self.recoveries.replication().members();
-        ClusterStatus::new(&self.cluster, Some(&set), Some(self.source.counters()), true, findings)
+        let mut status = ClusterStatus::new(&self.cluster, Some(&set), Some(self.source.counters()), true, findings);
+        status.problems.splice(0..0, self.source.not_served().map(|why| explain::not_served(&why)));
+        status
     }
 
     fn findings(&self, node: &NodeConfig, answer: Result<NodeStatus, String>) -> NodeFindings {
