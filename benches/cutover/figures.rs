@@ -229,7 +229,7 @@ impl Figures {
             String::new(),
             format!("  {:<52} {:>10} {:>10}", "milliseconds", "median", "worst"),
         ];
-        let rows: [(&str, fn(&Recovery) -> f64); 16] = [
+        let rows: [(&str, Value); 16] = [
             ("pause of writes", |one| one.write_pause_ms),
             ("  at the cut", |one| one.cut.write_pause_ms),
             ("    longest time without a write", |one| one.cut.write_gap_ms),
@@ -280,6 +280,9 @@ fn quantile(sorted: &[Duration], part: f64) -> Duration {
     let index = (sorted.len().saturating_sub(1) as f64 * part).round() as usize;
     sorted.get(index).copied().unwrap_or_default()
 }
+
+/// What one recovery gives for a line of the table.
+type Value = fn(&Recovery) -> f64;
 
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0

@@ -35,7 +35,7 @@ impl Kind {
 
 pub enum Load {
     Probe(Probe),
-    Pgbench(Pgbench),
+    Pgbench(Box<Pgbench>),
 }
 
 /// Two pgbench that run: one writes, one reads. Each logs every transaction.
@@ -74,13 +74,13 @@ impl Load {
             command.current_dir("/").env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
             command.kill_on_drop(true).spawn().context("cannot start pgbench")
         };
-        Ok(Self::Pgbench(Pgbench {
+        Ok(Self::Pgbench(Box::new(Pgbench {
             started,
             started_unix_us,
             dir: dir.to_owned(),
             writes: start("writes", writers, "tpcb-like")?,
             reads: start("reads", readers, "select-only")?,
-        }))
+        })))
     }
 
     /// Time since the start; the axis of everything that is seen.

@@ -34,7 +34,7 @@ use load::{Kind, Load};
 
 const DATABASE: &str = "bench";
 /// How long the load runs before the first recovery is counted: connections, caches, plans.
-const WARM_UP: Duration = Duration::from_millis(1000);
+const WARM_UP: Duration = Duration::from_secs(1);
 
 /// Recovers a node again and again under load and tells what clients noticed.
 #[derive(Debug, Parser)]

@@ -85,8 +85,8 @@ impl Figures {
             ),
             String::new(),
         ];
-        let head: String = names.iter().map(|name| format!(" {name:>15}")).collect();
-        lines.push(format!("  {:<18}{head}", "script, clients"));
+        let head: Vec<String> = names.iter().map(|name| format!("{name:>15}")).collect();
+        lines.push(format!("  {:<18} {}", "script, clients", head.join(" ")));
         for case in &self.cases {
             let cell = |name: &&str| match case.targets.get(name) {
                 None => format!(" {:>15}", "failed"),

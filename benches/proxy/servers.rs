@@ -2,6 +2,7 @@
 //! a child of the benchmark, with its files in one folder and a free port.
 
 use std::ffi::OsStr;
+use std::fmt::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -120,11 +121,12 @@ impl Servers {
             dir = dir.display(),
         );
         for (index, port) in self.behind_pgpool.iter().enumerate() {
-            text.push_str(&format!(
+            let _ = write!(
+                text,
                 "backend_hostname{index} = '127.0.0.1'\nbackend_port{index} = {port}\nbackend_weight{index} = 1\n\
                  backend_data_directory{index} = '{}'\nbackend_flag{index} = 'ALLOW_TO_FAILOVER'\n",
                 dir.join(format!("n{index}")).display(),
-            ));
+            );
         }
         let conf = dir.join("pgpool.conf");
         write(&conf, &text)?;
