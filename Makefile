@@ -17,8 +17,10 @@ test: setup
 		$(CARGO) test --locked --workspace -- --test-threads=2; \
 	fi
 
+# Release build; TMPDIR=/dev/shm keeps the servers on tmpfs. Options: docs/benchmarks.md
+BENCH ?= cutover proxy
 bench: setup
-	$(CARGO) bench --locked
+	$(foreach name,$(BENCH),$(CARGO) bench --locked --bench $(name) -- $(BENCH_ARGS) &&) true
 
 check:
 	$(CARGO) fmt --all --check

@@ -42,7 +42,7 @@ pub struct ProxyConfig {
     pub listen: SocketAddr,
     /// Folder of the proxy: certificate, lock, `control.sock`, spilled effects.
     pub state_dir: PathBuf,
-    /// Threads that serve clients; 0: one per core.
+    /// Threads that serve clients; 0: half as many as cores.
     #[serde(default)]
     pub threads: usize,
     /// Longest time that the gate stays closed before it opens again, milliseconds.

@@ -55,7 +55,7 @@ impl Replication for Quiet {
 
     async fn cut(&self, _: &str) -> Result<CutDone, ReplicationError> {
         let marker = "select pg_logical_emit_message(true, 'pgtandem', 'cut')";
-        Ok(CutDone { x: lsn(&sql(&self.leader, marker).await), gate_ms: 1.0 })
+        Ok(CutDone { x: lsn(&sql(&self.leader, marker).await), gate_closed_unix_us: 1_000_000, gate_ms: 1.0 })
     }
 
     async fn drain(&self, _: &str, on_progress: &(dyn Fn(Drained) + Sync)) -> Result<(), ReplicationError> {
@@ -70,7 +70,7 @@ impl Replication for Quiet {
         self.store(1, &larger, NodeState::InSync).await?;
         let version = larger.version;
         *self.set.lock().unwrap() = larger;
-        Ok(JoinDone { gate_ms: 1.0, version })
+        Ok(JoinDone { gate_closed_unix_us: 1_000_000, gate_ms: 1.0, version })
     }
 
     async fn abandon(&self, _: &str) {}

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,11 @@ pub struct RecoveryView {
     /// How long the gate was closed: for that time commits waited, and nothing else.
     pub cut_gate_ms: Option<f64>,
     pub join_gate_ms: Option<f64>,
+    /// When the gate began to close and when it was open again, microseconds since 1970 by the proxy's clock.
+    pub cut_gate_closed_unix_us: Option<u64>,
+    pub cut_gate_opened_unix_us: Option<u64>,
+    pub join_gate_closed_unix_us: Option<u64>,
+    pub join_gate_opened_unix_us: Option<u64>,
     /// Version of the member set that contains the node.
     pub version: Option<u64>,
     /// Time spent in each phase that has ended.
@@ -70,6 +76,10 @@ impl RecoveryView {
             join_attempts: report.join_attempts,
             cut_gate_ms: report.cut_gate_ms,
             join_gate_ms: report.join_gate_ms,
+            cut_gate_closed_unix_us: report.cut_gate_closed_unix_us,
+            cut_gate_opened_unix_us: opened(report.cut_gate_closed_unix_us, report.cut_gate_ms),
+            join_gate_closed_unix_us: report.join_gate_closed_unix_us,
+            join_gate_opened_unix_us: opened(report.join_gate_closed_unix_us, report.join_gate_ms),
             version: report.version,
             phase_ms,
             warnings: report.warnings.clone(),
@@ -145,6 +155,12 @@ impl RecoveryView {
     }
 }
 
+/// When a gate that closed at `closed_unix_us` and stayed closed for `gate_ms` was open again.
+fn opened(closed_unix_us: Option<u64>, gate_ms: Option<f64>) -> Option<u64> {
+    let gate = Duration::try_from_secs_f64(gate_ms? / 1000.0).ok()?;
+    closed_unix_us?.checked_add(u64::try_from(gate.as_micros()).ok()?)
+}
+
 fn milliseconds(ms: Option<f64>) -> String {
     ms.map_or_else(|| "an unknown time".into(), |ms| format!("{ms:.1} ms"))
 }
@@ -196,9 +212,26 @@ mod tests {
     #[test]
     fn field_names_are_stable() {
         let value = serde_json::to_value(RecoveryView::new("b", &Report::new())).unwrap();
-        for name in ["phase", "bytes_compared", "bytes_sent", "backlog_peak", "cut_gate_ms", "join_gate_ms"] {
+        let gate = ["cut_gate_closed_unix_us", "cut_gate_opened_unix_us", "join_gate_closed_unix_us"];
+        for name in gate.into_iter().chain([
+            "phase",
+            "bytes_compared",
+            "bytes_sent",
+            "backlog_peak",
+            "cut_gate_ms",
+            "join_gate_ms",
+        ]) {
             assert!(value.get(name).is_some(), "{name} is gone");
         }
         assert_eq!(value["phase"], "preflight");
+    }
+
+    #[test]
+    fn the_gate_opens_as_long_after_it_closed_as_it_was_closed() {
+        let mut report = Report::new();
+        report.cut_gate_closed_unix_us = Some(1_000_000);
+        assert_eq!(RecoveryView::new("b", &report).cut_gate_opened_unix_us, None);
+        report.cut_gate_ms = Some(2.5);
+        assert_eq!(RecoveryView::new("b", &report).cut_gate_opened_unix_us, Some(1_002_500));
     }
 }

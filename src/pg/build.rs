@@ -40,9 +40,9 @@ pub fn bind_raw(out: &mut BytesMut, portal: &[u8], statement: &[u8], parameters:
         put_string(b, portal);
         put_string(b, statement);
         if parameters.is_empty() {
-            b.put_u32(0)
+            b.put_u32(0);
         } else {
-            b.put_slice(parameters)
+            b.put_slice(parameters);
         }
         b.put_u16(u16::try_from(result_formats.len() / 2).unwrap_or(0));
         b.put_slice(result_formats);

@@ -172,6 +172,12 @@ pub fn error_field(body: &[u8], field: u8) -> Option<&[u8]> {
     }
 }
 
+/// Whether an `ErrorResponse` says that the server ends the session. Field `V`: the severity in English (PostgreSQL 9.6).
+#[must_use]
+pub fn is_fatal(body: &[u8]) -> bool {
+    matches!(error_field(body, b'V'), Some(b"FATAL" | b"PANIC"))
+}
+
 /// SQLSTATE and message of an `ErrorResponse`, for logs and decisions of our own.
 #[must_use]
 pub fn error_summary(body: &[u8]) -> (String, String) {

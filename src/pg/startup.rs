@@ -40,8 +40,8 @@ pub struct SessionStart {
 /// # Errors
 /// If its length is impossible, or a session's parameters are not pairs of strings.
 pub fn take(buffer: &mut BytesMut) -> Result<Option<Startup>, FrameError> {
-    let [a, b, c, d, ..] = **buffer else { return Ok(None) };
-    let length = i32::from_be_bytes([a, b, c, d]);
+    let Some(length) = buffer.first_chunk() else { return Ok(None) };
+    let length = i32::from_be_bytes(*length);
     let bytes = usize::try_from(length).unwrap_or(0);
     if bytes < 8 {
         return Err(FrameError::TooShort { tag: 0, length });

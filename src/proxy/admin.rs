@@ -28,9 +28,9 @@ const COLUMNS: [&str; 14] = [
 const TEXT_OID: u32 = 25;
 
 /// The whole answer but for `ReadyForQuery`.
-pub async fn pool_nodes(hub: &Hub, out: &mut BytesMut) {
+pub fn pool_nodes(hub: &Hub, out: &mut BytesMut) {
     describe_pool_nodes(out, false);
-    pool_node_rows(hub, out).await;
+    pool_node_rows(hub, out);
 }
 
 /// The answer to a Describe, of a statement (no parameters) or a portal.
@@ -55,7 +55,7 @@ pub fn describe_pool_nodes(out: &mut BytesMut, statement: bool) {
 }
 
 /// One row for each configured node, and the command tag.
-pub async fn pool_node_rows(hub: &Hub, out: &mut BytesMut) {
+pub fn pool_node_rows(hub: &Hub, out: &mut BytesMut) {
     let view = hub.view();
     let nodes = &hub.config.nodes;
     for (i, node) in nodes.iter().enumerate() {

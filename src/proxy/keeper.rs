@@ -8,7 +8,7 @@ use pgtandem_proto::membership::NodeState;
 use tokio_util::sync::CancellationToken;
 
 use crate::pg::build;
-use crate::proxy::reign;
+use crate::proxy::{reign, sequences};
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
 
@@ -24,6 +24,7 @@ pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
     tokio::select! {
         () = keep_leader(&hub) => {}
         () = keep_followers(&hub) => {}
+        () = sequences::keep(&hub) => {}
         () = stop.cancelled() => {}
     }
 }
@@ -37,7 +38,7 @@ async fn keep_leader(hub: &Arc<Hub>) {
     loop {
         let lost = watch_leader(hub).await;
         tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
-        while let Err(e) = reign::raise(hub).await {
+        while let Err(e) = reign::raise(hub, reign::Occasion::LeaderBack).await {
             tracing::error!(error = %e, "no new epoch yet");
             tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
         }

@@ -22,6 +22,7 @@ pub mod control;
 pub mod keeper;
 pub mod local_rules;
 pub mod reign;
+pub mod sequences;
 pub mod threads;
 
 /// Name of the lock in the proxy's folder.
@@ -66,7 +67,7 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(io("signals can not be watched"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals can not be watched"))?;
     let hub = Arc::new(Hub::new(Arc::clone(&config), identity, members::first(&config.proxy.node)));
-    reign::raise(&hub).await?;
+    reign::raise(&hub, reign::Occasion::Start).await?;
     local_rules::check(&hub).await?;
     let stop = CancellationToken::new();
     let threads = threads::start(&hub, &stop).map_err(io("threads can not be started"))?;
@@ -93,6 +94,10 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     hub.reign.send_replace(Reign::Stopping);
     stop.cancel();
     let _ = keeper.await;
+    if result.is_ok() {
+        // Recoveries end in order: their nodes are told, their backlogs dropped.
+        let _ = control.await;
+    }
     threads.join();
     result
 }

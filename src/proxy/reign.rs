@@ -22,6 +22,8 @@ const LEADER_MS_MAX: u64 = 120_000;
 const POLL_MS: u64 = 100;
 /// How long another member's agent may take to answer.
 const MEMBER_MS_MAX: u64 = 10_000;
+/// How long the PostgreSQL of another member may take to start (crash recovery included) once the leader's runs; clients wait.
+const MEMBER_START_MS_MAX: u64 = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReignError {
@@ -73,12 +75,24 @@ struct Member {
     status: Box<NodeStatus>,
 }
 
+/// Why an epoch is raised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// The proxy starts. What happened while none ran is not known, so every recorded member must be asked.
+    Start,
+    /// The leader's PostgreSQL came back under the same proxy. Nobody else has served, so a member that does not answer
+    /// leaves the set, as it would have at the next commit.
+    LeaderBack,
+}
+
 /// Raises a new epoch and begins to serve.
 ///
 /// # Errors
 /// If it must not: somebody does not agree, or does not answer.
-pub async fn raise(hub: &Arc<Hub>) -> Result<(), ReignError> {
+pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError> {
     hub.reign.send_replace(Reign::Starting);
+    // A change of the member set that is under way ends first; the next one finds the new epoch's followers.
+    let _one_at_a_time = hub.changing.lock().await;
     hub.forget_followers();
     hub.marks.reset();
     let own = hub.node(&hub.config.proxy.node)?.clone();
@@ -91,13 +105,19 @@ pub async fn raise(hub: &Arc<Hub>) -> Result<(), ReignError> {
     if record.state != NodeState::InSync {
         return Err(ReignError::LeaderState { node: own.name, state: record.state });
     }
-    let mut followers = Vec::new();
+    let (mut followers, mut silent) = (Vec::new(), Vec::new());
     for name in set.nodes.iter().filter(|n| **n != own.name) {
         let node = hub.node(name)?.clone();
-        let member = ask(hub, &node, MEMBER_MS_MAX).await;
-        followers.push(member.map_err(|source| ReignError::MemberSilent { node: name.clone(), source })?);
+        match ask(hub, &node, MEMBER_MS_MAX).await {
+            Ok(member) => followers.push(member),
+            Err(e) if occasion == Occasion::LeaderBack => {
+                leaves(hub, name, &format!("its agent did not answer when the leader came back: {e}"));
+                silent.push(name.clone());
+            }
+            Err(source) => return Err(ReignError::MemberSilent { node: name.clone(), source }),
+        }
     }
-    let (followers, mut dropped) = agree(&set, followers)?;
+    let (followers, mut dropped) = agree(hub, &set, followers)?;
     let promised = followers.iter().chain(&dropped).chain([&leader]).map(|m| m.status.record.promised);
     let sets = followers.iter().chain(&dropped).filter_map(|m| m.status.record.members.as_ref()).map(|s| s.epoch);
     let epoch = promised.chain(sets).fold(set.epoch, u64::max) + 1;
@@ -108,6 +128,10 @@ pub async fn raise(hub: &Arc<Hub>) -> Result<(), ReignError> {
         promising.push(follower);
     }
     wait_for_leader(hub, &own).await?;
+    let nodes: Vec<NodeConfig> = promising.iter().map(|member| member.node.clone()).collect();
+    for node in &nodes {
+        wait_for_start(hub, node).await;
+    }
     let secret: Arc<str> = format!("{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>()).into();
     let marks = raise_on_leader(hub, epoch, &secret).await?;
     let mut staying = Vec::new();
@@ -119,23 +143,27 @@ pub async fn raise(hub: &Arc<Hub>) -> Result<(), ReignError> {
                 return Err(ReignError::LeaderSuspect { leader, follower, database, mark, theirs, ours });
             }
             Ok(Some((database, verdict))) => {
-                tracing::warn!(node = %follower.node.name, database, ?verdict, "member was left behind");
+                leaves(
+                    hub,
+                    &follower.node.name,
+                    &format!("it missed commits of the leader in database {database}: {verdict:?}"),
+                );
                 dropped.push(follower);
             }
             Err(e) => {
-                tracing::warn!(node = %follower.node.name, error = %e, "member can not go on");
+                leaves(hub, &follower.node.name, &format!("it could not go on under a new epoch: {e}"));
                 dropped.push(follower);
             }
         }
     }
     let mut new = set;
-    for member in &dropped {
-        if members::contains(&new, &member.node.name) {
-            new = members::without(&new, &member.node.name)?;
+    for name in dropped.iter().map(|member| &member.node.name).chain(&silent) {
+        if members::contains(&new, name) {
+            new = members::without(&new, name)?;
         }
     }
     let new = members::in_epoch(&new, epoch, &own.name)?;
-    let shrunk = !dropped.is_empty();
+    let shrunk = !dropped.is_empty() || !silent.is_empty();
     let generation = shrunk.then(|| format!("{:032x}", rand::random::<u128>()));
     for member in std::iter::once(&mut leader).chain(&mut staying) {
         store_on(&mut member.control, &new, NodeState::InSync, generation.as_deref(), None)
@@ -149,9 +177,7 @@ pub async fn raise(hub: &Arc<Hub>) -> Result<(), ReignError> {
             tracing::info!(node = %member.node.name, error = %e, "could not be told that it is stale; it will be");
         }
     }
-    for (database, marks) in marks {
-        hub.marks.load(&database, marks.into_iter().collect());
-    }
+    hub.marks.begin(epoch, marks);
     hub.show(new);
     hub.reign.send_replace(Reign::Serving { epoch, secret });
     tracing::info!(epoch, "a new epoch serves");
@@ -184,7 +210,7 @@ async fn own_agent(hub: &Hub, own: &NodeConfig) -> Result<Member, ReignError> {
 
 /// Who goes on as a member. One that is not in sync, or that stored a set without itself, leaves; one that stored a newer set
 /// in which it is a member means that this host was left behind.
-fn agree(set: &MemberSet, followers: Vec<Member>) -> Result<(Vec<Member>, Vec<Member>), ReignError> {
+fn agree(hub: &Hub, set: &MemberSet, followers: Vec<Member>) -> Result<(Vec<Member>, Vec<Member>), ReignError> {
     let (mut staying, mut dropped) = (Vec::new(), Vec::new());
     for member in followers {
         let record = &member.status.record;
@@ -196,11 +222,16 @@ fn agree(set: &MemberSet, followers: Vec<Member>) -> Result<(Vec<Member>, Vec<Me
             }
             staying.push(member);
         } else {
-            tracing::warn!(node = %member.node.name, state = ?record.state, "member of the recorded set is not in sync");
+            leaves(hub, &member.node.name, &format!("its own record said {:?} at a new epoch", record.state));
             dropped.push(member);
         }
     }
     Ok((staying, dropped))
+}
+
+fn leaves(hub: &Hub, node: &str, reason: &str) {
+    tracing::warn!(node, reason, "member leaves the set at a new epoch");
+    hub.note_reason(node, reason);
 }
 
 async fn promise(member: &mut Member, epoch: u64) -> Result<(), ReignError> {
@@ -226,6 +257,19 @@ async fn wait_for_leader(hub: &Hub, own: &NodeConfig) -> Result<(), ReignError> 
             return Err(ReignError::LeaderDown { node: own.name.clone(), why });
         }
         tokio::time::sleep(Duration::from_millis(POLL_MS)).await;
+    }
+}
+
+/// Waits until this member's PostgreSQL runs, which its agent starts. One that does not is found out when it is settled.
+async fn wait_for_start(hub: &Hub, node: &NodeConfig) {
+    let deadline = tokio::time::Instant::now() + Duration::from_millis(MEMBER_START_MS_MAX);
+    while tokio::time::Instant::now() < deadline {
+        match ask_once(hub, node).await {
+            Ok(member) if matches!(member.status.postgres, PostgresState::Stopped | PostgresState::Starting) => {
+                tokio::time::sleep(Duration::from_millis(POLL_MS)).await;
+            }
+            Ok(_) | Err(_) => return,
+        }
     }
 }
 

@@ -28,7 +28,8 @@ pub struct Threads {
 /// If the system refuses one.
 pub fn start(hub: &Arc<Hub>, stop: &CancellationToken) -> io::Result<Threads> {
     let count = match hub.config.proxy.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        // The leader's PostgreSQL has the rest of the host: with more threads than that both only switch more often.
+        0 => std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)),
         n => n,
     };
     let mut threads = Vec::with_capacity(count);

@@ -232,6 +232,7 @@ impl Recovery {
             (Step::HoldRelay, Done::Held(_)) => self.begin(now, Step::Cut),
             (Step::Cut, Done::Cut(cut)) => {
                 self.report.x = Some(cut.x);
+                self.report.cut_gate_closed_unix_us = Some(cut.gate_closed_unix_us);
                 self.report.cut_gate_ms = Some(cut.gate_ms);
                 self.enter(now, Phase::LeavingRecovery, Step::LeaveRecovery { x: cut.x });
             }
@@ -240,6 +241,7 @@ impl Recovery {
             }
             (Step::Drain, Done::Plain(Step::Drain)) => self.enter(now, Phase::Joining, Step::Join),
             (Step::Join, Done::Joined(joined)) => {
+                self.report.join_gate_closed_unix_us = Some(joined.gate_closed_unix_us);
                 self.report.join_gate_ms = Some(joined.gate_ms);
                 self.report.version = Some(joined.version);
                 self.set_phase(now, Phase::Member);

@@ -92,8 +92,8 @@ impl Bench {
         let done = match self.under_way.expect("nothing is under way") {
             Step::Preflight => Done::Preflight { is_member: false, warnings: vec!["unlogged tables".into()] },
             Step::HoldRelay => Done::Held(Lsn(0x0100_0000)),
-            Step::Cut => Done::Cut(CutDone { x: Lsn(0x0100_0080), gate_ms: 2.5 }),
-            Step::Join => Done::Joined(JoinDone { gate_ms: 3.5, version: 4 }),
+            Step::Cut => Done::Cut(CutDone { x: Lsn(0x0100_0080), gate_closed_unix_us: 1_000_000, gate_ms: 2.5 }),
+            Step::Join => Done::Joined(JoinDone { gate_closed_unix_us: 1_000_000, gate_ms: 3.5, version: 4 }),
             step => Done::Plain(step),
         };
         self.input(Input::Done(done));
@@ -156,6 +156,7 @@ fn the_good_way_passes_every_phase_in_order() {
     assert_eq!(bench.phases, phases);
     let report = bench.recovery.report();
     assert_eq!(report.cut_gate_ms, Some(2.5));
+    assert_eq!((report.cut_gate_closed_unix_us, report.join_gate_closed_unix_us), (Some(1_000_000), Some(1_000_000)));
     assert_eq!(report.join_gate_ms, Some(3.5));
     assert_eq!(report.version, Some(4));
     assert_eq!(report.warnings, ["unlogged tables"]);
@@ -313,8 +314,16 @@ fn any_move() -> impl Strategy<Value = Move> {
         (any::<bool>()).prop_map(|is_member| Input::Done(Done::Preflight { is_member, warnings: vec!["w".into()] })),
         any_step().prop_map(|step| Input::Done(Done::Plain(step))),
         any::<u64>().prop_map(|lsn| Input::Done(Done::Held(Lsn(lsn)))),
-        (0_u64..3).prop_map(|x| Input::Done(Done::Cut(CutDone { x: Lsn(x), gate_ms: 1.0 }))),
-        any::<u64>().prop_map(|version| Input::Done(Done::Joined(JoinDone { gate_ms: 1.0, version }))),
+        (0_u64..3).prop_map(|x| Input::Done(Done::Cut(CutDone {
+            x: Lsn(x),
+            gate_closed_unix_us: 1_000_000,
+            gate_ms: 1.0
+        }))),
+        any::<u64>().prop_map(|version| Input::Done(Done::Joined(JoinDone {
+            gate_closed_unix_us: 1_000_000,
+            gate_ms: 1.0,
+            version
+        }))),
         any::<bool>().prop_map(|retriable| Input::StepFailed { cause: cause(), retriable }),
         any::<u64>().prop_map(|bytes_sent| Input::Progress(Progress { bytes_sent, ..Progress::default() })),
         any::<(u64, u64, u64)>().prop_map(|(applied, left, peak)| Input::Drained(Drained { applied, left, peak })),

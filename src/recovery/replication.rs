@@ -55,6 +55,8 @@ pub trait Replication: Send + Sync {
 pub struct CutDone {
     /// End of the marker record, a record boundary.
     pub x: Lsn,
+    /// When the gate began to close, microseconds since 1970 by this host's clock.
+    pub gate_closed_unix_us: u64,
     /// How long the gate was closed, milliseconds.
     pub gate_ms: f64,
 }
@@ -62,6 +64,8 @@ pub struct CutDone {
 /// The node is a member.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct JoinDone {
+    /// When the gate began to close, microseconds since 1970 by this host's clock.
+    pub gate_closed_unix_us: u64,
     /// How long the gate was closed, milliseconds.
     pub gate_ms: f64,
     /// Version of the member set that contains the node.

@@ -125,8 +125,12 @@ pub struct Report {
     pub progress: Progress,
     pub drained: Drained,
     pub x: Option<Lsn>,
+    /// When the gate began to close for the cut, microseconds since 1970 by the proxy's clock.
+    pub cut_gate_closed_unix_us: Option<u64>,
     /// How long the gate was closed for the cut, milliseconds.
     pub cut_gate_ms: Option<f64>,
+    /// The same for the join.
+    pub join_gate_closed_unix_us: Option<u64>,
     /// How long the gate was closed for the join, milliseconds.
     pub join_gate_ms: Option<f64>,
     /// Attempts at the cut and at the join; 1 each when all goes well.
@@ -151,7 +155,9 @@ impl Report {
             progress: Progress::default(),
             drained: Drained::default(),
             x: None,
+            cut_gate_closed_unix_us: None,
             cut_gate_ms: None,
+            join_gate_closed_unix_us: None,
             join_gate_ms: None,
             cut_attempts: 0,
             join_attempts: 0,

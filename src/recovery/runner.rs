@@ -275,7 +275,12 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         let mut control = self.take_target()?;
         let counters = &self.counters;
         let mut on_progress = |progress| counters.send_modify(|now| now.progress = progress);
+        let fills = matches!(request, Request::Fill { .. } | Request::CatchUp { .. });
         agents::order(&mut control, request, &mut on_progress).await.map_err(of_node)?;
+        // Counters come twice a second: what was faster than that is asked for.
+        if fills && let Some(progress) = agents::status(&mut control).await.map_err(of_node)?.progress {
+            counters.send_modify(|now| now.progress = progress);
+        }
         self.put_target(control);
         Ok(())
     }

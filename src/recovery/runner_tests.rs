@@ -66,7 +66,7 @@ impl Replication for World {
     async fn cut(&self, _: &str) -> Result<CutDone, ReplicationError> {
         self.happen("cut").await;
         self.error("cut")?;
-        Ok(CutDone { x: Lsn(0x0300_0028), gate_ms: 1.5 })
+        Ok(CutDone { x: Lsn(0x0300_0028), gate_closed_unix_us: 1_000_000, gate_ms: 1.5 })
     }
 
     async fn drain(&self, _: &str, on_progress: &(dyn Fn(Drained) + Sync)) -> Result<(), ReplicationError> {
@@ -85,7 +85,7 @@ impl Replication for World {
         // The worst kind of failure: the larger set is in use already.
         *self.is_member.lock().unwrap() = true;
         self.error("join")?;
-        Ok(JoinDone { gate_ms: 2.5, version: 2 })
+        Ok(JoinDone { gate_closed_unix_us: 1_000_000, gate_ms: 2.5, version: 2 })
     }
 
     async fn abandon(&self, _: &str) {

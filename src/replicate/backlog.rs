@@ -98,8 +98,7 @@ impl Backlog {
             return Next::Overflowed;
         }
         let mut batch: Vec<Arc<Entry>> = Vec::new();
-        loop {
-            let Some(first) = state.entries.front() else { break };
+        while let Some(first) = state.entries.front() {
             match first.outcome.load(Ordering::Acquire) {
                 PENDING if batch.is_empty() => return Next::Unsettled,
                 PENDING => break,
@@ -148,7 +147,9 @@ mod tests {
     fn order_is_kept_and_nothing_overtakes_what_is_not_settled() {
         let backlog = Backlog::new(1 << 20);
         let entries = [entry("a", false), entry("a", false), entry("a", true), entry("b", false)];
-        entries.iter().for_each(|e| backlog.push(Arc::clone(e)));
+        for e in &entries {
+            backlog.push(Arc::clone(e));
+        }
         assert!(matches!(backlog.next(), Next::Unsettled));
         entries[0].settle(true);
         assert!(matches!(backlog.next(), Next::Batch(b) if b.len() == 1));

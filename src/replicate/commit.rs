@@ -11,26 +11,33 @@ use std::sync::atomic::Ordering;
 use futures_util::future::join_all;
 use pgtandem_proto::membership::NodeState;
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use crate::replicate::effects::EffectLog;
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, within};
 
-/// Idle connections that one thread keeps per follower and database.
+/// Idle connections that one thread keeps per follower, over all databases.
 const IDLE_MAX: usize = 32;
 /// A half may take this many times as long as the leader needed for the transaction, on top of the fixed limit.
 const SLOWER_MAX: u64 = 4;
 
+type Idle = HashMap<(u64, Arc<str>), Vec<Connection>>;
+
 /// Connections to followers that one thread keeps, by follower and database.
 #[derive(Clone, Debug, Default)]
 pub struct Pool {
-    idle: Rc<RefCell<HashMap<(u64, Arc<str>), Vec<Connection>>>>,
+    idle: Rc<RefCell<Idle>>,
 }
 
 impl Pool {
     async fn take(&self, hub: &Hub, follower: &Follower, database: &Arc<str>) -> Result<Connection, ServerError> {
         let key = (follower.id, Arc::clone(database));
         if let Some(connection) = self.idle.borrow_mut().get_mut(&key).and_then(Vec::pop) {
+            return Ok(connection);
+        }
+        if let Some(connection) = follower.take_spare(database) {
             return Ok(connection);
         }
         let (epoch, secret) = hub.epoch_and_secret().ok_or_else(|| ServerError::Other("the epoch is over".into()))?;
@@ -43,9 +50,9 @@ impl Pool {
             idle.retain(|(id, _), _| *id != follower.id);
             return;
         }
-        let list = idle.entry((follower.id, Arc::clone(database))).or_default();
-        if list.len() < IDLE_MAX {
-            list.push(connection);
+        let kept: usize = idle.iter().filter(|((id, _), _)| *id == follower.id).map(|(_, list)| list.len()).sum();
+        if kept < IDLE_MAX {
+            idle.entry((follower.id, Arc::clone(database))).or_default().push(connection);
         }
     }
 }
@@ -55,6 +62,8 @@ impl Pool {
 pub struct Prepared {
     follower: Arc<Follower>,
     connection: Connection,
+    /// Its place among the transactions that one follower works on at once.
+    _place: OwnedSemaphorePermit,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +114,9 @@ impl Commit<'_> {
             let flights = missing.iter().map(|f| self.half(f));
             for (follower, result) in missing.iter().zip(join_all(flights).await) {
                 match result {
-                    Ok(connection) => held.push(Prepared { follower: Arc::clone(follower), connection }),
+                    Ok((connection, place)) => {
+                        held.push(Prepared { follower: Arc::clone(follower), connection, _place: place });
+                    }
                     Err(e) if e.sqlstate() == Some("0A000") => return Err(PrepareError::Unsupported(e.to_string())),
                     Err(e) => {
                         let state = if e.is_sick() { NodeState::Stale } else { NodeState::Suspect };
@@ -118,12 +129,15 @@ impl Commit<'_> {
     }
 
     /// One follower's half. What only differs because earlier commits are not finished there yet is made once more.
-    async fn half(&self, follower: &Arc<Follower>) -> Result<Connection, ServerError> {
+    async fn half(&self, follower: &Arc<Follower>) -> Result<(Connection, OwnedSemaphorePermit), ServerError> {
         let limit_ms = self.hub.config.proxy.follower_ms_max + SLOWER_MAX * self.leader_ms;
         let work = async {
             if let Some(number) = self.log.barrier {
                 self.hub.gate.barrier(number).await;
             }
+            // Whoever holds a place has prepared, or waits only for those that have: nothing can wait for itself.
+            let place = Arc::clone(&follower.places).acquire_owned().await;
+            let place = place.map_err(|_| ServerError::Other("it left the member set".into()))?;
             let mut connection = self.pool.take(self.hub, follower, self.database).await?;
             match flight::prepare(&mut connection, self.log, self.decision).await {
                 Err(e) if !e.is_sick() && e.sqlstate() != Some("0A000") => {
@@ -134,7 +148,7 @@ impl Commit<'_> {
                 }
                 result => result?,
             }
-            Ok(connection)
+            Ok((connection, place))
         };
         tokio::select! {
             result = within(limit_ms, work) => result,

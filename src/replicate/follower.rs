@@ -28,7 +28,7 @@ pub enum ServerError {
     /// The server's answer: SQLSTATE and message.
     #[error("{message} (SQLSTATE {sqlstate})")]
     Answer { sqlstate: String, message: String },
-    #[error("the connection ended: {0}")]
+    #[error("the connection ended: {}", io_reason(.0))]
     Io(#[from] std::io::Error),
     #[error("the server broke the protocol: {0}")]
     Frame(#[from] FrameError),
@@ -36,6 +36,14 @@ pub enum ServerError {
     Timeout(u64),
     #[error("{0}")]
     Other(String),
+}
+
+/// TLS says at length that the other end was gone without a goodbye, which is how a process that was killed leaves.
+fn io_reason(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => "the other end closed it".to_owned(),
+        _ => error.to_string(),
+    }
 }
 
 impl ServerError {
@@ -278,25 +286,22 @@ fn absorb(input: &mut BytesMut, answer: &mut Answer) -> Result<bool, ServerError
                 let value = if r.u16()? == 0 { None } else { r.value()?.map(Bytes::copy_from_slice) };
                 answer.values.push(value);
             }
-            b'R' => {
-                if body != [0, 0, 0, 0] {
-                    return Err(ServerError::Other(
-                        "PostgreSQL asks role pgtandem for a password: pg_hba.conf must begin with \
+            b'R' if body != [0, 0, 0, 0] => {
+                return Err(ServerError::Other(
+                    "PostgreSQL asks role pgtandem for a password: pg_hba.conf must begin with \
                          'local all pgtandem peer map=pgtandem'"
-                            .into(),
-                    ));
-                }
+                        .into(),
+                ));
             }
             _ => {}
         }
     }
     // FATAL during startup ends the connection without ReadyForQuery.
-    if let Some(ServerError::Answer { sqlstate, message }) = &answer.error {
-        if answer.status == 0
-            && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
-        {
-            return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
-        }
+    if let Some(ServerError::Answer { sqlstate, message }) = &answer.error
+        && answer.status == 0
+        && (sqlstate.starts_with("28") || sqlstate.starts_with("57P") || sqlstate.starts_with("3D"))
+    {
+        return Err(ServerError::Answer { sqlstate: sqlstate.clone(), message: message.clone() });
     }
     Ok(false)
 }

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
@@ -51,6 +51,7 @@ pub struct Pass {
 pub struct Closed<'a> {
     gate: &'a Gate,
     since: Instant,
+    since_clock: SystemTime,
     _turn: SemaphorePermit<'a>,
 }
 
@@ -110,7 +111,7 @@ impl Gate {
         let attempt = async {
             // The semaphore is never closed, so acquiring can not fail.
             let turn = self.closers.acquire().await.map_err(|_| GateTimeout(limit))?;
-            let closed = Closed { gate: self, since: Instant::now(), _turn: turn };
+            let closed = Closed { gate: self, since: Instant::now(), since_clock: SystemTime::now(), _turn: turn };
             self.state().closed = true;
             self.wait_for(|s| s.inside.is_empty().then_some(())).await;
             Ok(closed)
@@ -134,6 +135,13 @@ impl State {
 }
 
 impl Closed<'_> {
+    /// When the gate began to close, microseconds since 1970 by this host's clock.
+    #[must_use]
+    pub fn closed_unix_us(&self) -> u64 {
+        let since = self.since_clock.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    }
+
     /// For how long the gate has been closed, milliseconds.
     #[must_use]
     pub fn closed_ms(&self) -> f64 {

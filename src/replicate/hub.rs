@@ -3,7 +3,7 @@
 //!
 //! Changes of the member set go one at a time: recorded on the agents first, shown to sessions then.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use pgtandem_proto::membership::{MemberSet, NodeState};
 use pgtandem_proto::message::Request;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::client::{self, ClientError, Control};
@@ -32,6 +32,9 @@ const TELL_MS_MAX: u64 = 1000;
 const STORE_MS_MAX: u64 = 60_000;
 /// Pause between two attempts to store.
 const STORE_RETRY_MS: u64 = 200;
+/// Transactions that are flown to one follower, or prepared there, at once: below its `max_connections` and
+/// `max_prepared_transactions` together with the idle connections of all threads.
+const PLACES: usize = 64;
 /// Limit for opening a connection to a follower's PostgreSQL.
 const OPEN_MS_MAX: u64 = 10_000;
 
@@ -65,6 +68,21 @@ pub struct Follower {
     pub node: NodeConfig,
     /// Cancelled when it leaves the member set: whoever waits for it stops waiting.
     pub gone: CancellationToken,
+    /// How many transactions may be flown to it, or be prepared there, at once.
+    pub places: Arc<Semaphore>,
+    /// Connections that were opened before it became a member, by database, so that no commit waits for one then.
+    spares: Mutex<HashMap<Arc<str>, Vec<Connection>>>,
+}
+
+impl Follower {
+    /// A connection that nobody has used, if there is one for this database.
+    pub fn take_spare(&self, database: &str) -> Option<Connection> {
+        lock(&self.spares).get_mut(database)?.pop()
+    }
+
+    pub(crate) fn put_spares(&self, spares: HashMap<Arc<str>, Vec<Connection>>) {
+        *lock(&self.spares) = spares;
+    }
 }
 
 /// Where the reign of this proxy stands.
@@ -106,6 +124,8 @@ pub struct Hub {
     /// When a node joined or left while this proxy ran, by name.
     changes: Mutex<HashMap<String, SystemTime>>,
     next_follower_id: AtomicU64,
+    /// Databases with commits since the sequences were last looked at.
+    written: Mutex<HashSet<Arc<str>>>,
 }
 
 impl std::fmt::Debug for Hub {
@@ -138,6 +158,7 @@ impl Hub {
             reasons: Mutex::default(),
             changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),
+            written: Mutex::default(),
         }
     }
 
@@ -164,6 +185,19 @@ impl Hub {
     #[must_use]
     pub fn reign_epoch(&self) -> Option<u64> {
         self.epoch_and_secret().map(|(epoch, _)| epoch)
+    }
+
+    /// Remembers that this database was written to.
+    pub fn note_write(&self, database: &Arc<str>) {
+        let mut written = lock(&self.written);
+        if !written.contains(database) {
+            written.insert(Arc::clone(database));
+        }
+    }
+
+    /// The databases that were written to since this was last asked.
+    pub fn take_written(&self) -> HashSet<Arc<str>> {
+        std::mem::take(&mut lock(&self.written))
     }
 
     /// Puts a transaction that is about to be committed into the backlog of every node that is joining. Called inside the
@@ -204,6 +238,11 @@ impl Hub {
     #[must_use]
     pub fn reason(&self, node: &str) -> Option<String> {
         lock(&self.reasons).get(node).cloned()
+    }
+
+    /// Keeps why a node leaves the member set.
+    pub fn note_reason(&self, node: &str, reason: &str) {
+        lock(&self.reasons).insert(node.to_owned(), reason.to_owned());
     }
 
     /// When this node joined or left, if it did while this proxy ran.
@@ -264,7 +303,15 @@ impl Hub {
                 None => {
                     if let Ok(node) = self.node(name) {
                         let id = self.next_follower_id.fetch_add(1, Ordering::Relaxed);
-                        followers.push(Arc::new(Follower { id, node: node.clone(), gone: CancellationToken::new() }));
+                        let places = Arc::new(Semaphore::new(PLACES));
+                        let gone = CancellationToken::new();
+                        followers.push(Arc::new(Follower {
+                            id,
+                            node: node.clone(),
+                            gone,
+                            places,
+                            spares: Mutex::default(),
+                        }));
                         lock(&self.reasons).remove(name);
                     }
                 }
@@ -313,7 +360,7 @@ impl Hub {
 
     async fn shrink(&self, set: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
         let smaller = members::without(set, name)?;
-        lock(&self.reasons).insert(name.to_owned(), reason.to_owned());
+        self.note_reason(name, reason);
         let generation = format!("{:032x}", rand::random::<u128>());
         let node = self.node(name)?;
         let tell = self.store(node, &smaller, state, None, Some(reason));

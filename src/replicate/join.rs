@@ -1,7 +1,8 @@
 //! A node joins: cut, backlog, join. The hub's side of a recovery.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pgtandem_proto::membership::{MemberSet, NodeState};
@@ -22,6 +23,8 @@ use crate::replicate::resolve;
 
 /// A backlog of at most that many transactions is short: the rest is applied while the gate is closed.
 const SHORT_MAX: u64 = 20;
+/// Connections that are opened to a node for the sessions before it becomes a member; the rest open their own.
+const SPARES_MAX: usize = 32;
 /// Pause while the first transaction of the backlog is not decided yet.
 const UNSETTLED_POLL_US: u64 = 200;
 /// How long the backlog may stand still before the recovery fails.
@@ -34,6 +37,8 @@ struct Applier<'a> {
     epoch: u64,
     secret: Arc<str>,
     connections: HashMap<Arc<str>, Connection>,
+    /// Databases that had commits since the cut.
+    written: HashSet<Arc<str>>,
 }
 
 fn node_error(node: &str, e: &impl std::fmt::Display) -> ReplicationError {
@@ -83,22 +88,43 @@ impl Applier<'_> {
         Ok(())
     }
 
-    /// Applies what there is until at most `left_max` transactions are left.
+    /// Opens connections that sessions take when the node is a member: without them every session that writes opens one
+    /// in the moment when the gate opens, and all of them wait for that.
+    async fn spares(&mut self, count: usize) -> Result<HashMap<Arc<str>, Vec<Connection>>, ReplicationError> {
+        let failed = |e: crate::replicate::follower::ServerError| node_error(&self.node.name, &e);
+        let mut spares: HashMap<Arc<str>, Vec<Connection>> = HashMap::new();
+        let databases: Vec<_> = self.written.iter().collect();
+        for database in databases.iter().cycle().take(count * databases.len()).take(SPARES_MAX) {
+            let open = self.hub.tunnel_connection(&self.node, database, self.epoch, Some(&self.secret));
+            let mut connection = open.await.map_err(failed)?;
+            flight::warm_up(&mut connection, &self.secret).await.map_err(failed)?;
+            spares.entry(Arc::clone(database)).or_default().push(connection);
+        }
+        Ok(spares)
+    }
+
+    /// Applies what there is until at most `left_max` transactions are left; gives up, with the rest still there, at `until`.
     async fn apply(
         &mut self,
         backlog: &Backlog,
         left_max: u64,
+        until: Option<tokio::time::Instant>,
         on_progress: &(dyn Fn(Drained) + Sync),
     ) -> Result<(), ReplicationError> {
         let limit = Duration::from_millis(STANDSTILL_MS_MAX);
         let mut moved = tokio::time::Instant::now();
         loop {
+            if until.is_some_and(|until| tokio::time::Instant::now() >= until) {
+                let what = format!("the backlog for {} was not applied before proxy.gate_ms_max", self.node.name);
+                return Err(ReplicationError::new(Kind::Gate, what, "It is tried again by itself."));
+            }
             match backlog.next() {
                 Next::Batch(batch) => {
                     let Some(first) = batch.first() else { continue };
                     let database = Arc::clone(&first.database);
                     let work: Vec<_> = batch.iter().map(|e| (Arc::clone(&e.log), e.decision.clone())).collect();
                     let node = self.node.name.clone();
+                    self.written.insert(Arc::clone(&database));
                     let connection = self.connection(&database).await?;
                     flight::apply(connection, &work).await.map_err(|e| node_error(&node, &e))?;
                     moved = tokio::time::Instant::now();
@@ -140,7 +166,7 @@ impl Hub {
             )
         })?;
         let node = self.node(node).map_err(|e| wrong_node(&e))?.clone();
-        Ok(Applier { hub: self, node, epoch, secret, connections: HashMap::new() })
+        Ok(Applier { hub: self, node, epoch, secret, connections: HashMap::new(), written: HashSet::new() })
     }
 
     async fn close_gate(&self) -> Result<crate::replicate::gate::Closed<'_>, ReplicationError> {
@@ -180,7 +206,7 @@ impl Replication for Hub {
         let x = x.ok_or_else(|| leader_error(&"no position of the marker record"))?;
         let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max));
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(node.to_owned(), backlog);
-        Ok(CutDone { x, gate_ms: closed.closed_ms() })
+        Ok(CutDone { x, gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms() })
     }
 
     async fn drain(&self, node: &str, on_progress: &(dyn Fn(Drained) + Sync)) -> Result<(), ReplicationError> {
@@ -199,7 +225,7 @@ impl Replication for Hub {
             resolve::raise_epoch(&mut connection, applier.epoch, &applier.secret).await.map_err(|e| failed(&e))?;
             resolve::resolve(&mut connection, &self.config.cluster.name, None).await.map_err(|e| failed(&e))?;
         }
-        applier.apply(&backlog, SHORT_MAX, on_progress).await
+        applier.apply(&backlog, SHORT_MAX, None, on_progress).await
     }
 
     async fn join(&self, node: &str) -> Result<JoinDone, ReplicationError> {
@@ -218,9 +244,13 @@ impl Replication for Hub {
         }
         applier.connect_everywhere().await?;
         let ignore = |_: Drained| ();
-        applier.apply(&backlog, SHORT_MAX, &ignore).await?;
+        applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
+        let sessions = usize::try_from(self.counters.sessions.load(Ordering::Relaxed)).unwrap_or(SPARES_MAX);
+        let spares = applier.spares(sessions).await?;
+        applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
         let closed = self.close_gate().await?;
-        applier.apply(&backlog, 0, &ignore).await?;
+        let until = tokio::time::Instant::now() + Duration::from_millis(self.config.proxy.gate_ms_max);
+        applier.apply(&backlog, 0, Some(until), &ignore).await?;
         let mut stored: Vec<String> = Vec::new();
         let mut failure = None;
         for (name, control) in &mut controls {
@@ -239,7 +269,10 @@ impl Replication for Hub {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         let version = larger.version;
         self.show(larger);
-        Ok(JoinDone { gate_ms: closed.closed_ms(), version })
+        if let Some(follower) = self.view().followers.iter().find(|f| f.node.name == node) {
+            follower.put_spares(spares);
+        }
+        Ok(JoinDone { gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms(), version })
     }
 
     async fn abandon(&self, node: &str) {

@@ -2,13 +2,15 @@
 //!
 //! A session holds two and alternates, because transaction n+1 of a mark starts only when n is finished everywhere.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// More sessions than half of that are refused at their start.
 const MARKS_MAX: i32 = 100_000;
+/// Reigns of which it is kept what was decided when they began. A session that slept through more is told nothing.
+const BEGINNINGS_MAX: usize = 8;
 
 /// All marks of a proxy. Numbers are unique over all databases, because the names of prepared transactions are.
 #[derive(Debug, Default)]
@@ -23,6 +25,15 @@ struct Marks {
     last_id: i32,
     /// Grows when all is loaded anew: marks of sessions of before are not given back.
     generation: u64,
+    /// What was decided when each reign began, the oldest first.
+    beginnings: VecDeque<Beginning>,
+}
+
+/// Marks as the leader held them when a reign began: after all sessions of older ones had ended, before any of its own.
+#[derive(Debug)]
+struct Beginning {
+    epoch: u64,
+    decided: HashMap<String, HashMap<i32, i64>>,
 }
 
 /// A mark that a session holds.
@@ -51,7 +62,30 @@ impl MarkPool {
     pub fn reset(&self) {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let generation = marks.generation + 1;
-        *marks = Marks { generation, ..Marks::default() };
+        let beginnings = std::mem::take(&mut marks.beginnings);
+        *marks = Marks { generation, beginnings, ..Marks::default() };
+    }
+
+    /// A reign begins: from now on sessions take these marks, and what older sessions left undecided is decided by them.
+    pub fn begin(&self, epoch: u64, decided: HashMap<String, HashMap<i32, i64>>) {
+        for (database, rows) in &decided {
+            self.load(database, rows.iter().map(|(id, n)| (*id, *n)).collect());
+        }
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        marks.beginnings.push_back(Beginning { epoch, decided });
+        if marks.beginnings.len() > BEGINNINGS_MAX {
+            marks.beginnings.pop_front();
+        }
+    }
+
+    /// The last n that a mark had decided when the reign after `epoch` began. The leader's own row must not be asked for
+    /// that: sessions of the new reign count it on. `None`: no reign has begun since, or too many have.
+    #[must_use]
+    pub fn decided_after(&self, epoch: u64, database: &str, id: i32) -> Option<i64> {
+        let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = marks.beginnings.iter().position(|b| b.epoch == epoch)?;
+        let next = marks.beginnings.get(own + 1)?;
+        Some(next.decided.get(database).and_then(|rows| rows.get(&id)).copied().unwrap_or(0))
     }
 
     /// Starts from what the leader says: `(id, n)` of one database.
@@ -77,21 +111,21 @@ impl MarkPool {
 
     /// Gives a mark back, if its last transaction is finished; otherwise when it is.
     pub fn give_back(self: &Arc<Self>, database: &str, mark: Mark) {
+        let Mark { id, n, idle, generation } = mark;
         let pool = Arc::clone(self);
         let database = database.to_owned();
         let put = move || {
             let mut marks = pool.marks.lock().unwrap_or_else(PoisonError::into_inner);
-            if marks.generation != mark.generation {
+            if marks.generation != generation {
                 return;
             }
             if let Some(free) = marks.free.get_mut(&database) {
-                free.push((mark.id, mark.n));
+                free.push((id, n));
             }
         };
-        if mark.idle.available_permits() > 0 {
+        if idle.available_permits() > 0 {
             put();
         } else {
-            let idle = Arc::clone(&mark.idle);
             tokio::task::spawn_local(async move {
                 let _finished = idle.acquire().await;
                 put();
@@ -114,5 +148,29 @@ mod tests {
         pool.give_back("shop", first);
         assert_eq!(pool.take("shop").unwrap().n, 40);
         assert!(pool.take("other").is_none());
+    }
+
+    #[test]
+    fn what_the_next_reign_does_with_a_mark_says_nothing_about_a_commit_of_the_last_one() {
+        let pool = Arc::new(MarkPool::default());
+        let shop = |rows: &[(i32, i64)]| HashMap::from([("shop".to_owned(), rows.iter().copied().collect())]);
+        pool.begin(3, shop(&[(1, 40)]));
+        // Transaction 41 of mark 1 is under way when the leader is lost, and was not committed.
+        assert_eq!(pool.take("shop").unwrap().n, 40);
+        assert_eq!(pool.decided_after(3, "shop", 1), None);
+        pool.reset();
+        assert_eq!(pool.decided_after(3, "shop", 1), None);
+        pool.begin(4, shop(&[(1, 40)]));
+        assert_eq!(pool.take("shop").unwrap().n, 40);
+        pool.reset();
+        // The session of epoch 4 has committed 41 and 42 with that mark meanwhile.
+        pool.begin(5, shop(&[(1, 42)]));
+        assert_eq!(pool.decided_after(3, "shop", 1), Some(40));
+        assert_eq!(pool.decided_after(4, "shop", 1), Some(42));
+        assert_eq!(pool.decided_after(3, "shop", 7), Some(0));
+        for epoch in 6..6 + BEGINNINGS_MAX as u64 {
+            pool.begin(epoch, shop(&[]));
+        }
+        assert_eq!(pool.decided_after(3, "shop", 1), None);
     }
 }

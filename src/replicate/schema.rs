@@ -7,8 +7,10 @@
 //! `pgtandem.mark` must not scan its table: with `enable_seqscan = off` a plan that has no index costs so much that PostgreSQL
 //! would compile it (a tenth of a second for each session), hence `jit = off` and a condition on each key.
 
+use std::fmt::Write;
+
 /// Creates what is missing; run once per database on the leader, before the first fill, as role `pgtandem`.
-pub const INSTALL: &str = r#"
+pub const INSTALL: &str = r"
 CREATE SCHEMA IF NOT EXISTS pgtandem;
 GRANT USAGE ON SCHEMA pgtandem TO PUBLIC;
 CREATE TABLE IF NOT EXISTS pgtandem.epoch (
@@ -58,7 +60,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION USING ERRCODE = given, MESSAGE = message, HINT = hint;
 END $$;
-"#;
+";
 
 /// Databases that allow connections, by name.
 pub const DATABASES: &str = "SELECT datname FROM pg_catalog.pg_database WHERE datallowconn ORDER BY datname";
@@ -180,9 +182,9 @@ pub fn apply_context_text() -> String {
     for (i, name) in MIRRORED.iter().enumerate() {
         let n = i + 1;
         if *name == "default_toast_compression" {
-            text.push_str(&format!("CASE WHEN ${n} <> '' THEN pg_catalog.set_config('{name}', ${n}, false) END, "));
+            let _ = write!(text, "CASE WHEN ${n} <> '' THEN pg_catalog.set_config('{name}', ${n}, false) END, ");
         } else {
-            text.push_str(&format!("pg_catalog.set_config('{name}', ${n}, false), "));
+            let _ = write!(text, "pg_catalog.set_config('{name}', ${n}, false), ");
         }
     }
     text.truncate(text.len() - 2);

@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt;
 use super::{Layout, SandboxError};
 
 /// Settings that all nodes share; they stand in `postgresql.conf`, which an empty node takes from the one that fills it.
-const SETTINGS: &str = "
+pub const SETTINGS: &str = "
 # ---- pgtandem sandbox
 wal_level = replica
 max_wal_senders = 10

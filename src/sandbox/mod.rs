@@ -21,6 +21,7 @@ mod up;
 pub mod user;
 
 pub use error::SandboxError;
+pub use initdb::{SETTINGS, find_bin_dir};
 pub use layout::Layout;
 pub use report::{Report, report};
 pub use stop::{down, remove_folder};

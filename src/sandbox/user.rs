@@ -77,11 +77,16 @@ pub fn give(dir: &Path, user: &User) -> Result<(), SandboxError> {
 
 /// Puts a copy of this program into `dir`/bin, where the user can run it.
 pub fn copy_program(dir: &Path, user: &User) -> Result<PathBuf, SandboxError> {
-    let bin = dir.join("bin");
     let program = std::env::current_exe().map_err(SandboxError::file("cannot find", Path::new("/proc/self/exe")))?;
+    copy_as(&program, dir, "pgtandem", user)
+}
+
+/// Puts a copy of `program` into `dir`/bin as `name`, where the user can run it.
+pub fn copy_as(program: &Path, dir: &Path, name: &str, user: &User) -> Result<PathBuf, SandboxError> {
+    let bin = dir.join("bin");
     std::fs::create_dir_all(&bin).map_err(SandboxError::file("cannot make", &bin))?;
-    let (new, path) = (bin.join("pgtandem.new"), bin.join("pgtandem"));
-    std::fs::copy(&program, &new).map_err(SandboxError::file("cannot copy the program to", &new))?;
+    let (new, path) = (bin.join(format!("{name}.new")), bin.join(name));
+    std::fs::copy(program, &new).map_err(SandboxError::file("cannot copy the program to", &new))?;
     let mode = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&new, mode).map_err(SandboxError::file("cannot chmod", &new))?;
     std::fs::rename(&new, &path).map_err(SandboxError::file("cannot write", &path))?;

@@ -15,7 +15,7 @@ use crate::replicate::commit::{self, Commit, PrepareError, Prepared};
 use crate::replicate::effects::EffectLog;
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::gate::{Closed, Pass};
-use crate::replicate::hub::Reign;
+use crate::replicate::hub::HubError;
 use crate::replicate::resolve;
 use crate::session::effect::client_error_frame;
 use crate::session::run::Session;
@@ -64,9 +64,12 @@ impl Session {
         let told = self.decide(&log, &decision, &mut held, chain).await;
         if matches!(&told, Ok(Ok(_))) {
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
+            self.hub.note_write(&self.database);
         }
+        // If the session ends here a member may still hold this n prepared: the mark stays out of use until the next epoch.
+        let told = told?;
         self.marks[place] = Some(mark);
-        let pass = match told? {
+        let pass = match told {
             Ok(pass) => pass,
             Err(error) => return Ok(Err(error)),
         };
@@ -105,8 +108,11 @@ impl Session {
             };
             let version = match followers.prepare(held).await {
                 Ok(version) => version,
-                // Nothing was committed; what is prepared is rolled back by the marks.
-                Err(PrepareError::ReignOver) => return Err(End::ServerGone),
+                // The COMMIT was never sent. What is prepared is rolled back by the marks before the next epoch serves.
+                Err(PrepareError::ReignOver) => {
+                    self.outcome(decision).await?;
+                    return Err(self.tell_rolled_back().await);
+                }
                 Err(error) => {
                     let error = prepare_error(&error);
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
@@ -153,12 +159,7 @@ impl Session {
         settle(&entries, committed);
         if !committed {
             self.abandon(std::mem::take(held), decision).await?;
-            let error = ClientError::fatal(
-                "40001",
-                "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
-                "Connect again and try the transaction again.",
-            );
-            return Ok(Err(client_error_frame(&error)));
+            return Err(self.tell_rolled_back().await);
         }
         if let Some(gate) = closed {
             // Finished under the closed gate: its catalog is everywhere before anything later arrives.
@@ -173,6 +174,17 @@ impl Session {
             drop(gate);
         }
         Ok(Ok(pass))
+    }
+
+    /// The session's last word after its leader was lost with a COMMIT under way that was not decided.
+    async fn tell_rolled_back(&mut self) -> End {
+        let error = ClientError::fatal(
+            "40001",
+            "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
+            "Connect again and try the transaction again.",
+        );
+        self.tell_fatal(&error).await;
+        End::Told
     }
 
     /// Mark and COMMIT in one flight: the decision.
@@ -215,22 +227,28 @@ impl Session {
         })
     }
 
-    /// The leader's connection ended with a COMMIT under way. Its mark says whether it was committed, once the backend is
-    /// gone or PostgreSQL has come back.
+    /// The leader's connection ended with a COMMIT under way. Its mark says whether it was committed: once the backend is gone,
+    /// or, if a new epoch was raised, as that found it before anybody could use the mark again.
     async fn outcome(&mut self, decision: &Decision) -> Result<bool, End> {
         // What the server said last was about this statement at most; the end of the session is told by itself.
         self.wire.results.error = None;
         let deadline = Instant::now() + Duration::from_millis(OUTCOME_MS_MAX);
-        let mut reign = self.hub.reign.subscribe();
         while Instant::now() < deadline {
-            let same_reign = self.hub.reign_epoch() == Some(self.epoch);
-            if matches!(*reign.borrow_and_update(), Reign::Serving { .. }) {
-                if let Ok(mut connection) = self.hub.leader_connection(&self.database).await {
-                    let gone = if same_reign { resolve::backend_gone(&mut connection, self.pid).await } else { Ok(()) };
-                    if let (Ok(()), Ok(n)) = (gone, resolve::mark(&mut connection, decision.mark_id).await) {
+            match self.hub.reign_epoch() {
+                Some(epoch) if epoch == self.epoch => {
+                    let read = self.mark_of_dead_backend(decision.mark_id).await;
+                    // A new reign that began meanwhile may have counted the mark on.
+                    if self.hub.reign_epoch() == Some(self.epoch)
+                        && let Ok(n) = read
+                    {
                         return Ok(n >= decision.mark_n);
                     }
                 }
+                Some(_) => {
+                    let n = self.hub.marks.decided_after(self.epoch, &self.database, decision.mark_id);
+                    return n.map(|n| n >= decision.mark_n).ok_or(End::Unknown);
+                }
+                None => {}
             }
             tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;
         }
@@ -239,6 +257,13 @@ impl Session {
             "the outcome of a COMMIT is not known: the leader did not come back in time"
         );
         Err(End::Unknown)
+    }
+
+    /// The mark on the leader after this session's backend has ended.
+    async fn mark_of_dead_backend(&self, id: i32) -> Result<i64, HubError> {
+        let mut connection = self.hub.leader_connection(&self.database).await?;
+        resolve::backend_gone(&mut connection, self.pid).await?;
+        Ok(resolve::mark(&mut connection, id).await?)
     }
 }
 

@@ -100,12 +100,27 @@ impl Session {
         }
         let values = self.wire.results.rows.first().map(|row| values_of(row)).unwrap_or_default();
         let context = self.effect_context()?;
+        let shared = if parameters.is_empty() { write.shared_text(text, shape, count) } else { None };
+        if let Some((shared, literals)) = shared {
+            let bound: Vec<Option<&[u8]>> = literals.iter().map(|v| Some(v.as_bytes())).collect();
+            let effect = Effect::Statement {
+                context,
+                role: effect_role(owner.as_ref()),
+                text: StatementText::Shared(Arc::clone(&shared.text)),
+                types: Arc::clone(&shared.types),
+                parameters: self.log.append(&build::text_values(&bound))?,
+            };
+            self.log.push(effect)?;
+            self.note(write);
+            return Ok(());
+        }
         let follower_text: Arc<str> =
             write.follower_text(text, shape, &values, if *counted { count } else { None }).into();
         let (mut parameters, mut types) = (std::borrow::Cow::Borrowed(parameters), types);
         if !parameters.is_empty() && (write.client_returning || parameters::has_user_types(&types)) {
             let made = parameters::for_text(&follower_text, &types, &parameters);
-            let (new_types, new_parameters) = made.map_err(|error| ClientError::error("08P01", error.to_string(), ""))?;
+            let (new_types, new_parameters) =
+                made.map_err(|error| ClientError::error("08P01", error.to_string(), ""))?;
             types = Arc::from(&new_types[..]);
             parameters = new_parameters.to_vec().into();
         }

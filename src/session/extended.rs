@@ -12,9 +12,9 @@ use bytes::Bytes;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::pg::message::{self, Bind, Parse};
+use crate::session::parameters;
 use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::run::Session;
-use crate::session::parameters;
 use crate::session::simple::{error_frame, refused};
 use crate::session::statements::{Portal, Prepared, Rest};
 use crate::session::wire::{EXPECTS_MAX, End, Expect, Mode, Until};
@@ -37,7 +37,7 @@ impl Session {
             b'B' => self.bind(&frame).await,
             b'D' => self.describe(&frame).await,
             b'E' => self.execute(&frame).await,
-            _ => self.close(&frame).await,
+            _ => self.close(&frame),
         }
     }
 
@@ -209,9 +209,7 @@ impl Session {
             (Some(then), Some(now)) => Arc::ptr_eq(then, now) || then.is_same_place(now),
             _ => false,
         };
-        same_place
-            && !self.has_own_catalog
-            && prepared.schema_number == self.hub.schema_number.load(Ordering::Acquire)
+        same_place && !self.has_own_catalog && prepared.schema_number == self.hub.schema_number.load(Ordering::Acquire)
     }
 
     /// A statement that was prepared before a change of the schema, the role or the search path is planned again, and prepared
@@ -273,11 +271,7 @@ impl Session {
     }
 
     fn plan_named(&self, kind: u8, name: &[u8]) -> Option<&Arc<Prepared>> {
-        if kind == b'S' {
-            self.statements.prepared(name)
-        } else {
-            self.statements.portal(name).map(|p| &p.prepared)
-        }
+        if kind == b'S' { self.statements.prepared(name) } else { self.statements.portal(name).map(|p| &p.prepared) }
     }
 
     async fn describe(&mut self, frame: &Bytes) -> Result<(), End> {
@@ -299,7 +293,7 @@ impl Session {
         Ok(())
     }
 
-    async fn close(&mut self, frame: &Bytes) -> Result<(), End> {
+    fn close(&mut self, frame: &Bytes) -> Result<(), End> {
         let (kind, name) = message::kind_and_name(b'C', frame::body(frame)).map_err(End::ClientProtocol)?;
         let name = frame.slice_ref(name);
         self.pass(frame, Expect::Close { hidden: false });
@@ -366,7 +360,7 @@ impl Session {
             }
             Lane::Admin(Admin::PoolNodes) => {
                 self.catch_up().await?;
-                crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client).await;
+                crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client);
                 Ok(())
             }
             Lane::Control(control) => {
@@ -500,7 +494,9 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
-        let Some(rest) = self.statements.portal_mut(name).and_then(|portal| portal.rest.as_mut()) else { return Ok(()) };
+        let Some(rest) = self.statements.portal_mut(name).and_then(|portal| portal.rest.as_mut()) else {
+            return Ok(());
+        };
         let all = rest.rows.len();
         let part = usize::try_from(rows_max).ok().filter(|n| *n > 0).unwrap_or(usize::MAX);
         for row in rest.rows.drain(..part.min(all)) {

@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -85,7 +86,7 @@ impl Session {
     /// If the connection to the leader ends.
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
         let Some(text) = readable(text) else {
-            return Ok(self.unreadable(text));
+            return Ok(unreadable(text));
         };
         if self.facts.is_none() {
             self.catch_up().await?;
@@ -94,10 +95,11 @@ impl Session {
             }
         }
         let failed = self.wire.status == b'E';
-        if !failed && self.facts.is_none() {
-            if let Some(error) = self.read_context().await? {
-                return Ok(Planned::Failed(error));
-            }
+        if !failed
+            && self.facts.is_none()
+            && let Some(error) = self.read_context().await?
+        {
+            return Ok(Planned::Failed(error));
         }
         self.planned_at = self.hub.schema_number.load(Ordering::Acquire);
         let shape = shape::mask(&text);
@@ -175,28 +177,10 @@ impl Session {
         Ok(matches!(now, Planned::One { plan: now, .. } if *now == *plan))
     }
 
+    /// Database, role and settings are part of the key: a name or a rule may mean something else under others.
     fn key(&self, masked: &str) -> String {
         let number = self.hub.schema_number.load(Ordering::Acquire);
-        let (role, path) = self.facts.as_ref().map_or(("", ""), |f| {
-            (f.context.role.as_str(), f.context.settings.get(SEARCH_PATH).map_or("", String::as_str))
-        });
-        format!("{number}\0{}\0{role}\0{path}\0{masked}", self.database)
-    }
-
-    /// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
-    fn unreadable(&self, text: &[u8]) -> Planned {
-        let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
-        let reads =
-            |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
-        let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
-        if reads(&first) {
-            let plan = Arc::new(classify::unparsed());
-            return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
-        }
-        Planned::Refused(refusal(
-            "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
-            "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
-        ))
+        format!("{number}\0{}\0{:x}\0{masked}", self.database, self.context_hash)
     }
 
     /// Reads role and settings of the leader's session again. Gives the error if the server had one.
@@ -227,6 +211,9 @@ impl Session {
             Arc::new(facts)
         });
         self.context = self.facts.as_ref().map(|f| Arc::new(f.context.clone()));
+        let mut hasher = std::hash::DefaultHasher::new();
+        self.context.hash(&mut hasher);
+        self.context_hash = hasher.finish();
     }
 
     /// One row with one text from the catalog, on the session's own connection: it sees its own uncommitted DDL.
@@ -328,4 +315,19 @@ pub fn mode_of(write: &Write) -> Mode {
 #[must_use]
 pub fn schema_changed() -> build::ClientError {
     build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
+}
+
+/// A text that is not UTF-8: it can be looked at with its other bytes masked, but it can not be carried to followers.
+fn unreadable(text: &[u8]) -> Planned {
+    let masked: String = text.iter().map(|b| if b.is_ascii() { char::from(*b) } else { 'x' }).collect();
+    let reads = |node: &str| matches!(node, "SELECT" | "SHOW" | "VALUES" | "TABLE" | "FETCH" | "COMMIT" | "ROLLBACK");
+    let first = masked.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
+    if reads(&first) {
+        let plan = Arc::new(classify::unparsed());
+        return Planned::One { plan, shape: shape::mask(""), text: masked.into() };
+    }
+    Planned::Refused(refusal(
+        "the statement has characters that are not UTF-8, which pgtandem does not replicate yet",
+        "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
+    ))
 }

@@ -43,6 +43,8 @@ pub struct Session {
     pub facts: Option<Arc<SessionFacts>>,
     /// The context of the effects that are made now.
     pub context: Option<Arc<Context>>,
+    /// Of the context, as part of the key of plans.
+    pub context_hash: u64,
     /// Settings changed in this transaction: its end may change them back.
     pub settings_touched: bool,
     /// Schema number of the last plan.
@@ -91,6 +93,7 @@ impl Session {
             next_mark: 0,
             facts: None,
             context: None,
+            context_hash: 0,
             settings_touched: false,
             planned_at: 0,
             held_tag: None,
@@ -116,9 +119,10 @@ impl Session {
         };
         match &end {
             End::ServerGone => {
-                let _ = self.wire.flush_client().await;
-                // A FATAL of the server's own has been passed on.
-                if !self.wire.fatal_told {
+                if let Some(farewell) = self.wire.farewell.take() {
+                    self.wire.to_client.extend_from_slice(&farewell);
+                    let _ = self.wire.flush_client().await;
+                } else {
                     self.tell_fatal(&ClientError::fatal(
                         "57P01",
                         "terminating connection: the connection to the leader's PostgreSQL ended",
@@ -150,7 +154,8 @@ impl Session {
         }
     }
 
-    async fn tell_fatal(&mut self, error: &ClientError) {
+    /// Writes what waits for the client, and this as the last word.
+    pub async fn tell_fatal(&mut self, error: &ClientError) {
         error.write(&mut self.wire.to_client);
         let _ = self.wire.flush_client().await;
     }

@@ -91,7 +91,7 @@ impl Session {
                 Ok(())
             }
             Lane::Admin(admin) => {
-                self.answer_admin(*admin).await;
+                self.answer_admin(*admin);
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
                 Ok(())
             }
@@ -108,7 +108,7 @@ impl Session {
             Lane::Write(write) => {
                 let own = !was_block;
                 if own {
-                    self.open_own_block().await?;
+                    self.open_own_block();
                 }
                 let ok = self.write_simple(plan, write, shape, text, own).await?;
                 self.after(plan, text, ok);
@@ -147,11 +147,10 @@ impl Session {
     }
 
     /// Opens a block of ours; its answer is swallowed together with the next statement's.
-    async fn open_own_block(&mut self) -> Result<(), End> {
+    fn open_own_block(&mut self) {
         build::query(&mut self.wire.to_server, b"BEGIN");
         self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
         self.own_block = true;
-        Ok(())
     }
 
     /// Ends a statement or text of the simple protocol: commits or rolls back what was ours, and says ready.
@@ -222,7 +221,7 @@ impl Session {
             ok = false;
         }
         if hold_tag {
-            self.held_tag = self.wire.results.tag.clone();
+            self.held_tag.clone_from(&self.wire.results.tag);
         }
         if !ok {
             self.log.truncate(position);
@@ -344,10 +343,11 @@ impl Session {
     /// False: it failed, and the client has the error.
     async fn guarded_simple(&mut self, text: &str) -> Result<bool, End> {
         if self.wire.status == b'I' {
-            self.open_own_block().await?;
+            self.open_own_block();
         }
         if !self.hidden_query("SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY").await? {
-            return self.tell_hidden_error().map(|()| false);
+            self.tell_hidden_error();
+            return Ok(false);
         }
         self.wire.clear_results();
         build::query(&mut self.wire.to_server, text.as_bytes());
@@ -362,11 +362,11 @@ impl Session {
             self.tell_guard_error(&error);
             return Ok(false);
         }
-        if self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await? {
-            Ok(true)
-        } else {
-            self.tell_hidden_error().map(|()| false)
+        let released = self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await?;
+        if !released {
+            self.tell_hidden_error();
         }
+        Ok(released)
     }
 
     /// The error of a guarded statement; one that tells of a write becomes a refusal.
@@ -383,11 +383,10 @@ impl Session {
         }
     }
 
-    fn tell_hidden_error(&mut self) -> Result<(), End> {
+    fn tell_hidden_error(&mut self) {
         if let Some(error) = self.wire.results.error.take() {
             self.wire.to_client.extend_from_slice(&error_frame(&error));
         }
-        Ok(())
     }
 
     /// Several statements in one text: one by one, in one transaction unless they say otherwise.
@@ -424,7 +423,7 @@ impl Session {
             return Ok(done);
         }
         if self.wire.status == b'I' && !self.own_block && !matches!(plan.lane, Lane::Maintenance | Lane::Admin(_)) {
-            self.open_own_block().await?;
+            self.open_own_block();
             *own = true;
         }
         let ok = match &plan.lane {
@@ -434,7 +433,7 @@ impl Session {
                 false
             }
             Lane::Admin(admin) => {
-                self.answer_admin(*admin).await;
+                self.answer_admin(*admin);
                 true
             }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
@@ -522,9 +521,9 @@ impl Session {
         done
     }
 
-    async fn answer_admin(&mut self, admin: Admin) {
+    fn answer_admin(&mut self, admin: Admin) {
         match admin {
-            Admin::PoolNodes => crate::proxy::admin::pool_nodes(&self.hub, &mut self.wire.to_client).await,
+            Admin::PoolNodes => crate::proxy::admin::pool_nodes(&self.hub, &mut self.wire.to_client),
         }
     }
 

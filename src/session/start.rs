@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,6 +26,7 @@ use crate::session::wire::{End, Expect, Mode, Until, Wire};
 const LOGIN_MS_MAX: u64 = 60_000;
 /// How long a new client waits while the leader's PostgreSQL comes back.
 const REIGN_MS_MAX: u64 = 30_000;
+const CONNECT_POLL_MS: u64 = 50;
 /// Requests for encryption before the session: TLS and GSSAPI, each once.
 const ENCRYPTION_REQUESTS_MAX: usize = 2;
 
@@ -35,12 +36,11 @@ pub async fn serve(mut client: TcpStream, hub: Arc<Hub>, thread: Thread) {
     let limit = Duration::from_millis(LOGIN_MS_MAX);
     let session = match tokio::time::timeout(limit, open(&mut client, &hub)).await {
         Ok(Ok(Some(opened))) => log_in(client, &hub, thread, opened).await,
-        Ok(Ok(None)) => return,
         Ok(Err(error)) => {
             tell(&mut client, &error).await;
             return;
         }
-        Err(_) => return,
+        Ok(Ok(None)) | Err(_) => return,
     };
     if let Some(session) = session {
         hub.counters.sessions.fetch_add(1, Ordering::Relaxed);
@@ -116,13 +116,25 @@ async fn open(client: &mut TcpStream, hub: &Hub) -> Result<Option<Opened>, Clien
         let what = format!("sorry, too many clients already: {}", hub.config.proxy.clients_max);
         return Err(ClientError::fatal("53300", what, "Raise proxy.clients_max, or close connections."));
     }
-    let (epoch, secret) = reign(hub).await?;
-    let leader = hub.leader().map_err(|e| ClientError::fatal("57P03", e.to_string(), "Type: pgtandem status"))?;
-    let server = UnixStream::connect(Hub::socket_path(&leader)).await.map_err(|e| {
-        let what = format!("PostgreSQL on {} does not accept connections: {e}", leader.name);
-        ClientError::fatal("57P03", what, "Try again in a moment, or type: pgtandem status")
-    })?;
+    let (server, epoch, secret) = connect_leader(hub).await?;
     Ok(Some(Opened { start, rest: input, server, epoch, secret }))
+}
+
+/// A connection to the leader's PostgreSQL, which its agent may just be starting again.
+async fn connect_leader(hub: &Hub) -> Result<(UnixStream, u64, Arc<str>), ClientError> {
+    let deadline = Instant::now() + Duration::from_millis(REIGN_MS_MAX);
+    loop {
+        let (epoch, secret) = reign(hub).await?;
+        let leader = hub.leader().map_err(|e| ClientError::fatal("57P03", e.to_string(), "Type: pgtandem status"))?;
+        match UnixStream::connect(Hub::socket_path(&leader)).await {
+            Ok(server) => return Ok((server, epoch, secret)),
+            Err(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(CONNECT_POLL_MS)).await,
+            Err(e) => {
+                let what = format!("PostgreSQL on {} does not accept connections: {e}", leader.name);
+                return Err(ClientError::fatal("57P03", what, "Try again in a moment, or type: pgtandem status"));
+            }
+        }
+    }
 }
 
 async fn reign(hub: &Hub) -> Result<(u64, Arc<str>), ClientError> {
@@ -149,11 +161,15 @@ async fn log_in(client: TcpStream, hub: &Arc<Hub>, thread: Thread, opened: Opene
     let limit = Duration::from_millis(LOGIN_MS_MAX);
     let (pid, ready) = match tokio::time::timeout(limit, authenticate(&mut wire, &start)).await {
         Ok(Ok(done)) => done,
-        _ => return None,
+        Ok(Err(End::ServerGone)) => return tell_not_yet(wire).await,
+        Ok(Err(_)) | Err(_) => return None,
     };
     let database: Arc<str> = start.database.as_str().into();
     match enter(&mut wire, epoch, &secret).await {
         Ok(()) => {}
+        Err(End::ServerGone) => return tell_not_yet(wire).await,
+        // Not the database's fault: a new epoch was raised meanwhile.
+        Err(End::Told) if hub.reign_epoch() != Some(epoch) => return tell_not_yet(wire).await,
         Err(End::Told) => {
             let (sqlstate, message) = message::error_summary(wire.results.error.as_deref().unwrap_or_default());
             tracing::warn!(database = &*database, sqlstate, message, "a session could not enter the database");
@@ -166,6 +182,10 @@ async fn log_in(client: TcpStream, hub: &Arc<Hub>, thread: Thread, opened: Opene
         Err(_) => return None,
     }
     let (Some(first), Some(second)) = (hub.marks.take(&database), hub.marks.take(&database)) else {
+        // While an epoch is raised no marks are known.
+        if hub.reign_epoch() != Some(epoch) {
+            return tell_not_yet(wire).await;
+        }
         let what = format!("database \"{database}\" has no free mark");
         ClientError::fatal("53300", what, "Close connections, or restart the proxy if the database is new.")
             .write(&mut wire.to_client);
@@ -186,6 +206,21 @@ async fn log_in(client: TcpStream, hub: &Arc<Hub>, thread: Thread, opened: Opene
     }
 }
 
+/// The leader's PostgreSQL ended during the login. What it said itself, if it did, is the last word.
+async fn tell_not_yet(mut wire: Wire) -> Option<Session> {
+    match wire.farewell.take() {
+        Some(farewell) => wire.to_client.extend_from_slice(&farewell),
+        None => ClientError::fatal(
+            "57P03",
+            "the leader's PostgreSQL ended during the login; its agent starts it again",
+            "Connect again in a moment, or type: pgtandem status",
+        )
+        .write(&mut wire.to_client),
+    }
+    let _ = wire.flush_client().await;
+    None
+}
+
 /// Passes the login through. Gives the backend's process id and the `ReadyForQuery` that the client does not have yet.
 async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<(i32, BytesMut), End> {
     wire.to_server.extend_from_slice(&start.packet);
@@ -195,6 +230,11 @@ async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<(i32, Byt
         while let Some(frame) = frame::take(&mut wire.from_server, Sender::Server).map_err(End::ServerProtocol)? {
             match frame[0] {
                 b'Z' => return Ok((pid, frame)),
+                // Passed on when the connection has ended: nobody is told twice.
+                b'E' if message::is_fatal(frame::body(&frame)) => {
+                    wire.farewell = Some(frame);
+                    continue;
+                }
                 b'K' => pid = Reader::new(b'K', frame::body(&frame)).i32().map_err(End::ServerProtocol)?,
                 _ => {}
             }

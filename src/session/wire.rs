@@ -147,8 +147,9 @@ pub struct Wire {
     pub hold_rows: bool,
     pub held_rows: VecDeque<BytesMut>,
     held_bytes: usize,
-    /// The client has seen a FATAL of the server's own.
-    pub fatal_told: bool,
+    /// The FATAL with which the server ends the session. It is no answer to any statement, so it is told last, after the
+    /// answers that came before it: a COMMIT that it overtook may have been decided.
+    pub farewell: Option<BytesMut>,
 }
 
 impl Wire {
@@ -174,7 +175,7 @@ impl Wire {
             hold_rows: false,
             held_rows: VecDeque::new(),
             held_bytes: 0,
-            fatal_told: false,
+            farewell: None,
         }
     }
 
@@ -337,16 +338,17 @@ impl Wire {
                 return Ok(());
             }
             let frame = self.from_server.split_to(header.frame_bytes);
-            self.take(header.tag, frame)?;
+            self.take(header.tag, &frame)?;
         }
     }
 
     /// Whether rows and the like of the statement under way go to the client as they are.
     fn forwards(&self) -> bool {
-        !self.hold_rows && matches!(
-            self.expects.front(),
-            Some(Expect::Execute { mode: Mode::Forward } | Expect::Query { mode: Mode::Forward })
-        )
+        !self.hold_rows
+            && matches!(
+                self.expects.front(),
+                Some(Expect::Execute { mode: Mode::Forward } | Expect::Query { mode: Mode::Forward })
+            )
     }
 
     /// Moves the run of frames at the start that need no look to the client. Large frames pass before they are whole.
@@ -384,22 +386,27 @@ impl Wire {
         Ok(true)
     }
 
-    fn take(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+    fn take(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         match tag {
             // Not an answer to anything.
             b'N' if self.position_offset > 0 => {
-                let shifted = self.shift_position(&frame);
+                let shifted = self.shift_position(frame);
                 self.to_client.extend_from_slice(&shifted);
             }
-            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(&frame),
-            b'E' => self.take_error(&frame),
-            b'Z' => self.take_ready(&frame)?,
+            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(frame),
+            b'E' => self.take_error(frame),
+            b'Z' => self.take_ready(frame)?,
             _ => self.take_answer(tag, frame)?,
         }
         Ok(())
     }
 
     fn take_error(&mut self, frame: &BytesMut) {
+        if message::is_fatal(frame::body(frame)) {
+            self.farewell = Some(frame.clone());
+            self.results.copy_in = false;
+            return;
+        }
         if self.results.error.is_none() {
             self.results.error = Some(Bytes::copy_from_slice(frame::body(frame)));
         }
@@ -407,7 +414,6 @@ impl Wire {
         if !hidden {
             let shifted = self.shift_position(frame);
             self.to_client.extend_from_slice(&shifted);
-            self.fatal_told |= matches!(message::error_field(frame::body(frame), b'V'), Some(b"FATAL" | b"PANIC"));
         }
         self.results.copy_in = false;
         match self.expects.front() {
@@ -445,10 +451,10 @@ impl Wire {
         Ok(())
     }
 
-    fn take_answer(&mut self, tag: u8, frame: BytesMut) -> Result<(), End> {
+    fn take_answer(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         let Some(expect) = self.expects.front().copied() else {
             // An answer that nobody waits for: only what the client's own message outside our sight brought.
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
             return Ok(());
         };
         let hidden = match expect {
@@ -460,7 +466,7 @@ impl Wire {
                 hidden
             }
             Expect::Describe { mode } => {
-                return self.take_description(tag, &frame, mode);
+                return self.take_description(tag, frame, mode);
             }
             Expect::Execute { mode } => {
                 if matches!(tag, b'C' | b'I' | b's') {
@@ -472,7 +478,7 @@ impl Wire {
             Expect::Function | Expect::Sync { .. } => false,
         };
         if !hidden {
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
         }
         Ok(())
     }
@@ -500,21 +506,21 @@ impl Wire {
         Ok(())
     }
 
-    fn take_result(&mut self, tag: u8, frame: BytesMut, mode: Mode) -> Result<(), End> {
+    fn take_result(&mut self, tag: u8, frame: &BytesMut, mode: Mode) -> Result<(), End> {
         match (tag, mode) {
             (b'D', Mode::Strip { hidden, client_returning }) => {
-                self.take_stripped_row(&frame, hidden, client_returning).map_err(End::ServerProtocol)?;
+                self.take_stripped_row(frame, hidden, client_returning).map_err(End::ServerProtocol)?;
                 return Ok(());
             }
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(&frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 }
                 return Ok(());
             }
             (b'D', Mode::Hidden) => {
-                let mut r = Reader::new(b'D', frame::body(&frame));
+                let mut r = Reader::new(b'D', frame::body(frame));
                 let columns = r.u16().map_err(End::ServerProtocol)?;
                 let value = if columns == 0 { None } else { r.value().map_err(End::ServerProtocol)? };
                 self.results.values.push(value.map(Bytes::copy_from_slice));
@@ -524,14 +530,14 @@ impl Wire {
         }
         match tag {
             b'C' => {
-                let body = frame::body(&frame);
+                let body = frame::body(frame);
                 self.results.tag = Some(Bytes::copy_from_slice(body.strip_suffix(b"\0").unwrap_or(body)));
                 if self.hold_tag {
                     return Ok(());
                 }
             }
             b'D' if self.hold_rows => {
-                self.give_row(frame);
+                self.give_row(frame.clone());
                 return Ok(());
             }
             b's' => self.results.suspended = true,
@@ -539,7 +545,7 @@ impl Wire {
             _ => {}
         }
         if mode != Mode::Hidden {
-            self.to_client.extend_from_slice(&frame);
+            self.to_client.extend_from_slice(frame);
         }
         Ok(())
     }

@@ -175,7 +175,9 @@ type Made = Result<Option<Write>, Refusal>;
 
 #[allow(clippy::unnecessary_wraps, reason = "the same shape as its siblings")]
 fn point(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
-    let Some((edits, hidden)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
+    let Some((mut edits, hidden)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
+    // One row only: the columns of several rows of VALUES are typed together, before they meet the table's.
+    edits.share(context.text, context.shape, false);
     let effect = EffectPlan::Text {
         owner: Some(relation.owner_role()),
         counted: false,

@@ -21,5 +21,6 @@ pub mod parse;
 pub mod plan;
 pub mod refuse;
 pub mod shape;
+pub mod shared;
 mod target;
 pub mod text;

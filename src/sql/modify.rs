@@ -107,6 +107,9 @@ fn make(
 ) -> Option<Lane> {
     let (mut edits, hidden) = Edits::find(context.text, context.shape, &inner.session_values)?;
     remember_dates(&mut edits, modify, relation, context);
+    if point {
+        edits.share(context.text, context.shape, true);
+    }
     let effect = EffectPlan::Text {
         owner: point.then(|| relation.owner_role()),
         counted: true,

@@ -8,6 +8,7 @@ use super::facts::quote_literal;
 use super::lex::{Kind, Lexer, Token};
 use super::plan::{CopyText, EffectPlan, Write};
 use super::shape::{Shape, Spot};
+use super::shared::{self, SharedText};
 
 /// Where the texts for leader and followers differ from the client's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub struct Edits {
     pub date_literals: Vec<usize>,
     /// Parameters that may go to date and time types, from 1.
     pub date_parameters: Vec<i32>,
+    /// The followers' text with its literals as parameters, for the statements of the shape that changed one row.
+    pub shared: Option<SharedText>,
     /// A literal that is not masked, so the same in all texts of the shape, depends on the clock.
     pub clock: bool,
 }
@@ -105,6 +108,15 @@ impl Edits {
         self.date_parameters.dedup();
     }
 
+    /// Makes the text that followers share, if the literals may become parameters. `counted`: one row is asserted.
+    pub(super) fn share(&mut self, text: &str, shape: &Shape, counted: bool) {
+        let Some(end) = self.end.filter(|_| self.returning.is_none() && self.splices.is_empty()) else { return };
+        self.shared = shared::share(text, shape, 0..end.at(shape)).map(|shared| {
+            let text = if counted { asserting(&shared.text, 1).into() } else { shared.text };
+            SharedText { text, ..shared }
+        });
+    }
+
     pub(super) fn has_dates(&self) -> bool {
         self.clock || !self.date_literals.is_empty() || !self.date_parameters.is_empty()
     }
@@ -133,7 +145,28 @@ fn splice(text: &str, shape: &Shape, tokens: &[Token], value: &SessionValue, num
     })
 }
 
+/// The statement, and a division by zero if it does not change that many rows.
+fn asserting(statement: &str, count: u64) -> String {
+    format!(
+        "WITH pgtandem_u AS ({statement} RETURNING 1) SELECT 1 OPERATOR(pg_catalog./) \
+         (pg_catalog.count(*) OPERATOR(pg_catalog.=) {count})::pg_catalog.int4 FROM pgtandem_u"
+    )
+}
+
 impl Write {
+    /// The text that followers share for this shape, with this statement's literals as its parameters. `count`: rows that the leader
+    /// changed. `None`: the statement goes as text, by [`Write::follower_text`].
+    #[must_use]
+    pub fn shared_text<'t>(
+        &self,
+        text: &'t str,
+        shape: &Shape,
+        count: Option<u64>,
+    ) -> Option<(&SharedText, Vec<std::borrow::Cow<'t, str>>)> {
+        let shared = self.edits.shared.as_ref().filter(|_| count == Some(1))?;
+        Some((shared, shared::values(text, shape)?))
+    }
+
     /// The leader's text: the client's with the hidden RETURNING. None: the client's as it is.
     #[must_use]
     pub fn leader_text(&self, text: &str, shape: &Shape) -> Option<String> {
@@ -171,10 +204,7 @@ impl Write {
         }
         edited.push_str(text.get(copied..end).unwrap_or_default());
         match expect {
-            Some(count) if counted => format!(
-                "WITH pgtandem_u AS ({edited} RETURNING 1) SELECT 1 OPERATOR(pg_catalog./) \
-                 (pg_catalog.count(*) OPERATOR(pg_catalog.=) {count})::pg_catalog.int4 FROM pgtandem_u"
-            ),
+            Some(count) if counted => asserting(&edited, count),
             _ => edited,
         }
     }

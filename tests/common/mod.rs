@@ -1,6 +1,8 @@
 //! A cluster for a test: `pgtandem sandbox`, as a user would type it, taken down again whatever happens.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub mod load;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -119,6 +121,17 @@ impl Cluster {
     pub fn recover(&self, index: usize) {
         let output = self.command(&["recover", &Layout::node_name(index), "--yes"]);
         assert!(output.status.success(), "recover: {}\n{}", text(&output), self.logs());
+    }
+
+    /// What `pgtandem status` prints, and its exit code.
+    pub fn status(&self) -> (String, Option<i32>) {
+        let output = self.command(&["status"]);
+        (text(&output), output.status.code())
+    }
+
+    /// Waits until `status` has nothing to complain about.
+    pub async fn wait_well(&self) {
+        wait_for("status says that all is well", async || self.status().0.contains("All is well")).await;
     }
 
     /// Waits until the node is a member, or is none.

@@ -88,8 +88,8 @@ impl Client {
             if self.session.is_none() && !matches!(self.kind, Kind::HealthCheck(_)) {
                 match self.open().await {
                     Ok(session) => self.session = Some(session),
-                    Err(error) => {
-                        self.seen.error(started.elapsed(), error.to_string());
+                    Err(CompareError::Postgres { source, .. }) => {
+                        self.seen.error(started.elapsed(), text_of(&source));
                         tokio::time::sleep(RECONNECT_PAUSE).await;
                         continue;
                     }
@@ -118,10 +118,7 @@ impl Client {
     async fn note(&mut self, trouble: &Trouble, started: Instant) {
         let text = match trouble {
             Trouble::Wrong(text) => text.clone(),
-            Trouble::Postgres(error) => match error.as_db_error() {
-                Some(error) => format!("{} {}: {}", error.severity(), error.code().code(), error.message()),
-                None => error.to_string(),
-            },
+            Trouble::Postgres(error) => text_of(error),
         };
         self.seen.error(started.elapsed(), text);
         // What a client without an answer wrote may or may not be there; one with an error knows that it is not.
@@ -178,5 +175,13 @@ impl Client {
             client.simple_query("commit").await?;
         }
         if rows == 1 { Ok(()) } else { Err(Trouble::Wrong(format!("an increment changed {rows} rows"))) }
+    }
+}
+
+/// Severity, SQLSTATE and message if the server said them.
+fn text_of(error: &tokio_postgres::Error) -> String {
+    match error.as_db_error() {
+        Some(error) => format!("{} {}: {}", error.severity(), error.code().code(), error.message()),
+        None => error.to_string(),
     }
 }

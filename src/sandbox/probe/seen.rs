@@ -27,7 +27,9 @@ pub struct ClientSeen {
 }
 
 impl ClientSeen {
-    pub(super) fn new(kind: Kind) -> Self {
+    /// A client that has seen nothing yet.
+    #[must_use]
+    pub fn new(kind: Kind) -> Self {
         Self {
             kind,
             answers_us: Vec::new(),
@@ -40,7 +42,8 @@ impl ClientSeen {
         }
     }
 
-    pub(super) fn answer(&mut self, at: Duration, took: Duration) {
+    /// An operation succeeded `at` this time, no earlier than the one before, and `took` so long.
+    pub fn answer(&mut self, at: Duration, took: Duration) {
         self.answers += 1;
         self.longest = self.longest.max(took);
         if self.answers_us.len() < ANSWERS_KEPT_MAX {
@@ -48,7 +51,7 @@ impl ClientSeen {
         }
     }
 
-    pub(super) fn error(&mut self, at: Duration, text: String) {
+    pub fn error(&mut self, at: Duration, text: String) {
         self.errors += 1;
         if self.error_texts.len() < ERRORS_KEPT_MAX {
             self.error_texts.push((at, text));
@@ -82,7 +85,9 @@ pub struct Seen {
 }
 
 impl Seen {
-    pub(super) fn new(clients: Vec<ClientSeen>, duration: Duration) -> Self {
+    /// What these clients saw in `duration`.
+    #[must_use]
+    pub fn new(clients: Vec<ClientSeen>, duration: Duration) -> Self {
         let merge = |wanted: fn(&Kind) -> bool| {
             let clients = clients.iter().filter(|client| wanted(&client.kind));
             let mut all: Vec<u64> = clients.flat_map(|client| client.answers_us.iter().copied()).collect();
@@ -123,6 +128,18 @@ impl Seen {
         self.reads_us.len() as u64
     }
 
+    /// Writes that were acknowledged in `from..to`.
+    #[must_use]
+    pub fn writes_in(&self, from: Duration, to: Duration) -> usize {
+        inside(&self.writes_us, from, to).len()
+    }
+
+    /// Reads that were answered in `from..to`.
+    #[must_use]
+    pub fn reads_in(&self, from: Duration, to: Duration) -> usize {
+        inside(&self.reads_us, from, to).len()
+    }
+
     /// Increments that each writer was told had been committed.
     #[must_use]
     pub fn acknowledged(&self) -> Vec<u64> {
@@ -141,18 +158,31 @@ impl Seen {
         longest_gap(&self.reads_us, from, to)
     }
 
-    /// The median over all windows of this length that lie between `from` and `to` of each window's longest gap
-    /// between writes: what is normal on this machine without anything happening.
+    /// The longest gap between writes of each window of this length that lies between `from` and `to`; their median is
+    /// what is normal on this machine without anything happening.
     #[must_use]
-    pub fn usual_write_gap(&self, from: Duration, to: Duration, window: Duration) -> Duration {
-        let mut gaps = Vec::new();
-        let mut start = from;
-        while !window.is_zero() && start + window <= to {
-            gaps.push(self.write_gap(start, start + window).length);
-            start += window;
+    pub fn write_gaps(&self, from: Duration, to: Duration, window: Duration) -> Vec<Duration> {
+        longest_gaps(&self.writes_us, from, to, window)
+    }
+
+    /// The same for reads.
+    #[must_use]
+    pub fn read_gaps(&self, from: Duration, to: Duration, window: Duration) -> Vec<Duration> {
+        longest_gaps(&self.reads_us, from, to, window)
+    }
+
+    /// How long each write took whose answer came in `from..to`, ascending: from the answer before to its own, since a
+    /// writer does not rest.
+    #[must_use]
+    pub fn write_times(&self, from: Duration, to: Duration) -> Vec<Duration> {
+        let mut times = Vec::new();
+        for writer in self.writers() {
+            let inside = inside(&writer.answers_us, from, to);
+            let pairs = inside.iter().zip(inside.iter().skip(1));
+            times.extend(pairs.map(|(before, answer)| Duration::from_micros(answer.saturating_sub(*before))));
         }
-        gaps.sort_unstable();
-        gaps.get(gaps.len() / 2).copied().unwrap_or_default()
+        times.sort_unstable();
+        times
     }
 
     /// Compares the counters of one server with what was acknowledged; one sentence for each that cannot be.
@@ -180,14 +210,32 @@ impl Seen {
     }
 }
 
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The answers from `from` to `to`, both included.
+fn inside(answers_us: &[u64], from: Duration, to: Duration) -> &[u64] {
+    let first = answers_us.partition_point(|answer| *answer < us(from));
+    let end = answers_us.partition_point(|answer| *answer <= us(to));
+    answers_us.get(first..end).unwrap_or_default()
+}
+
+/// The longest gap of each window between `from` and `to`, in order.
+fn longest_gaps(answers_us: &[u64], from: Duration, to: Duration, window: Duration) -> Vec<Duration> {
+    let (mut gaps, mut start) = (Vec::new(), from);
+    while !window.is_zero() && start + window <= to {
+        gaps.push(longest_gap(answers_us, start, start + window).length);
+        start += window;
+    }
+    gaps
+}
+
 /// `answers_us` ascending. The ends of the window count as answers, so that a window without any is one gap.
 fn longest_gap(answers_us: &[u64], from: Duration, to: Duration) -> Gap {
-    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let (from_us, to_us) = (us(from), us(to));
-    let first = answers_us.partition_point(|answer| *answer < from_us);
-    let inside = answers_us.iter().skip(first).copied().take_while(|answer| *answer <= to_us);
     let (mut previous, mut gap) = (from_us, Gap::default());
-    for answer in inside.chain([to_us]) {
+    for answer in inside(answers_us, from, to).iter().copied().chain([to_us]) {
         let length = Duration::from_micros(answer.saturating_sub(previous));
         if length > gap.length {
             gap = Gap { from: Duration::from_micros(previous), length };
@@ -219,7 +267,8 @@ mod tests {
         assert_eq!(seen.write_gap(ms(0), ms(100)), Gap { from: ms(50), length: ms(40) });
         assert_eq!(seen.write_gap(ms(0), ms(60)), Gap { from: ms(20), length: ms(30) });
         assert_eq!(seen.write_gap(ms(55), ms(85)), Gap { from: ms(55), length: ms(30) });
-        assert_eq!(seen.usual_write_gap(ms(0), ms(90), ms(30)), ms(20));
+        assert_eq!(seen.write_gaps(ms(0), ms(90), ms(30)), [ms(10), ms(20), ms(30)]);
+        assert_eq!(seen.write_times(ms(15), ms(100)), [ms(35), ms(70)]);
         assert_eq!(seen.writes(), 5);
     }
 

@@ -1,0 +1,185 @@
+//! One text for all statements of a shape: the literals become parameters, so that followers parse and plan it once.
+//!
+//! Whether a literal may become a parameter without another meaning is not guessed: both texts are parsed, and the trees must
+//! be the same but for constants that became parameters of the same type. Where they are not (type modifiers, INTERVAL '..',
+//! ordinals), the statement goes as text.
+
+use std::fmt::Write as _;
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::lex::{Kind, Lexer};
+use super::parse;
+use super::shape::Shape;
+
+/// Literals that one text may have; `Bind` counts parameters in 16 bits.
+const LITERALS_MAX: usize = 1000;
+
+/// Type of a parameter as in `Parse`: `pg_type.oid` of int4, int8 and numeric; 0: inferred, as for a string literal.
+const INT4: u32 = 23;
+const INT8: u32 = 20;
+const NUMERIC: u32 = 1700;
+const INFERRED: u32 = 0;
+
+/// A text with parameters in the places of literals.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedText {
+    pub text: Arc<str>,
+    /// Number and types of the parameters, as in `Parse`.
+    pub types: Arc<[u8]>,
+}
+
+/// Makes the text that all statements of this shape share, out of one of them. `cut` is the part that followers get.
+/// `None`: a literal can not become a parameter, or there are parameters of the client's already.
+#[must_use]
+pub fn share(text: &str, shape: &Shape, cut: Range<usize>) -> Option<SharedText> {
+    let text = text.get(cut.clone())?;
+    let literals: Vec<Range<usize>> = shape
+        .literals
+        .iter()
+        .filter(|l| l.end <= cut.end && l.start >= cut.start)
+        .map(|l| l.start - cut.start..l.end - cut.start)
+        .collect();
+    if literals.is_empty() || literals.len() > LITERALS_MAX || literals.len() != shape.literals.len() {
+        return None;
+    }
+    let mut kinds = Vec::with_capacity(literals.len());
+    for token in Lexer::new(text) {
+        match token.kind {
+            Kind::Parameter => return None,
+            kind if kind.is_literal() && literals.contains(&token.range) => kinds.push(kind),
+            _ => {}
+        }
+    }
+    let mut shared = String::with_capacity(text.len());
+    let mut types = u16::try_from(kinds.len()).ok()?.to_be_bytes().to_vec();
+    let mut copied = 0;
+    for (i, (literal, kind)) in literals.iter().zip(&kinds).enumerate() {
+        shared.push_str(text.get(copied..literal.start)?);
+        let _ = write!(shared, "${}", i + 1);
+        copied = literal.end;
+        let oid = match kind {
+            Kind::Integer => INT4,
+            Kind::BigInteger => INT8,
+            Kind::Decimal => NUMERIC,
+            Kind::String => INFERRED,
+            _ => return None,
+        };
+        types.extend_from_slice(&oid.to_be_bytes());
+    }
+    shared.push_str(text.get(copied..)?);
+    let (before, after) = (parse::parse_one(text).ok()?, parse::parse_one(&shared).ok()?);
+    let mut found = 0;
+    let same = same(&parse::tree(&before.node), &parse::tree(&after.node), &kinds, &mut found);
+    (same && found == kinds.len()).then_some(SharedText { text: shared.into(), types: types.into() })
+}
+
+/// The values of a statement's literals, as the parameters of its shared text. `None`: one of them is written in a way that is
+/// not read here (`E'..'`, `U&'..'`, `$$..$$`).
+#[must_use]
+pub fn values<'t>(text: &'t str, shape: &Shape) -> Option<Vec<std::borrow::Cow<'t, str>>> {
+    shape.literals.iter().map(|literal| value(text.get(literal.clone())?)).collect()
+}
+
+fn value(literal: &str) -> Option<std::borrow::Cow<'_, str>> {
+    if literal.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+        // 0x1f and 1_000 are numbers only from PostgreSQL 16 on, and only as literals.
+        return literal
+            .bytes()
+            .all(|b| b.is_ascii_digit() || matches!(b, b'.' | b'e' | b'E' | b'+' | b'-'))
+            .then(|| literal.into());
+    }
+    let inner = literal.strip_prefix('\'')?.strip_suffix('\'')?;
+    // A string that goes on in the next line is two literals with a newline between them.
+    let plain = inner.replace("''", "");
+    if plain.contains('\'') {
+        return None;
+    }
+    Some(if inner.contains('\'') { inner.replace("''", "'").into() } else { inner.into() })
+}
+
+/// Whether two trees are the same but for constants of the first that are parameters in the second.
+fn same(before: &Value, after: &Value, kinds: &[Kind], found: &mut usize) -> bool {
+    match (before, after) {
+        (Value::Object(a), Value::Object(b)) => {
+            if let (Some(Value::Object(_)), Some(Value::Object(parameter))) = (a.get("AConst"), b.get("ParamRef")) {
+                return is_next(parameter, found);
+            }
+            if let (Some(Value::Object(constant)), Some(Value::Object(minus))) = (a.get("AConst"), b.get("AExpr")) {
+                return is_minus(constant, minus, kinds, found);
+            }
+            a.len() == b.len()
+                && a.iter().all(|(name, value)| match (name.as_str(), b.get(name)) {
+                    (_, None) => false,
+                    (name, Some(_)) if name.ends_with("location") || name.starts_with("rexpr_list_") => true,
+                    ("typmods", Some(other)) => same(value, other, kinds, &mut usize::MAX.clone()),
+                    (_, Some(other)) => same(value, other, kinds, found),
+                })
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b, kinds, found))
+        }
+        _ => before == after,
+    }
+}
+
+/// Parameters stand in the order of the literals, each once. A counter that is at its end (inside type modifiers) allows none.
+fn is_next(parameter: &Map<String, Value>, found: &mut usize) -> bool {
+    let Some(next) = found.checked_add(1) else { return false };
+    *found = next;
+    parameter.get("number").and_then(Value::as_u64) == Some(next as u64)
+}
+
+/// `-5` is a constant, `-$1` an operator with the same value and type; but -2147483648 is an int4 whose digits alone are an int8.
+fn is_minus(constant: &Map<String, Value>, minus: &Map<String, Value>, kinds: &[Kind], found: &mut usize) -> bool {
+    let Some(kind) = kinds.get(*found) else { return false };
+    let name = minus.get("name").map(|n| parse::names(Some(n)));
+    let operand = minus.get("rexpr").and_then(|r| r.pointer("/node/ParamRef")).and_then(Value::as_object);
+    constant.contains_key("val")
+        && matches!(kind, Kind::Integer | Kind::Decimal)
+        && name.as_deref() == Some(&["-"])
+        && minus.get("lexpr").is_none_or(Value::is_null)
+        && operand.is_some_and(|parameter| is_next(parameter, found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sql::shape::mask;
+
+    fn shared(text: &str) -> Option<(String, Vec<String>)> {
+        let shape = mask(text);
+        let made = share(text, &shape, 0..text.len())?;
+        Some((made.text.to_string(), values(text, &shape)?.into_iter().map(std::borrow::Cow::into_owned).collect()))
+    }
+
+    #[test]
+    fn literals_become_parameters_with_the_same_values() {
+        let (text, values) = shared("UPDATE t SET a = a + -45, note = 'it''s', r = 1.5 WHERE id = 7").unwrap();
+        assert_eq!(text, "UPDATE t SET a = a + -$1, note = $2, r = $3 WHERE id = $4");
+        assert_eq!(values, ["45", "it's", "1.5", "7"]);
+    }
+
+    #[test]
+    fn what_would_mean_something_else_stays_as_it_is() {
+        for text in [
+            "UPDATE t SET at = at + INTERVAL '1 day' WHERE id = 7",
+            "UPDATE t SET n = x::numeric(10, 2) WHERE id = 7",
+            "UPDATE t SET d = DATE '2020-01-01' WHERE id = 7",
+            "UPDATE t SET note = E'a\\n' WHERE id = 7",
+            "UPDATE t SET a = -3000000000 WHERE id = 7",
+            "UPDATE t SET a = $1 WHERE id = 7",
+            "UPDATE t SET b = B'101' WHERE id = 7",
+        ] {
+            assert_eq!(shared(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn casts_of_strings_are_shared() {
+        let (text, _) = shared("UPDATE t SET d = '2020-01-01'::date WHERE id = 7").unwrap();
+        assert_eq!(text, "UPDATE t SET d = $1::date WHERE id = $2");
+    }
+}
