@@ -39,10 +39,11 @@ async fn every_query_mode_leaves_identical_servers() {
 }
 
 const PIPELINE: &str = "\\set i random(1, 1000000)
+\\set j random(1, 50)
 \\startpipeline
 insert into piped (b) values (:i);
 select count(*) from piped where a = :i;
-update piped set b = b + 1 where a = :i % 50;
+update piped set b = b + 1 where a = :j;
 insert into piped (b) select :i + 1;
 \\endpipeline
 ";

@@ -122,6 +122,17 @@ pub fn command_complete(out: &mut BytesMut, tag: &str) {
     frame(out, b'C', |b| put_string(b, tag.as_bytes()));
 }
 
+/// A WARNING, as PostgreSQL itself says it.
+pub fn warning(out: &mut BytesMut, sqlstate: &str, message: &str) {
+    frame(out, b'N', |b| {
+        for (field, value) in [(b'S', "WARNING"), (b'V', "WARNING"), (b'C', sqlstate), (b'M', message)] {
+            b.put_u8(field);
+            put_string(b, value.as_bytes());
+        }
+        b.put_u8(0);
+    });
+}
+
 /// What a client may see of an error: SQLSTATE, one sentence, details, and what to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientError {

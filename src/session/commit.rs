@@ -37,6 +37,8 @@ impl Session {
     /// # Errors
     /// If the session must end.
     pub async fn commit(&mut self, chain: bool) -> Result<Told, End> {
+        // A client that is gone is noticed before followers prepare, not in the middle of the decision.
+        self.wire.flush_much_to_client().await?;
         let fresh = EffectLog::new(Arc::clone(&self.hub.spill));
         let log = Arc::new(std::mem::replace(&mut self.log, fresh));
         if log.is_empty() {

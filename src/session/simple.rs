@@ -478,6 +478,8 @@ impl Session {
                     return self.refuse_in_text(&error).await.map(|()| false);
                 }
                 Control::Commit { .. } | Control::Rollback { .. } => {
+                    let warning = "there is no transaction in progress";
+                    build::warning(&mut self.wire.to_client, "25P01", warning);
                     self.own_block = false;
                     // The next statement opens a block of ours again.
                 }

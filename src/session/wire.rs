@@ -210,6 +210,14 @@ impl Wire {
         Ok(())
     }
 
+    /// Writes what waits for the client if it is so much that it would be written soon anyway.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub async fn flush_much_to_client(&mut self) -> Result<(), End> {
+        if self.to_client.len() > OUT_BYTES_MAX / 2 { self.flush_client().await } else { Ok(()) }
+    }
+
     /// Writes what waits for the server, and reads meanwhile: a server that can not get rid of its answers reads nothing more.
     ///
     /// # Errors

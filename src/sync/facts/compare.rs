@@ -61,6 +61,14 @@ fn identity(source: &NodeFacts, target: &NodeFacts, found: &mut Vec<Finding>) {
             "If nobody needs those data, move the directory away.",
         ));
     }
+    if let Some(to) = target.data_major
+        && to != from
+    {
+        found.push(refused(
+            format!("The target's data directory is of PostgreSQL {to}, the source runs {from}."),
+            "If nobody needs those data, move the directory away.",
+        ));
+    }
     if source.architecture != target.architecture {
         found.push(refused(
             format!(
@@ -212,9 +220,10 @@ mod tests {
 
     #[test]
     fn each_reason_is_one_refusal() {
-        let changes: [fn(&mut NodeFacts, &mut NodeFacts); 10] = [
+        let changes: [fn(&mut NodeFacts, &mut NodeFacts); 11] = [
             |_, target| target.binaries_version_num = 160_000,
             |_, target| target.system_identifier = Some(8),
+            |_, target| (target.data_major, target.system_identifier) = (Some(14), None),
             |_, target| target.architecture = "aarch64".into(),
             |_, target| target.libc_version = "glibc 2.41".into(),
             |_, target| target.foreign_server = true,
