@@ -1,4 +1,5 @@
 //! What is wrong is told clearly, with what to do next, and nothing is left behind.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that panics has failed")]
 
 mod common;
 
@@ -140,7 +141,12 @@ fn say(port: u16, bytes: &[u8]) -> Vec<u8> {
     let _ = stream.shutdown(std::net::Shutdown::Write);
     let mut answer = Vec::new();
     if let Err(error) = stream.read_to_end(&mut answer) {
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error} after {:?}", &bytes[..bytes.len().min(16)]);
+        assert_eq!(
+            error.kind(),
+            std::io::ErrorKind::ConnectionReset,
+            "{error} after {:?}",
+            &bytes[..bytes.len().min(16)]
+        );
     }
     answer
 }

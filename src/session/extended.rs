@@ -14,6 +14,7 @@ use crate::pg::frame;
 use crate::pg::message::{self, Bind, Parse};
 use crate::session::parameters;
 use crate::session::planning::{Planned, mode_of, schema_changed};
+use crate::session::rewrite;
 use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::statements::{Portal, Prepared, Rest};
@@ -192,7 +193,7 @@ impl Session {
             self.statements.set_portal(portal, Portal { prepared, parameters, rest: None });
             return Ok(());
         } else if let Mode::Strip { hidden, client_returning } = mode {
-            let formats = result_formats(bind.result_formats, client_returning, prepared.own_columns, hidden);
+            let formats = rewrite::result_formats(bind.result_formats, client_returning, prepared.own_columns, hidden);
             build::bind_raw(&mut self.wire.to_server, bind.portal, bind.statement, bind.parameters, &formats);
             self.wire.expects.push_back(Expect::Bind { hidden: false });
         } else {
@@ -591,28 +592,5 @@ impl Session {
         self.refuse_in_text(error).await?;
         self.skip_until_sync = true;
         Ok(())
-    }
-}
-
-/// Result formats for a statement with hidden columns, which are always text.
-fn result_formats(asked: &[u8], client_returning: bool, own: usize, hidden: usize) -> Vec<u8> {
-    const TEXT: [u8; 2] = [0, 0];
-    if !client_returning || asked.is_empty() || asked == TEXT {
-        return Vec::new();
-    }
-    let mut formats = if asked.len() == 2 { asked.repeat(own) } else { asked.to_vec() };
-    formats.extend(TEXT.repeat(hidden));
-    formats
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hidden_columns_are_text_whatever_the_client_asked_for_its_own() {
-        assert_eq!(result_formats(&[0, 1], true, 2, 1), [0, 1, 0, 1, 0, 0]);
-        assert_eq!(result_formats(&[0, 1, 0, 0], true, 2, 1), [0, 1, 0, 0, 0, 0]);
-        assert!(result_formats(&[0, 1], false, 0, 3).is_empty());
     }
 }

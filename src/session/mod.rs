@@ -10,6 +10,7 @@ pub mod effect;
 pub mod extended;
 pub mod parameters;
 pub mod planning;
+pub mod rewrite;
 pub mod run;
 pub mod simple;
 pub mod start;

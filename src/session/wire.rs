@@ -13,13 +13,14 @@ use tokio::net::{TcpStream, UnixStream};
 use crate::pg::build;
 use crate::pg::frame::{self, FrameError, HEADER_BYTES, Header, Sender};
 use crate::pg::message::{self, Reader};
+use crate::session::rewrite;
 
 /// Bytes that wait for a client before they are written, although the statement goes on.
 const OUT_BYTES_MAX: usize = 64 * 1024;
 /// Reads of that many bytes at once.
-const READ_BYTES: usize = 16 * 1024;
+pub const READ_BYTES: usize = 16 * 1024;
 /// Buffers above this are given back when they are empty.
-const KEEP_BYTES_MAX: usize = 256 * 1024;
+pub const KEEP_BYTES_MAX: usize = 256 * 1024;
 /// Answers that are expected at once; a client that sends more has its messages wait.
 pub const EXPECTS_MAX: usize = 100_000;
 
@@ -195,7 +196,7 @@ impl Wire {
     pub async fn flush_client(&mut self) -> Result<(), End> {
         if !self.to_client.is_empty() {
             self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
-            shrink(&mut self.to_client);
+            rewrite::shrink(&mut self.to_client);
         }
         Ok(())
     }
@@ -234,7 +235,7 @@ impl Wire {
                 },
             }
         }
-        shrink(&mut self.to_server);
+        rewrite::shrink(&mut self.to_server);
         Ok(())
     }
 
@@ -390,7 +391,7 @@ impl Wire {
         match tag {
             // Not an answer to anything.
             b'N' if self.position_offset > 0 => {
-                let shifted = self.shift_position(frame);
+                let shifted = rewrite::shift_position(frame, self.position_offset);
                 self.to_client.extend_from_slice(&shifted);
             }
             b'N' | b'S' | b'A' => self.to_client.extend_from_slice(frame),
@@ -412,7 +413,7 @@ impl Wire {
         }
         let hidden = self.hide_errors;
         if !hidden {
-            let shifted = self.shift_position(frame);
+            let shifted = rewrite::shift_position(frame, self.position_offset);
             self.to_client.extend_from_slice(&shifted);
         }
         self.results.copy_in = false;
@@ -490,7 +491,7 @@ impl Wire {
         match (tag, mode) {
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = rewrite::strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 } else {
                     build::frame(&mut self.to_client, b'n', |_| {});
@@ -514,7 +515,7 @@ impl Wire {
             }
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = rewrite::strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 }
                 return Ok(());
@@ -585,34 +586,6 @@ impl Wire {
         Ok(())
     }
 
-    /// An error or notice with its position moved to where the statement stands in the client's own text.
-    fn shift_position(&self, frame: &BytesMut) -> BytesMut {
-        let body = frame::body(frame);
-        if self.position_offset == 0 || message::error_field(body, b'P').is_none() {
-            return frame.clone();
-        }
-        let mut out = BytesMut::with_capacity(frame.len() + 8);
-        let tag = frame[0];
-        build::frame(&mut out, tag, |b| {
-            let mut r = Reader::new(tag, body);
-            while let Ok(field) = r.u8() {
-                if field == 0 {
-                    break;
-                }
-                let Ok(value) = r.string() else { break };
-                b.extend_from_slice(&[field]);
-                let position = std::str::from_utf8(value).ok().and_then(|v| v.parse::<usize>().ok());
-                match position {
-                    Some(n) if field == b'P' => b.extend_from_slice((n + self.position_offset).to_string().as_bytes()),
-                    _ => b.extend_from_slice(value),
-                }
-                b.extend_from_slice(&[0]);
-            }
-            b.extend_from_slice(&[0]);
-        });
-        out
-    }
-
     /// The server skips messages until a Sync.
     #[must_use]
     pub fn is_skipping(&self) -> bool {
@@ -622,32 +595,4 @@ impl Wire {
     pub fn clear_results(&mut self) {
         self.results = Results::default();
     }
-}
-
-fn shrink(buffer: &mut BytesMut) {
-    if buffer.capacity() > KEEP_BYTES_MAX {
-        *buffer = BytesMut::with_capacity(READ_BYTES);
-    } else {
-        buffer.clear();
-    }
-}
-
-/// A `RowDescription` without its last `hidden` columns.
-fn strip_columns(frame: &BytesMut, hidden: usize) -> Result<BytesMut, FrameError> {
-    // After its name a column has table, attribute, type, size, modifier, format: 18 bytes.
-    const COLUMN_BYTES: usize = 18;
-    let body = frame::body(frame);
-    let mut r = Reader::new(b'T', body);
-    let own = usize::from(r.u16()?).saturating_sub(hidden);
-    for _ in 0..own {
-        r.string()?;
-        r.bytes(COLUMN_BYTES)?;
-    }
-    let kept = &body[2..body.len() - r.rest().len()];
-    let mut out = BytesMut::with_capacity(HEADER_BYTES + 2 + kept.len());
-    build::frame(&mut out, b'T', |b| {
-        b.extend_from_slice(&u16::try_from(own).unwrap_or(0).to_be_bytes());
-        b.extend_from_slice(kept);
-    });
-    Ok(out)
 }
