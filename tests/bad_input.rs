@@ -1,4 +1,5 @@
 //! What is wrong is told clearly, with what to do next, and nothing is left behind.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that panics has failed")]
 
 mod common;
 
@@ -140,7 +141,12 @@ fn say(port: u16, bytes: &[u8]) -> Vec<u8> {
     let _ = stream.shutdown(std::net::Shutdown::Write);
     let mut answer = Vec::new();
     if let Err(error) = stream.read_to_end(&mut answer) {
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error} after {:?}", &bytes[..bytes.len().min(16)]);
+        assert_eq!(
+            error.kind(),
+            std::io::ErrorKind::ConnectionReset,
+            "{error} after {:?}",
+            &bytes[..bytes.len().min(16)]
+        );
     }
     answer
 }
@@ -200,10 +206,8 @@ async fn with_another_pgdata(change: impl Fn(&Path)) -> (Cluster, String) {
 async fn data_of_another_cluster_are_not_overwritten() {
     let (cluster, said) = with_another_pgdata(|pgdata| {
         std::fs::rename(pgdata, pgdata.with_extension("before")).unwrap();
-        let mut initdb = match pgtandem::sandbox::user::is_root() {
-            true => Command::new("runuser"),
-            false => Command::new("env"),
-        };
+        let root = pgtandem::sandbox::user::is_root();
+        let mut initdb = Command::new(if root { "runuser" } else { "env" });
         if pgtandem::sandbox::user::is_root() {
             initdb.args(["-u", "postgres", "--"]);
         }

@@ -1,4 +1,5 @@
 //! pgbench in all three query modes: the servers are identical after each.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that panics has failed")]
 
 mod common;
 

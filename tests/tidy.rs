@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// Longest source file, lines; one idea fits into less.
 const LINES_MAX: usize = 600;
 /// Files that may be longer, with the reason.
-const LONGER: &[(&str, &str)] = &[];
+const LONGER: &[(&str, &str)] = &[("src/sql/classify_tests.rs", "one table: some 270 statements and their lanes")];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()

@@ -79,8 +79,10 @@ fn type_at(types: &[u8], at: usize) -> u32 {
     types.get(2 + at * 4..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_be_bytes(*bytes))
 }
 
-/// For each value whether it is binary, and the value.
-fn each(parameters: &[u8]) -> Result<Vec<(bool, Option<&[u8]>)>, FrameError> {
+/// Whether it is binary, and the value.
+type Value<'p> = (bool, Option<&'p [u8]>);
+
+fn each(parameters: &[u8]) -> Result<Vec<Value<'_>>, FrameError> {
     let mut r = Reader::new(b'B', parameters);
     let n = usize::from(r.u16()?);
     let formats = r.bytes(n * 2)?;

@@ -14,13 +14,15 @@ use tokio::net::{TcpStream, UnixStream};
 use crate::pg::build;
 use crate::pg::frame::{self, FrameError, HEADER_BYTES, Header, Sender};
 use crate::pg::message::{self, Reader};
+pub use crate::session::expect::{Expect, Mode, Results, Until};
+use crate::session::rewrite;
 
 /// Bytes that wait for a client before they are written, although the statement goes on.
 const OUT_BYTES_MAX: usize = 64 * 1024;
 /// Reads of that many bytes at once.
-const READ_BYTES: usize = 16 * 1024;
+pub const READ_BYTES: usize = 16 * 1024;
 /// Buffers above this are given back when they are empty.
-const KEEP_BYTES_MAX: usize = 256 * 1024;
+pub const KEEP_BYTES_MAX: usize = 256 * 1024;
 /// Answers that are expected at once; a client that sends more has its messages wait.
 pub const EXPECTS_MAX: usize = 100_000;
 
@@ -41,74 +43,6 @@ pub enum End {
     /// The outcome of a COMMIT is not known: the connection ends without an answer.
     #[error("the outcome of the last COMMIT is not known")]
     Unknown,
-}
-
-/// To whom the rows of a statement go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// As they are.
-    Forward,
-    /// All answers are ours: first columns are kept in [`Results::values`].
-    Hidden,
-    /// The last `hidden` columns are ours; without columns of its own the client sees no rows at all.
-    Strip { hidden: usize, client_returning: bool },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expect {
-    Parse {
-        hidden: bool,
-    },
-    Bind {
-        hidden: bool,
-    },
-    Close {
-        hidden: bool,
-    },
-    /// Of a statement or portal whose last `hidden` columns are ours.
-    Describe {
-        mode: Mode,
-    },
-    Execute {
-        mode: Mode,
-    },
-    Query {
-        mode: Mode,
-    },
-    Function,
-    Sync {
-        hidden: bool,
-    },
-}
-
-/// What the last statement that was not merely forwarded gave.
-#[derive(Debug, Default)]
-pub struct Results {
-    /// Command tag of the last statement that ended, without the zero byte.
-    pub tag: Option<Bytes>,
-    /// Body of the first error since the last clear.
-    pub error: Option<Bytes>,
-    /// First columns of hidden rows.
-    pub values: Vec<Option<Bytes>>,
-    /// Stripped columns: per row the values as in `DataRow`, one after the other. Taken by the session as they come.
-    pub rows: Vec<Bytes>,
-    pub row_bytes: usize,
-    pub suspended: bool,
-    /// The server wants the data of a COPY.
-    pub copy_in: bool,
-    /// Number of columns of the last hidden row description.
-    pub columns: usize,
-}
-
-/// When [`Wire::pump`] is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Until {
-    /// All expected answers have come.
-    Answered,
-    /// The same, or the server wants COPY data.
-    AnsweredOrCopy,
-    /// The same, or enough stripped rows have gathered to be taken.
-    Rows,
 }
 
 /// What waits from the server while something is written to it; past that it is taken first.
@@ -205,7 +139,7 @@ impl Wire {
     pub async fn flush_client(&mut self) -> Result<(), End> {
         if !self.to_client.is_empty() && !self.mute {
             self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
-            shrink(&mut self.to_client);
+            rewrite::shrink(&mut self.to_client);
         }
         Ok(())
     }
@@ -244,7 +178,7 @@ impl Wire {
                 },
             }
         }
-        shrink(&mut self.to_server);
+        rewrite::shrink(&mut self.to_server);
         Ok(())
     }
 
@@ -400,7 +334,7 @@ impl Wire {
         match tag {
             // Not an answer to anything.
             b'N' if self.position_offset > 0 => {
-                let shifted = self.shift_position(frame);
+                let shifted = rewrite::shift_position(frame, self.position_offset);
                 self.to_client.extend_from_slice(&shifted);
             }
             b'N' | b'S' | b'A' => self.to_client.extend_from_slice(frame),
@@ -414,7 +348,7 @@ impl Wire {
     fn take_error(&mut self, frame: &BytesMut) {
         let quotes = |needle: &[u8]| !needle.is_empty() && frame.windows(needle.len()).any(|part| part == needle);
         if quotes(self.secret.as_bytes()) {
-            return self.take_error(&without_context(frame));
+            return self.take_error(&rewrite::without_context(frame));
         }
         if message::is_fatal(frame::body(frame)) {
             self.farewell = Some(frame.clone());
@@ -426,7 +360,7 @@ impl Wire {
         }
         let hidden = self.hide_errors;
         if !hidden {
-            let shifted = self.shift_position(frame);
+            let shifted = rewrite::shift_position(frame, self.position_offset);
             self.to_client.extend_from_slice(&shifted);
         }
         self.results.copy_in = false;
@@ -504,7 +438,7 @@ impl Wire {
         match (tag, mode) {
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = rewrite::strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 } else {
                     build::frame(&mut self.to_client, b'n', |_| {});
@@ -528,7 +462,7 @@ impl Wire {
             }
             (b'T', Mode::Strip { hidden, client_returning }) => {
                 if client_returning {
-                    let cut = strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
+                    let cut = rewrite::strip_columns(frame, hidden).map_err(End::ServerProtocol)?;
                     self.to_client.extend_from_slice(&cut);
                 }
                 return Ok(());
@@ -608,34 +542,6 @@ impl Wire {
         Ok(())
     }
 
-    /// An error or notice with its position moved to where the statement stands in the client's own text.
-    fn shift_position(&self, frame: &BytesMut) -> BytesMut {
-        let body = frame::body(frame);
-        if self.position_offset == 0 || message::error_field(body, b'P').is_none() {
-            return frame.clone();
-        }
-        let mut out = BytesMut::with_capacity(frame.len() + 8);
-        let tag = frame[0];
-        build::frame(&mut out, tag, |b| {
-            let mut r = Reader::new(tag, body);
-            while let Ok(field) = r.u8() {
-                if field == 0 {
-                    break;
-                }
-                let Ok(value) = r.string() else { break };
-                b.extend_from_slice(&[field]);
-                let position = std::str::from_utf8(value).ok().and_then(|v| v.parse::<usize>().ok());
-                match position {
-                    Some(n) if field == b'P' => b.extend_from_slice((n + self.position_offset).to_string().as_bytes()),
-                    _ => b.extend_from_slice(value),
-                }
-                b.extend_from_slice(&[0]);
-            }
-            b.extend_from_slice(&[0]);
-        });
-        out
-    }
-
     /// The server skips messages until a Sync.
     #[must_use]
     pub fn is_skipping(&self) -> bool {
@@ -645,50 +551,4 @@ impl Wire {
     pub fn clear_results(&mut self) {
         self.results = Results::default();
     }
-}
-
-/// An error without its context and details, which quote the parameters of statements of ours.
-fn without_context(frame: &BytesMut) -> BytesMut {
-    let mut out = BytesMut::with_capacity(frame.len());
-    build::frame(&mut out, b'E', |b| {
-        let mut r = Reader::new(b'E', frame::body(frame));
-        while let Ok(field) = r.u8() {
-            let Ok(value) = r.string() else { break };
-            if !matches!(field, b'W' | b'D' | b'q') {
-                b.extend_from_slice(&[field]);
-                b.extend_from_slice(value);
-                b.extend_from_slice(&[0]);
-            }
-        }
-        b.extend_from_slice(&[0]);
-    });
-    out
-}
-
-fn shrink(buffer: &mut BytesMut) {
-    if buffer.capacity() > KEEP_BYTES_MAX {
-        *buffer = BytesMut::with_capacity(READ_BYTES);
-    } else {
-        buffer.clear();
-    }
-}
-
-/// A `RowDescription` without its last `hidden` columns.
-fn strip_columns(frame: &BytesMut, hidden: usize) -> Result<BytesMut, FrameError> {
-    // After its name a column has table, attribute, type, size, modifier, format: 18 bytes.
-    const COLUMN_BYTES: usize = 18;
-    let body = frame::body(frame);
-    let mut r = Reader::new(b'T', body);
-    let own = usize::from(r.u16()?).saturating_sub(hidden);
-    for _ in 0..own {
-        r.string()?;
-        r.bytes(COLUMN_BYTES)?;
-    }
-    let kept = &body[2..body.len() - r.rest().len()];
-    let mut out = BytesMut::with_capacity(HEADER_BYTES + 2 + kept.len());
-    build::frame(&mut out, b'T', |b| {
-        b.extend_from_slice(&u16::try_from(own).unwrap_or(0).to_be_bytes());
-        b.extend_from_slice(kept);
-    });
-    Ok(out)
 }

@@ -1,3 +1,5 @@
+//! Masking: what is masked, that nothing is lost, and that the lexer agrees with PostgreSQL's scanner.
+
 use proptest::prelude::*;
 
 use super::super::lex::Token;

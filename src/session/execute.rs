@@ -1,0 +1,227 @@
+//! Execute in lock step: writes, transaction control, and what runs behind the read-only guard.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::pg::build::{self, ClientError};
+use crate::pg::frame;
+use crate::pg::message;
+use crate::session::parameters;
+use crate::session::planning::{mode_of, schema_changed};
+use crate::session::run::Session;
+use crate::session::simple::{error_frame, refused};
+use crate::session::statements::{Prepared, Rest};
+use crate::session::wire::{End, Expect, Mode};
+use crate::sql::plan::{Control, EffectPlan, Write};
+
+impl Session {
+    /// Opens a block of ours inside the client's batch.
+    fn open_block_in_batch(&mut self) {
+        if !self.in_block() {
+            self.hidden("pgtandem_p", "pgtandem_begin", &[]);
+            self.own_block = true;
+        }
+    }
+
+    pub async fn execute_guarded(&mut self, frame: &Bytes) -> Result<(), End> {
+        self.open_block_in_batch();
+        self.hidden("pgtandem_p", "pgtandem_guard", &[]);
+        self.hidden("pgtandem_p", "pgtandem_guard_on", &[]);
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
+        self.wire.clear_results();
+        self.wire.hide_errors = true;
+        self.pass(frame, Expect::Execute { mode: Mode::Forward });
+        let done = self.catch_up().await;
+        self.wire.hide_errors = false;
+        done?;
+        if let Some(error) = self.wire.results.error.take() {
+            self.tell_guard_error(&error);
+            return Ok(());
+        }
+        self.hidden("pgtandem_p", "pgtandem_guard_off", &[]);
+        self.catch_up().await
+    }
+
+    pub async fn execute_write(
+        &mut self,
+        frame: &Bytes,
+        write: &Write,
+        prepared: &Arc<Prepared>,
+        parameters: &Bytes,
+        rows_max: u32,
+    ) -> Result<(), End> {
+        if self.facts.is_none() && self.wire.status != b'E' {
+            // A setting was changed since Bind: the effect is made under what holds now.
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(());
+            }
+            if let Some(error) = self.read_context().await? {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                self.skip_until_sync = true;
+                return Ok(());
+            }
+        }
+        if let Some(refusal) = self.refuse_execution(write, prepared, parameters)? {
+            return self.refuse_extended(&refusal).await;
+        }
+        self.open_block_in_batch();
+        if !self.lock_tables(write).await? {
+            return Ok(());
+        }
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
+        let position = self.log.position();
+        self.wire.clear_results();
+        let mode = mode_of(write);
+        let (name, _) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
+        // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
+        let in_parts = rows_max > 0 && write.client_returning;
+        (self.wire.hold_rows, self.wire.hold_tag) = (in_parts, in_parts);
+        if rows_max > 0 {
+            build::execute(&mut self.wire.to_server, name, 0);
+            self.wire.expects.push_back(Expect::Execute { mode });
+        } else {
+            self.pass(frame, Expect::Execute { mode });
+        }
+        build::flush(&mut self.wire.to_server);
+        let types = Arc::clone(&prepared.types);
+        let taken = self.take_write(write, &prepared.shape, &prepared.text, parameters, types).await;
+        self.wire.hold_tag = false;
+        let rows = self.wire.take_held_rows();
+        let effect = taken?;
+        if self.wire.results.error.is_some() {
+            self.log.truncate(position);
+            return Ok(());
+        }
+        let text = Arc::clone(&prepared.text);
+        let effect = match effect {
+            Ok(()) if !self.still_planned(&text, &prepared.plan, prepared.schema_number).await? => {
+                Err(schema_changed())
+            }
+            Ok(()) if rows.is_none() => Err(ClientError::error(
+                "54000",
+                "the rows of a RETURNING that is fetched in parts are more than 16 MB",
+                "Fetch all rows at once.",
+            )),
+            effect => effect,
+        };
+        if let Err(error) = effect {
+            self.log.truncate(position);
+            if self.wire.is_skipping() {
+                // The server failed at our request (a COPY), and the client has not heard why.
+                error.write(&mut self.wire.to_client);
+                return Ok(());
+            }
+            return self.refuse_extended(&error).await;
+        }
+        if in_parts {
+            let rest = Rest { rows: rows.unwrap_or_default(), tag: self.wire.results.tag.clone().unwrap_or_default() };
+            if let Some(portal) = self.statements.portal_mut(name) {
+                portal.rest = Some(rest);
+            }
+            return self.give_part(name, rows_max).await;
+        }
+        Ok(())
+    }
+
+    /// The next rows of a portal that has run, as many as the client asks for (0: all).
+    pub async fn give_part(&mut self, name: &[u8], rows_max: u32) -> Result<(), End> {
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
+        let Some(rest) = self.statements.portal_mut(name).and_then(|portal| portal.rest.as_mut()) else {
+            return Ok(());
+        };
+        let all = rest.rows.len();
+        let part = usize::try_from(rows_max).ok().filter(|n| *n > 0).unwrap_or(usize::MAX);
+        for row in rest.rows.drain(..part.min(all)) {
+            self.wire.to_client.extend_from_slice(&row);
+        }
+        if all >= part {
+            build::frame(&mut self.wire.to_client, b's', |_| {});
+        } else {
+            // As PostgreSQL does: the tag counts the rows of this part.
+            let count = rest.tag.rsplit(|byte| *byte == b' ').next().map_or(0, <[u8]>::len);
+            let mut tag = rest.tag.get(..rest.tag.len() - count).unwrap_or_default().to_vec();
+            tag.extend_from_slice(all.to_string().as_bytes());
+            crate::session::effect::put_tag(&mut self.wire.to_client, &tag);
+        }
+        Ok(())
+    }
+
+    /// Why this execution can not be carried to followers.
+    fn refuse_execution(
+        &self,
+        write: &Write,
+        prepared: &Prepared,
+        parameters: &[u8],
+    ) -> Result<Option<ClientError>, End> {
+        if let Some(refusal) = self.refuses_write(write) {
+            return Ok(Some(refusal));
+        }
+        if let EffectPlan::Text { dates_matter: true, .. } = &write.effect {
+            let texts = parameters::texts(&prepared.types, parameters).map_err(End::ClientProtocol)?;
+            if write.reads_clock(&prepared.text, &prepared.shape, &texts) {
+                return Ok(Some(refused(&crate::sql::refuse::clock_literal())));
+            }
+        }
+        Ok(None)
+    }
+
+    pub async fn execute_control(&mut self, frame: &Bytes, control: &Control) -> Result<(), End> {
+        self.catch_up().await?;
+        if self.wire.is_skipping() {
+            return Ok(());
+        }
+        match control {
+            Control::Begin { with_modes: false } if self.own_block => {
+                self.own_block = false;
+                self.wire.status = b'T';
+                build::command_complete(&mut self.wire.to_client, "BEGIN");
+                return Ok(());
+            }
+            Control::Commit { chain } if !self.log.is_empty() && self.in_block() && self.wire.status != b'E' => {
+                self.in_batch = false;
+                let told = self.commit(*chain).await?;
+                self.in_batch = true;
+                match told {
+                    Ok(()) => build::command_complete(&mut self.wire.to_client, "COMMIT"),
+                    Err(error) => {
+                        self.wire.to_client.extend_from_slice(&error);
+                        self.skip_until_sync = true;
+                    }
+                }
+                self.forget_transaction();
+                return Ok(());
+            }
+            Control::Savepoint { .. } => {
+                if let Err(error) = self.may_savepoint() {
+                    return self.refuse_extended(&error).await;
+                }
+            }
+            _ => {}
+        }
+        self.wire.clear_results();
+        self.pass(frame, Expect::Execute { mode: Mode::Forward });
+        self.catch_up().await?;
+        let ok = self.wire.results.error.is_none();
+        if ok {
+            // ReadyForQuery will say so, too, but the rest of the batch must know now.
+            self.wire.status = match control {
+                Control::Begin { .. } | Control::RollbackTo { .. } => b'T',
+                Control::Commit { chain } | Control::Rollback { chain } if !chain => b'I',
+                _ => self.wire.status,
+            };
+        }
+        self.after_control(control, ok);
+        Ok(())
+    }
+}

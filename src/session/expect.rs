@@ -1,0 +1,71 @@
+//! What a session waits for: the answers that the server owes, and what came of the last statement.
+
+use bytes::Bytes;
+
+/// To whom the rows of a statement go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As they are.
+    Forward,
+    /// All answers are ours: first columns are kept in [`Results::values`].
+    Hidden,
+    /// The last `hidden` columns are ours; without columns of its own the client sees no rows at all.
+    Strip { hidden: usize, client_returning: bool },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    Parse {
+        hidden: bool,
+    },
+    Bind {
+        hidden: bool,
+    },
+    Close {
+        hidden: bool,
+    },
+    /// Of a statement or portal whose last `hidden` columns are ours.
+    Describe {
+        mode: Mode,
+    },
+    Execute {
+        mode: Mode,
+    },
+    Query {
+        mode: Mode,
+    },
+    Function,
+    Sync {
+        hidden: bool,
+    },
+}
+
+/// What the last statement that was not merely forwarded gave.
+#[derive(Debug, Default)]
+pub struct Results {
+    /// Command tag of the last statement that ended, without the zero byte.
+    pub tag: Option<Bytes>,
+    /// Body of the first error since the last clear.
+    pub error: Option<Bytes>,
+    /// First columns of hidden rows.
+    pub values: Vec<Option<Bytes>>,
+    /// Stripped columns: per row the values as in `DataRow`, one after the other. Taken by the session as they come.
+    pub rows: Vec<Bytes>,
+    pub row_bytes: usize,
+    pub suspended: bool,
+    /// The server wants the data of a COPY.
+    pub copy_in: bool,
+    /// Number of columns of the last hidden row description.
+    pub columns: usize,
+}
+
+/// When [`crate::session::wire::Wire::pump`] is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// All expected answers have come.
+    Answered,
+    /// The same, or the server wants COPY data.
+    AnsweredOrCopy,
+    /// The same, or enough stripped rows have gathered to be taken.
+    Rows,
+}
