@@ -16,7 +16,6 @@ const COPY_PIECE_BYTES: u64 = 64 * 1024;
 /// What decides a half: its mark, and the name under which it is prepared.
 #[derive(Clone, Debug)]
 pub struct Decision {
-    pub secret: Arc<str>,
     pub mark_id: i32,
     pub mark_n: i64,
     pub gid: String,
@@ -224,8 +223,7 @@ impl<'c> Writer<'c> {
 
     fn mark(&mut self, decision: &Decision) {
         let (id, n) = (decision.mark_id.to_string(), decision.mark_n.to_string());
-        let secret = Arc::clone(&decision.secret);
-        self.execute("pgtandem_mark", &[Some(secret.as_bytes()), Some(id.as_bytes()), Some(n.as_bytes())]);
+        self.execute("pgtandem_mark_here", &[Some(id.as_bytes()), Some(n.as_bytes())]);
     }
 
     async fn send_part(&mut self) -> Result<(), ServerError> {

@@ -91,6 +91,10 @@ pub const PREPARED: &[(&str, &str)] = &[
     ("pgtandem_context", CONTEXT_QUERY),
 ];
 
+/// The mark of a half: followers' sessions are the proxy's own role, so they need no function and no secret for it.
+pub const MARK_ON_FOLLOWER: &str =
+    "INSERT INTO pgtandem.mark (id, n) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET n = excluded.n";
+
 /// Settings of a client's session under which the text of an effect means the same on a follower.
 pub const MIRRORED: &[&str] = &[
     "search_path",

@@ -55,7 +55,6 @@ impl Session {
         let Some(mut mark) = self.marks[place].take() else { return Err(End::Told) };
         let (mark_n, finished) = mark.begin().await;
         let decision = Decision {
-            secret: Arc::clone(&self.secret),
             mark_id: mark.id,
             mark_n,
             gid: flight::gid(&self.hub.config.cluster.name, self.epoch, mark.id, mark_n),

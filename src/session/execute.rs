@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
@@ -12,7 +12,7 @@ use crate::session::planning::{mode_of, schema_changed};
 use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::statements::{Prepared, Rest};
-use crate::session::wire::{End, Expect, Mode};
+use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::plan::{Control, EffectPlan, Write};
 
 impl Session {
@@ -46,7 +46,53 @@ impl Session {
         self.catch_up().await
     }
 
+    /// Takes the client's Sync if it has come already and ends no block of ours: it goes along with the Execute before it, and one
+    /// round trip to the leader answers both. [`Self::end_early_sync`] tells the client that it is ready.
+    fn take_early_sync(&mut self) -> bool {
+        const SYNC: [u8; 5] = [b'S', 0, 0, 0, 4];
+        if self.own_block || !self.wire.from_client.starts_with(&SYNC) {
+            return false;
+        }
+        self.wire.from_client.advance(SYNC.len());
+        self.synced_early = true;
+        self.in_batch = false;
+        self.wire.hold_ready = true;
+        true
+    }
+
+    /// Asks the server for its answers up to here: with the client's Sync, if that is next, else with a Flush.
+    fn end_execute(&mut self) {
+        if self.take_early_sync() {
+            build::sync(&mut self.wire.to_server);
+            self.wire.expects.push_back(Expect::Sync { hidden: false });
+        } else {
+            build::flush(&mut self.wire.to_server);
+        }
+    }
+
+    /// What the client's Sync would have brought, if it was taken early.
+    fn end_early_sync(&mut self) {
+        if std::mem::take(&mut self.synced_early) {
+            self.wire.hold_ready = false;
+            self.end_of_batch();
+            build::ready_for_query(&mut self.wire.to_client, self.wire.status);
+        }
+    }
+
     pub async fn execute_write(
+        &mut self,
+        frame: &Bytes,
+        write: &Write,
+        prepared: &Arc<Prepared>,
+        parameters: &Bytes,
+        rows_max: u32,
+    ) -> Result<(), End> {
+        self.run_write_of_batch(frame, write, prepared, parameters, rows_max).await?;
+        self.end_early_sync();
+        Ok(())
+    }
+
+    async fn run_write_of_batch(
         &mut self,
         frame: &Bytes,
         write: &Write,
@@ -73,7 +119,12 @@ impl Session {
         if !self.lock_tables(write).await? {
             return Ok(());
         }
-        self.catch_up().await?;
+        // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
+        let in_parts = rows_max > 0 && write.client_returning;
+        if in_parts {
+            // What is held back must be the rows of this statement alone.
+            self.catch_up().await?;
+        }
         if self.wire.is_skipping() {
             return Ok(());
         }
@@ -81,8 +132,6 @@ impl Session {
         self.wire.clear_results();
         let mode = mode_of(write);
         let (name, _) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
-        // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
-        let in_parts = rows_max > 0 && write.client_returning;
         (self.wire.hold_rows, self.wire.hold_tag) = (in_parts, in_parts);
         if rows_max > 0 {
             build::execute(&mut self.wire.to_server, name, 0);
@@ -90,7 +139,11 @@ impl Session {
         } else {
             self.pass(frame, Expect::Execute { mode });
         }
-        build::flush(&mut self.wire.to_server);
+        if in_parts || matches!(write.effect, EffectPlan::Copy { .. }) {
+            build::flush(&mut self.wire.to_server);
+        } else {
+            self.end_execute();
+        }
         let types = Arc::clone(&prepared.types);
         let taken = self.take_write(write, &prepared.shape, &prepared.text, parameters, types).await;
         self.wire.hold_tag = false;
@@ -177,7 +230,16 @@ impl Session {
     }
 
     pub async fn execute_control(&mut self, frame: &Bytes, control: &Control) -> Result<(), End> {
-        self.catch_up().await?;
+        self.run_control_of_batch(frame, control).await?;
+        self.end_early_sync();
+        Ok(())
+    }
+
+    async fn run_control_of_batch(&mut self, frame: &Bytes, control: &Control) -> Result<(), End> {
+        // Whether a commit may be decided depends on all that came before it; a BEGIN can wait for its answer with them.
+        if self.own_block || !matches!(control, Control::Begin { .. }) {
+            self.catch_up().await?;
+        }
         if self.wire.is_skipping() {
             return Ok(());
         }
@@ -211,7 +273,8 @@ impl Session {
         }
         self.wire.clear_results();
         self.pass(frame, Expect::Execute { mode: Mode::Forward });
-        self.catch_up().await?;
+        self.end_execute();
+        self.wire.pump(Until::Answered).await?;
         let ok = self.wire.results.error.is_none();
         if ok {
             // ReadyForQuery will say so, too, but the rest of the batch must know now.

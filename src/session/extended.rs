@@ -100,7 +100,8 @@ impl Session {
         Ok(ok)
     }
 
-    async fn sync(&mut self, frame: &[u8]) -> Result<(), End> {
+    /// What is known differently after a Sync.
+    pub fn end_of_batch(&mut self) {
         self.skip_until_sync = false;
         self.in_batch = false;
         self.statements.end_batch();
@@ -108,6 +109,10 @@ impl Session {
             // If the batch failed, its settings are gone.
             self.facts = None;
         }
+    }
+
+    async fn sync(&mut self, frame: &[u8]) -> Result<(), End> {
+        self.end_of_batch();
         if !self.own_block {
             self.pass(frame, Expect::Sync { hidden: false });
             return Ok(());
@@ -383,7 +388,7 @@ impl Session {
             return Ok(());
         }
         self.refuse_in_text(error).await?;
-        self.skip_until_sync = true;
+        self.skip_until_sync = !self.synced_early;
         Ok(())
     }
 }

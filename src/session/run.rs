@@ -49,6 +49,8 @@ pub struct Session {
     pub settings_touched: bool,
     /// Schema number of the last plan.
     pub planned_at: u64,
+    /// The client's Sync went to the server with the Execute before it.
+    pub synced_early: bool,
     /// The last text of an effect that may come again.
     pub last_text: Option<Arc<str>>,
     /// The tag of a write whose commit is not decided yet.
@@ -102,6 +104,7 @@ impl Session {
             context_hash: 0,
             settings_touched: false,
             planned_at: 0,
+            synced_early: false,
             last_text: None,
             held_tag: None,
             log,
