@@ -15,6 +15,9 @@ use crate::replicate::hub::Hub;
 use crate::session::run::Thread;
 use crate::session::start;
 
+/// Stack of a thread that serves clients: PostgreSQL's parser and the walks over its trees are recursive, and a text may be
+/// nested as deep as the parser takes it. Only what is used is ever backed by memory.
+pub const STACK_BYTES: usize = 32 << 20;
 /// Clients that wait for a thread to take them; more are turned away.
 const WAITING_MAX: usize = 1024;
 
@@ -45,7 +48,10 @@ pub fn start(hub: &Arc<Hub>, stop: &CancellationToken) -> io::Result<Threads> {
         let (hub, stop) = (Arc::clone(hub), stop.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let body = move || runtime.block_on(serve(hub, receiver, stop));
-        threads.push((sender, std::thread::Builder::new().name(format!("clients-{i}")).spawn(body)?));
+        threads.push((
+            sender,
+            std::thread::Builder::new().name(format!("clients-{i}")).stack_size(STACK_BYTES).spawn(body)?,
+        ));
     }
     Ok(Threads { threads, next: AtomicUsize::new(0) })
 }

@@ -80,7 +80,8 @@ impl Bench {
         };
         if answers {
             self.under_way = None;
-            if matches!(input, Input::Done(Done::Joined(_))) {
+            // A failure that may be tried again says that nothing was stored.
+            if matches!(input, Input::Done(Done::Joined(_)) | Input::StepFailed { retriable: true, .. }) {
                 self.may_be_in = false;
             }
         }
