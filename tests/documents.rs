@@ -68,11 +68,8 @@ fn the_program_knows_every_command_of_the_documents() {
     let mut commands = std::collections::BTreeSet::new();
     for (_, text) in documents() {
         for (number, part) in text.split("```").enumerate() {
-            let lines: Vec<&str> = if number % 2 == 1 {
-                part.lines().collect()
-            } else {
-                part.split('`').skip(1).step_by(2).collect()
-            };
+            let lines: Vec<&str> =
+                if number % 2 == 1 { part.lines().collect() } else { part.split('`').skip(1).step_by(2).collect() };
             let typed = lines.into_iter().filter_map(|line| line.trim().strip_prefix("pgtandem "));
             let bare = typed.map(|line| line.split(['#', '|', ';']).next().unwrap_or_default().trim().to_owned());
             // The line of pg_ident.conf is no command.
