@@ -77,6 +77,7 @@ fn facts() -> Facts {
     add(table(20008, "parent", &["id"], &plain), |relation| relation.cascade_delete = true);
     add(table(20009, "old", &["id"], &plain), |relation| relation.children = true);
     add(table(20010, "scratch", &[], &plain), |relation| relation.persistence = "t".to_owned());
+    add(table(20015, "quick", &["id"], &plain), |relation| relation.persistence = "u".to_owned());
     add(table(20011, "seen", &[], &plain), |relation| relation.kind = "v".to_owned());
     add(table(20012, "far", &[], &plain), |relation| relation.kind = "f".to_owned());
     add(table(20013, "parts", &["id"], &plain), |relation| relation.kind = "p".to_owned());
@@ -429,6 +430,7 @@ const LANES: &[(&str, &[&str])] = &[
             "INSERT INTO triggered VALUES (1)",
             "UPDATE triggered SET v = 1 WHERE id = 1",
             "INSERT INTO ruled VALUES (1)",
+            "INSERT INTO quick VALUES (1)",
             "DELETE FROM secured WHERE id = 1",
             "INSERT INTO seen VALUES (1)",
             "UPDATE far SET v = 1",

@@ -80,6 +80,8 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
         "one of its children or partitions is a foreign table"
     } else if events & (ON_UPDATE | ON_DELETE) != 0 && relation.cascade_opaque {
         "a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT"
+    } else if relation.persistence == "u" && events & ON_TRUNCATE == 0 {
+        "it is unlogged, so a node that is filled gets it empty"
     } else if impure_checks(relation) {
         "a CHECK constraint of it calls a function that is not immutable"
     } else {
