@@ -80,12 +80,26 @@ pub fn main() -> ExitCode {
         Command::Demo(command) => command.run(),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", told(&error));
         if let Some(hint) = hint(&error) {
             eprintln!("next:  {hint}");
         }
         ExitCode::FAILURE
     })
+}
+
+/// The error and its causes, each once: many sentences name their cause already.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// The hint of the first error in the chain that has one.

@@ -154,7 +154,8 @@ impl Commit<'_> {
                     ServerError::Effects(e) => return Err(PrepareError::Effects(e)),
                     e => {
                         let state = if e.is_sick() { NodeState::Stale } else { NodeState::Suspect };
-                        let reason = format!("its half of a transaction in database {} failed: {e}", self.database);
+                        let reason =
+                            format!("its half of a transaction in database {} failed: {}", self.database, told(&e));
                         self.hub.lost(follower, state, &reason).await?;
                     }
                 }
@@ -256,6 +257,14 @@ pub async fn finish(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepa
         }
     });
     join_all(finishing).await;
+}
+
+/// What a person understands of a follower's error: counts are asserted by a division, whose error says nothing.
+fn told(error: &ServerError) -> String {
+    match error.sqlstate() {
+        Some("22012") => "a statement changed another number of rows there than on the leader".to_owned(),
+        _ => error.to_string(),
+    }
 }
 
 fn no_connection() -> ServerError {
