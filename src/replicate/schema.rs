@@ -92,8 +92,10 @@ pub const PREPARED: &[(&str, &str)] = &[
 ];
 
 /// The mark of a half: followers' sessions are the proxy's own role, so they need no function and no secret for it.
-pub const MARK_ON_FOLLOWER: &str =
-    "INSERT INTO pgtandem.mark (id, n) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET n = excluded.n";
+/// A half that was made already fails here, with a division by zero: n only grows.
+pub const MARK_ON_FOLLOWER: &str = "WITH m AS (INSERT INTO pgtandem.mark AS k (id, n) VALUES ($1, $2) \
+     ON CONFLICT (id) DO UPDATE SET n = excluded.n WHERE k.n < excluded.n RETURNING 1) \
+     SELECT 1 / pg_catalog.count(*) FROM m";
 
 /// Settings of a client's session under which the text of an effect means the same on a follower.
 pub const MIRRORED: &[&str] = &[

@@ -46,6 +46,15 @@ impl Session {
         self.catch_up().await
     }
 
+    /// Waits for the answers to batches before this one: an error there is not this statement's, nor is their `ReadyForQuery`.
+    /// False: the batch under way has failed already.
+    async fn end_earlier_batches(&mut self) -> Result<bool, End> {
+        if self.wire.expects.iter().any(|expect| matches!(expect, Expect::Sync { .. })) {
+            self.catch_up().await?;
+        }
+        Ok(!self.wire.is_skipping())
+    }
+
     /// Takes the client's Sync if it has come already and ends no block of ours: it goes along with the Execute before it, and one
     /// round trip to the leader answers both. [`Self::end_early_sync`] tells the client that it is ready.
     fn take_early_sync(&mut self) -> bool {
@@ -100,6 +109,9 @@ impl Session {
         parameters: &Bytes,
         rows_max: u32,
     ) -> Result<(), End> {
+        if !self.end_earlier_batches().await? {
+            return Ok(());
+        }
         if self.facts.is_none() && self.wire.status != b'E' {
             // A setting was changed since Bind: the effect is made under what holds now.
             self.catch_up().await?;
@@ -236,6 +248,9 @@ impl Session {
     }
 
     async fn run_control_of_batch(&mut self, frame: &Bytes, control: &Control) -> Result<(), End> {
+        if !self.end_earlier_batches().await? {
+            return Ok(());
+        }
         // Whether a commit may be decided depends on all that came before it; a BEGIN can wait for its answer with them.
         if self.own_block || !matches!(control, Control::Begin { .. }) {
             self.catch_up().await?;

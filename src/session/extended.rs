@@ -165,13 +165,17 @@ impl Session {
             },
             _ => self.pass(frame, Expect::Parse { hidden: false }),
         }
-        let own_columns = self.own_columns(&name, &plan).await?;
         let (schema_number, facts) = (self.planned_at, self.facts.clone());
-        let prepared = Arc::new(Prepared { text, shape, plan, types, own_columns, schema_number, facts });
+        let prepared = Prepared { text, shape, plan, types, own_columns: 0, schema_number, facts };
         if is_admin {
-            self.statements.set_statement(name, prepared);
-        } else {
-            self.statements.send_statement(name, Some(prepared));
+            self.statements.set_statement(name, Arc::new(prepared));
+            return Ok(());
+        }
+        // Told before anything else is asked of the server: its answers are counted in the order of sending.
+        self.statements.send_statement(name.clone(), Some(Arc::new(prepared.clone())));
+        let own_columns = self.own_columns(&name, &prepared.plan).await?;
+        if own_columns > 0 && !self.wire.is_skipping() {
+            self.statements.set_statement(name, Arc::new(Prepared { own_columns, ..prepared }));
         }
         Ok(())
     }

@@ -168,7 +168,7 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn still_planned(&mut self, text: &str, plan: &Plan, made_at: u64) -> Result<bool, End> {
-        if self.hub.schema_number.load(Ordering::Acquire) == made_at || self.ddl_under_way {
+        if self.hub.schema_number.load(Ordering::Acquire) == made_at {
             return Ok(true);
         }
         let results = std::mem::take(&mut self.wire.results);

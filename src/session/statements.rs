@@ -17,7 +17,7 @@ use crate::sql::shape::Shape;
 pub const REMEMBERED_MAX: usize = 100_000;
 
 /// A statement that the client prepared.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Prepared {
     pub text: Arc<str>,
     pub shape: Shape,

@@ -162,7 +162,7 @@ impl Write {
         text: &'t str,
         shape: &Shape,
         count: Option<u64>,
-    ) -> Option<(&SharedText, Vec<std::borrow::Cow<'t, str>>)> {
+    ) -> Option<(&SharedText, Vec<&'t str>)> {
         let shared = self.edits.shared.as_ref().filter(|_| count == Some(1))?;
         Some((shared, shared::values(text, shape)?))
     }
