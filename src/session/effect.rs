@@ -80,12 +80,8 @@ impl Session {
         }
     }
 
-    /// An effect of text: the client's statement, with its session's values as literals.
-    pub fn text_effect(&mut self, write: &Write, shape: &Shape, text: &str) -> Result<(), ClientError> {
-        self.text_effect_with(write, shape, text, &[], Arc::from([]))
-    }
-
-    /// The same with parameters: their types and values as in `Parse` and `Bind`.
+    /// An effect of text: the client's statement, with its session's values as literals. Types and values of parameters are as in
+    /// `Parse` and `Bind`.
     pub fn text_effect_with(
         &mut self,
         write: &Write,

@@ -14,11 +14,10 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use crate::pg::build;
-use crate::pg::frame::HEADER_BYTES;
 use crate::replicate::schema::{self, SessionFacts};
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
-use crate::sql::plan::{Control, EffectPlan, Lane, Plan, Refusal, Write};
+use crate::sql::plan::{EffectPlan, Lane, Plan, Refusal, Write};
 use crate::sql::shape::{self, Shape};
 use crate::sql::{catalog, classify, facts::Facts, needs::Needs, parse};
 
@@ -272,12 +271,6 @@ impl Session {
         None
     }
 
-    /// Whether this transaction control needs nothing of the catalog.
-    #[must_use]
-    pub fn is_end_of_block(control: &Control) -> bool {
-        matches!(control, Control::Commit { .. } | Control::Rollback { .. } | Control::RollbackTo { .. })
-    }
-
     /// `DISCARD ALL` took our prepared statements with the client's.
     pub fn reprepare(&mut self) {
         for (name, text) in schema::PREPARED {
@@ -294,12 +287,6 @@ fn readable(text: &[u8]) -> Option<Arc<str>> {
         Cow::Borrowed(text) => Some(text.into()),
         Cow::Owned(_) => None,
     }
-}
-
-/// Bytes of a `Query` frame's text, for limits.
-#[must_use]
-pub fn text_bytes(frame: &[u8]) -> usize {
-    frame.len().saturating_sub(HEADER_BYTES + 1)
 }
 
 /// The mode in which a statement's rows are taken.

@@ -194,18 +194,6 @@ impl Wire {
         }
     }
 
-    /// Reads more from the client.
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub async fn fill_from_client(&mut self) -> Result<(), End> {
-        self.from_client.reserve(READ_BYTES);
-        match self.client.read_buf(&mut self.from_client).await {
-            Ok(n) if n > 0 => Ok(()),
-            _ => Err(End::ClientGone),
-        }
-    }
-
     /// Waits for either side.
     ///
     /// # Errors
