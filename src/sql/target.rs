@@ -70,6 +70,12 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
             "Write to the table behind it.",
         ));
     }
+    if relation.persistence == "u" && events & ON_TRUNCATE == 0 {
+        return Some(refused(
+            format!("writing to the unlogged table {name} is not supported: a node that is filled gets it empty"),
+            format!("Nothing was changed. Type: ALTER TABLE {name} SET LOGGED"),
+        ));
+    }
     let reason = if relation.triggers & events != 0 {
         "user triggers fire on it, and what they write is not known"
     } else if relation.rules {
@@ -80,8 +86,6 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
         "one of its children or partitions is a foreign table"
     } else if events & (ON_UPDATE | ON_DELETE) != 0 && relation.cascade_opaque {
         "a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT"
-    } else if relation.persistence == "u" && events & ON_TRUNCATE == 0 {
-        "it is unlogged, so a node that is filled gets it empty"
     } else if impure_checks(relation) {
         "a CHECK constraint of it calls a function that is not immutable"
     } else {
