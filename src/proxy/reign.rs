@@ -288,6 +288,11 @@ async fn raise_on_leader(hub: &Hub, epoch: u64, secret: &str) -> Result<HashMap<
     for database in databases {
         let mut connection = hub.leader_connection(&database).await?;
         let of_database = resolve::marks(&mut connection).await?;
+        // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
+        let undecided = resolve::resolve(&mut connection, &hub.config.cluster.name, Some(&of_database)).await?;
+        if undecided > 0 {
+            tracing::info!(database, undecided, "transactions that the leader had only prepared were rolled back");
+        }
         marks.insert(database, of_database);
     }
     Ok(marks)

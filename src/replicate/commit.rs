@@ -115,9 +115,57 @@ pub struct Commit<'a> {
     pub epoch: u64,
     /// How long the leader worked on it, milliseconds.
     pub leader_ms: u64,
+    /// What it holds if it passed the gate before its halves are made.
+    pub inside: Option<Inside>,
+}
+
+/// Taken before the gate by a transaction whose halves are made behind it, so that nobody who waits for it to come out can be
+/// what it waits for.
+#[derive(Debug)]
+pub struct Inside {
+    /// Number of its pass: its halves wait at most for those before it.
+    pub number: u64,
+    /// Places, by the follower's id.
+    places: RefCell<HashMap<u64, OwnedSemaphorePermit>>,
+}
+
+/// Places on every follower of one version of the member set.
+#[derive(Debug)]
+pub struct Reserved {
+    pub version: (u64, u64),
+    places: HashMap<u64, OwnedSemaphorePermit>,
+}
+
+impl Reserved {
+    /// No follower is in the set.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// With the number of the pass that it was taken for.
+    #[must_use]
+    pub fn inside(self, number: u64) -> Inside {
+        Inside { number, places: RefCell::new(self.places) }
+    }
 }
 
 impl Commit<'_> {
+    /// Waits for what the transaction must come after, and takes a place on every follower, for halves that are made inside the
+    /// gate.
+    ///
+    /// # Errors
+    /// If there is no place in time, or the session's epoch is over.
+    pub async fn reserve(&self) -> Result<Reserved, PrepareError> {
+        let view = self.hub.view();
+        if self.hub.reign_epoch() != Some(self.epoch) {
+            return Err(PrepareError::ReignOver);
+        }
+        let places = self.places(&view.followers).await?;
+        let places = view.followers.iter().map(|follower| follower.id).zip(places).collect();
+        Ok(Reserved { version: (view.set.epoch, view.set.version), places })
+    }
+
     /// Makes every follower of the current member set hold the half; those in `held` do already. A follower that can
     /// not has left the set when this returns. Gives the version of the set that it is true for.
     ///
@@ -173,7 +221,11 @@ impl Commit<'_> {
             let mut places = Vec::with_capacity(missing.len());
             // Whoever holds a place has prepared, or waits only for those that have: nothing can wait for itself.
             for follower in missing {
-                places.push(Arc::clone(&follower.places).acquire_owned().await);
+                let reserved = self.inside.as_ref().and_then(|i| i.places.borrow_mut().remove(&follower.id));
+                places.push(match reserved {
+                    Some(place) => Ok(place),
+                    None => Arc::clone(&follower.places).acquire_owned().await,
+                });
             }
             places
         };
@@ -221,7 +273,8 @@ impl Commit<'_> {
                 Err(e) if !e.is_sick() && e.sqlstate() != Some("0A000") => {
                     tracing::debug!(node = %follower.node.name, error = %e, "half is made once more");
                     self.hub.counters.halves_remade.fetch_add(1, Ordering::Relaxed);
-                    self.hub.gate.barrier(self.hub.gate.next_number()).await;
+                    let number = self.inside.as_ref().map_or_else(|| self.hub.gate.next_number(), |i| i.number);
+                    self.hub.gate.barrier(number).await;
                     flight::prepare(&mut connection, self.log, self.decision).await?;
                 }
                 result => result?,

@@ -286,10 +286,22 @@ impl Hub {
     /// # Errors
     /// If PostgreSQL refuses or is not there.
     pub async fn leader_connection(&self, database: &str) -> Result<Connection, HubError> {
+        self.connect_leader(database, None).await
+    }
+
+    /// The same, inside an epoch: it is refused, or ended, once a newer one is raised, so what it decides is known to that one.
+    ///
+    /// # Errors
+    /// If PostgreSQL refuses, the epoch is over, or PostgreSQL is not there.
+    pub async fn leader_connection_of(&self, database: &str, secret: &str, epoch: u64) -> Result<Connection, HubError> {
+        self.connect_leader(database, Some((secret, epoch))).await
+    }
+
+    async fn connect_leader(&self, database: &str, enter: Option<(&str, u64)>) -> Result<Connection, HubError> {
         let path = Self::socket_path(&self.leader()?);
         let open = async {
             let stream = UnixStream::connect(&path).await.map_err(ServerError::Io)?;
-            Connection::open(Box::new(stream), database, "pgtandem control", None).await
+            Connection::open(Box::new(stream), database, "pgtandem control", enter).await
         };
         Ok(within(OPEN_MS_MAX, open).await?)
     }

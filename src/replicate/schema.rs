@@ -35,9 +35,18 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'pgtandem.mark is for the proxy alone' USING ERRCODE = '42501';
     END IF;
-    UPDATE pgtandem.mark m SET n = mark_n WHERE m.id = mark_id AND m.n < mark_n;
-    IF NOT FOUND THEN
-        INSERT INTO pgtandem.mark (id, n) VALUES (mark_id, mark_n);
+    IF current_setting('transaction_isolation') = 'serializable' THEN
+        -- Marks must not make transactions depend on each other. An arbiter index is searched without predicate locks.
+        INSERT INTO pgtandem.mark AS m (id, n) VALUES (mark_id, mark_n)
+            ON CONFLICT (id) DO UPDATE SET n = excluded.n WHERE m.n < excluded.n;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'mark % has reached % already', mark_id, mark_n USING ERRCODE = '23505';
+        END IF;
+    ELSE
+        UPDATE pgtandem.mark m SET n = mark_n WHERE m.id = mark_id AND m.n < mark_n;
+        IF NOT FOUND THEN
+            INSERT INTO pgtandem.mark (id, n) VALUES (mark_id, mark_n);
+        END IF;
     END IF;
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'local', true);
@@ -84,6 +93,7 @@ pub const PREPARED: &[(&str, &str)] = &[
     ("pgtandem_mark", "SELECT pgtandem.mark($1, $2, $3)"),
     ("pgtandem_lock", "SELECT pgtandem.lock($1, $2)"),
     ("pgtandem_refuse", "SELECT pgtandem.refuse($1, $2, $3)"),
+    ("pgtandem_snapshot", "SELECT 1"),
     ("pgtandem_guard", "SAVEPOINT pgtandem_guard"),
     ("pgtandem_guard_on", "SET TRANSACTION READ ONLY"),
     ("pgtandem_guard_off", "RELEASE SAVEPOINT pgtandem_guard"),

@@ -25,8 +25,8 @@ use crate::session::wire::{End, Until};
 /// How often a DDL commit tries to close the gate.
 const CLOSE_ATTEMPTS_MAX: usize = 5;
 /// How long a lost COMMIT waits for the leader to come back and tell.
-const OUTCOME_MS_MAX: u64 = 120_000;
-const OUTCOME_POLL_MS: u64 = 50;
+pub(super) const OUTCOME_MS_MAX: u64 = 120_000;
+pub(super) const OUTCOME_POLL_MS: u64 = 50;
 
 /// What the client is told: nothing more, or this error as a frame.
 pub type Told = Result<(), BytesMut>;
@@ -50,6 +50,13 @@ impl Session {
             self.hidden_query("ROLLBACK").await?;
             return Ok(Err(error));
         }
+        let serializable = match self.is_serializable().await? {
+            Ok(serializable) => serializable,
+            Err(error) => {
+                self.hidden_query("ROLLBACK").await?;
+                return Ok(Err(error));
+            }
+        };
         let place = self.next_mark;
         self.next_mark = (place + 1) % self.marks.len();
         let Some(mut mark) = self.marks[place].take() else { return Err(End::Told) };
@@ -60,7 +67,11 @@ impl Session {
             gid: flight::gid(&self.hub.config.cluster.name, self.epoch, mark.id, mark_n),
         };
         let mut held = Vec::new();
-        let told = self.decide(&log, &decision, &mut held, chain).await;
+        let told = if serializable {
+            self.decide_serializable(&log, &decision, &mut held, chain).await
+        } else {
+            self.decide(&log, &decision, &mut held, chain).await
+        };
         if matches!(&told, Ok(Ok(_))) {
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
             self.hub.note_write(&self.database);
@@ -89,23 +100,12 @@ impl Session {
         chain: bool,
     ) -> Result<Result<Pass, BytesMut>, End> {
         let hub = Arc::clone(&self.hub);
-        let leader_ms = self.effects_since.map_or(0, |t| u64::try_from(t.elapsed().as_millis()).unwrap_or(u64::MAX));
-        let leader_ms = leader_ms.min(24 * 3_600_000);
         let started = Instant::now();
         let mut closed: Option<Closed<'_>>;
         let pass: Pass = loop {
             // The gate is not held while followers work.
             closed = None;
-            let followers = Commit {
-                hub: &hub,
-                pool: &self.thread.pool,
-                database: &self.database,
-                log,
-                decision,
-                epoch: self.epoch,
-                leader_ms,
-            };
-            let version = match followers.prepare(held).await {
+            let version = match self.followers(&hub, log, decision).prepare(held).await {
                 Ok(version) => version,
                 // The COMMIT was never sent. What is prepared is rolled back by the marks before the next epoch serves.
                 Err(PrepareError::ReignOver) => {
@@ -117,23 +117,9 @@ impl Session {
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
                 }
             };
-            let pass = if log.ddl {
-                let mut attempt = 0;
-                let gate = loop {
-                    match hub.gate.close(Duration::from_millis(hub.config.proxy.gate_ms_max)).await {
-                        Ok(gate) => break gate,
-                        Err(_) if attempt < CLOSE_ATTEMPTS_MAX => attempt += 1,
-                        Err(error) => {
-                            let error = ClientError::error("40001", error.to_string(), "Try the transaction again.");
-                            return self.abort(std::mem::take(held), decision, error).await.map(Err);
-                        }
-                    }
-                };
-                let pass = hub.gate.pass_closed(&gate);
-                closed = Some(gate);
-                pass
-            } else {
-                hub.gate.pass().await
+            let pass = match Self::pass_gate(&hub, log.ddl, &mut closed).await {
+                Ok(pass) => pass,
+                Err(error) => return self.abort(std::mem::take(held), decision, error).await.map(Err),
             };
             let set = &hub.view().set;
             if (set.epoch, set.version) == version {
@@ -141,7 +127,59 @@ impl Session {
             }
         };
         tracing::trace!(gid = decision.gid, prepared_us = started.elapsed().as_micros(), "members have prepared");
-        let entries = Entered(hub.enter_backlogs(&self.database, log, decision));
+        self.decide_on_leader(log, decision, held, chain, (pass, closed)).await
+    }
+
+    /// The followers' side of a commit.
+    pub(super) fn followers<'a>(&'a self, hub: &'a Hub, log: &'a EffectLog, decision: &'a Decision) -> Commit<'a> {
+        let leader_ms = self.effects_since.map_or(0, |t| u64::try_from(t.elapsed().as_millis()).unwrap_or(u64::MAX));
+        Commit {
+            hub,
+            pool: &self.thread.pool,
+            database: &self.database,
+            log,
+            decision,
+            epoch: self.epoch,
+            leader_ms: leader_ms.min(24 * 3_600_000),
+            inside: None,
+        }
+    }
+
+    /// Passes the gate; a change of the schema closes it behind itself.
+    pub(super) async fn pass_gate<'h>(
+        hub: &'h Hub,
+        ddl: bool,
+        closed: &mut Option<Closed<'h>>,
+    ) -> Result<Pass, ClientError> {
+        if !ddl {
+            return Ok(hub.gate.pass().await);
+        }
+        let mut attempt = 0;
+        let gate = loop {
+            match hub.gate.close(Duration::from_millis(hub.config.proxy.gate_ms_max)).await {
+                Ok(gate) => break gate,
+                Err(_) if attempt < CLOSE_ATTEMPTS_MAX => attempt += 1,
+                Err(error) => {
+                    return Err(ClientError::error("40001", error.to_string(), "Try the transaction again."));
+                }
+            }
+        };
+        let pass = hub.gate.pass_closed(&gate);
+        *closed = Some(gate);
+        Ok(pass)
+    }
+
+    /// Followers have prepared, the gate is passed: mark and COMMIT on the leader.
+    pub(super) async fn decide_on_leader(
+        &mut self,
+        log: &Arc<EffectLog>,
+        decision: &Decision,
+        held: &mut Vec<Prepared>,
+        chain: bool,
+        (pass, closed): (Pass, Option<Closed<'_>>),
+    ) -> Result<Result<Pass, BytesMut>, End> {
+        let hub = Arc::clone(&self.hub);
+        let entries = Entered::new(hub.enter_backlogs(&self.database, log, decision));
         // Whoever plans from here on waits for the gate: the old catalog is over, and the new one not yet everywhere.
         let change = closed.as_ref().map(|_| SchemaChange::begin(&hub));
         self.wire.mute = true;
@@ -168,19 +206,29 @@ impl Session {
             return Err(self.tell_rolled_back().await);
         }
         if let Some(gate) = closed {
-            // Finished under the closed gate: its catalog is everywhere before anything later arrives.
-            let all = std::mem::take(held);
-            commit::finish(&hub, &self.thread.pool, &self.database, all, &decision.gid, true).await;
-            drop(change);
-            self.has_own_catalog = self.has_temp_objects;
-            self.own_plans.clear();
-            drop(gate);
+            self.finish_closed(held, decision, change, gate).await;
         }
         Ok(Ok(pass))
     }
 
+    /// Finished under the closed gate: its catalog is everywhere before anything later arrives.
+    pub(super) async fn finish_closed(
+        &mut self,
+        held: &mut Vec<Prepared>,
+        decision: &Decision,
+        change: Option<SchemaChange<'_>>,
+        gate: Closed<'_>,
+    ) {
+        let all = std::mem::take(held);
+        commit::finish(&self.hub, &self.thread.pool, &self.database, all, &decision.gid, true).await;
+        drop(change);
+        self.has_own_catalog = self.has_temp_objects;
+        self.own_plans.clear();
+        drop(gate);
+    }
+
     /// The session's last word after its leader was lost with a COMMIT under way that was not decided.
-    async fn tell_rolled_back(&mut self) -> End {
+    pub(super) async fn tell_rolled_back(&mut self) -> End {
         let error = ClientError::fatal(
             "40001",
             "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
@@ -216,13 +264,18 @@ impl Session {
     }
 
     /// Nothing was decided: rolled back on the leader and on every member that had prepared.
-    async fn abort(&mut self, held: Vec<Prepared>, decision: &Decision, error: ClientError) -> Result<BytesMut, End> {
+    pub(super) async fn abort(
+        &mut self,
+        held: Vec<Prepared>,
+        decision: &Decision,
+        error: ClientError,
+    ) -> Result<BytesMut, End> {
         self.abandon(held, decision).await;
         self.hidden_query("ROLLBACK").await?;
         Ok(client_error_frame(&error))
     }
 
-    async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) {
+    pub(super) async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) {
         commit::finish(&self.hub, &self.thread.pool, &self.database, held, &decision.gid, false).await;
     }
 
@@ -267,10 +320,14 @@ impl Session {
 }
 
 /// A transaction in the backlogs. Dropped without a verdict, nobody knows what became of it: the recoveries fail.
-struct Entered(Vec<Arc<Entry>>);
+pub(super) struct Entered(Vec<Arc<Entry>>);
 
 impl Entered {
-    fn settle(mut self, committed: bool) {
+    pub(super) fn new(entries: Vec<Arc<Entry>>) -> Self {
+        Self(entries)
+    }
+
+    pub(super) fn settle(mut self, committed: bool) {
         for entry in self.0.drain(..) {
             entry.settle(committed);
         }
@@ -286,10 +343,10 @@ impl Drop for Entered {
 }
 
 /// A DDL commit under way: the schema number is odd.
-struct SchemaChange<'a>(&'a Hub);
+pub(super) struct SchemaChange<'a>(&'a Hub);
 
 impl<'a> SchemaChange<'a> {
-    fn begin(hub: &'a Hub) -> Self {
+    pub(super) fn begin(hub: &'a Hub) -> Self {
         hub.schema_number.fetch_add(1, Ordering::AcqRel);
         Self(hub)
     }
@@ -301,7 +358,7 @@ impl Drop for SchemaChange<'_> {
     }
 }
 
-fn prepare_error(error: &PrepareError) -> ClientError {
+pub(super) fn prepare_error(error: &PrepareError) -> ClientError {
     match error {
         PrepareError::Unsupported(why) => ClientError::error(
             "0A000",

@@ -26,6 +26,9 @@ impl Session {
 
     pub async fn execute_guarded(&mut self, frame: &Bytes) -> Result<(), End> {
         self.open_block_in_batch();
+        if self.needs_snapshot_first() {
+            self.hidden("pgtandem_p", "pgtandem_snapshot", &[]);
+        }
         self.hidden("pgtandem_p", "pgtandem_guard", &[]);
         self.hidden("pgtandem_p", "pgtandem_guard_on", &[]);
         self.catch_up().await?;

@@ -14,6 +14,7 @@ pub mod parameters;
 pub mod planning;
 pub mod rewrite;
 pub mod run;
+pub mod serializable;
 pub mod simple;
 pub mod start;
 pub mod statements;

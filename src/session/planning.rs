@@ -17,6 +17,7 @@ use crate::pg::build;
 use crate::replicate::schema::{self, SessionFacts};
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
+use crate::sql::lex::{Kind, Lexer};
 use crate::sql::plan::{EffectPlan, Lane, Plan, Refusal, Write};
 use crate::sql::shape::{self, Shape};
 use crate::sql::{catalog, classify, facts::Facts, needs::Needs, parse};
@@ -87,7 +88,8 @@ impl Session {
         let Some(text) = readable(text) else {
             return Ok(unreadable());
         };
-        if self.facts.is_none() {
+        let asks_nothing = takes_no_snapshot(&text);
+        if self.facts.is_none() && !asks_nothing {
             self.catch_up().await?;
             if self.wire.is_skipping() {
                 return Ok(Planned::Skipped);
@@ -95,6 +97,7 @@ impl Session {
         }
         let failed = self.wire.status == b'E';
         if !failed
+            && !asks_nothing
             && self.facts.is_none()
             && let Some(error) = self.read_context().await?
         {
@@ -130,7 +133,7 @@ impl Session {
             return Ok(Planned::Skipped);
         }
         let failed = self.wire.status == b'E';
-        let facts = if needs.is_empty() || failed {
+        let facts = if needs.is_empty() || failed || asks_nothing {
             Facts::default()
         } else {
             match self.catalog_query(&catalog::query(&needs)).await? {
@@ -241,12 +244,6 @@ impl Session {
         let ordered = matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty());
         let encoding = facts.context.settings.get(CLIENT_ENCODING).map_or("", String::as_str);
         let error = |message: &str, hint: &str| Some(build::ClientError::error("0A000", message, hint));
-        if facts.isolation == "serializable" {
-            return error(
-                "pgtandem does not replicate writes of SERIALIZABLE transactions yet",
-                "Use REPEATABLE READ or READ COMMITTED.",
-            );
-        }
         if !facts.standard_conforming_strings {
             return error(
                 "standard_conforming_strings = off is not supported",
@@ -259,9 +256,10 @@ impl Session {
                 "RESET session_replication_role.",
             );
         }
-        if ordered && facts.isolation == "repeatable read" {
+        if ordered && matches!(facts.isolation.as_str(), "repeatable read" | "serializable") {
             return error(
-                "this statement must order itself by table locks, which REPEATABLE READ does not allow after its snapshot",
+                "this statement must order itself by table locks, which REPEATABLE READ and SERIALIZABLE do not allow after \
+                 their snapshot",
                 "Use READ COMMITTED for it, or name every primary-key column in its WHERE clause.",
             );
         }
@@ -269,6 +267,12 @@ impl Session {
             return error("client_encoding SQL_ASCII is not supported", "SET client_encoding = 'UTF8'.");
         }
         None
+    }
+
+    /// Whether a SERIALIZABLE transaction may be under way. The server asks only at its first snapshot whether it is read only, and
+    /// keeps no track of what such a transaction reads; so it must have its snapshot before the read-only guard.
+    pub fn needs_snapshot_first(&self) -> bool {
+        self.facts.as_ref().is_none_or(|facts| facts.isolation == "serializable")
     }
 
     /// `DISCARD ALL` took our prepared statements with the client's.
@@ -279,6 +283,31 @@ impl Session {
         }
         self.end_hidden();
     }
+}
+
+/// Statements that PostgreSQL runs without a snapshot. No query of ours may run before them: it would take the transaction's
+/// snapshot, after which its modes can not be set, and before what a LOCK waits for. What they are is in the text alone.
+fn takes_no_snapshot(text: &str) -> bool {
+    const FIRST: [&str; 16] = [
+        "set",
+        "reset",
+        "show",
+        "lock",
+        "begin",
+        "start",
+        "commit",
+        "end",
+        "rollback",
+        "abort",
+        "savepoint",
+        "release",
+        "fetch",
+        "listen",
+        "unlisten",
+        "notify",
+    ];
+    let first = Lexer::new(text).find(|token| token.kind == Kind::Word).and_then(|token| text.get(token.range));
+    first.is_some_and(|word| FIRST.iter().any(|known| known.eq_ignore_ascii_case(word)))
 }
 
 /// The text as UTF-8.

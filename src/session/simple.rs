@@ -329,7 +329,11 @@ impl Session {
     /// What the session knows after transaction control that the server has answered.
     pub fn after_control(&mut self, control: &Control, ok: bool) {
         match control {
-            Control::Begin { with_modes: true } | Control::Other => self.facts = None,
+            Control::Begin { with_modes: true } | Control::Other => {
+                // The modes are of this transaction alone: its end brings back the session's own.
+                self.facts = None;
+                self.settings_touched = true;
+            }
             Control::Commit { .. } | Control::Rollback { .. } if self.wire.status == b'I' || ok => {
                 self.forget_transaction();
             }
@@ -349,7 +353,12 @@ impl Session {
         if self.wire.status == b'I' {
             self.open_own_block();
         }
-        if !self.hidden_query("SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY").await? {
+        let guard = if self.needs_snapshot_first() {
+            "SELECT 1; SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY"
+        } else {
+            "SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY"
+        };
+        if !self.hidden_query(guard).await? {
             self.tell_hidden_error();
             return Ok(false);
         }
