@@ -60,6 +60,15 @@ pub struct ProxyConfig {
     /// Client connections at once; one more is refused with SQLSTATE 53300.
     #[serde(default = "default_clients_max")]
     pub clients_max: usize,
+    /// Certificate that clients see, with what leads to its authority, in PEM form; without it requests for TLS are answered N.
+    #[serde(default)]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its private key, in PEM form without a password; nobody but its owner may read it.
+    #[serde(default)]
+    pub tls_key: Option<PathBuf>,
+    /// Clients without TLS are refused.
+    #[serde(default)]
+    pub tls_required: bool,
 }
 
 fn default_gate_ms_max() -> u64 {
@@ -182,10 +191,10 @@ fn explain(error: &toml::de::Error, text: &str, path: &Path) -> ConfigError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(super) const GOOD: &str = r#"
+    pub(crate) const GOOD: &str = r#"
 [cluster]
 name = "shop"
 

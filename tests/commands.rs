@@ -70,6 +70,9 @@ impl Site {
             effects_disk_max: 1 << 20,
             backlog_bytes_max: 1 << 20,
             clients_max: 10,
+            tls_certificate: None,
+            tls_key: None,
+            tls_required: false,
         };
         let config = Config { cluster: ClusterConfig { name: "shop".into() }, proxy, nodes };
         fs::write(folder.path().join("pgtandem.toml"), toml::to_string(&config).unwrap()).unwrap();

@@ -95,6 +95,7 @@ async fn measure(options: &Options, dir: &Path) -> anyhow::Result<Figures> {
         nodes: Some(2),
         base_port: None,
         scale: Some(options.common.scale),
+        tls: false,
     };
     let layout = sandbox::up(&cluster, &|line| eprintln!("{line}")).await?;
     let (writers, readers) = (options.writers(), usize::from(options.readers));

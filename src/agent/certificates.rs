@@ -18,6 +18,9 @@ pub const CA_FILE: &str = "ca.pem";
 pub const CA_KEY_FILE: &str = "ca.key";
 pub const CERTIFICATE_FILE: &str = "cert.pem";
 pub const KEY_FILE: &str = "key.pem";
+/// What clients of the proxy see, with PostgreSQL's own names.
+pub const CLIENTS_CERTIFICATE_FILE: &str = "server.crt";
+pub const CLIENTS_KEY_FILE: &str = "server.key";
 /// Longest name of a node or cluster, bytes: together they fit into DNS labels.
 pub const NAME_BYTES_MAX: usize = 32;
 
@@ -97,6 +100,20 @@ impl Authority {
         let certificate = params.signed_by(&key, &issuer)?;
         Ok(IdentityFiles { ca_pem: self.pem.clone(), certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
     }
+
+    /// A certificate and key to show to clients of the proxy, for these names and addresses. It is no identity within the
+    /// cluster: it has no name of that form and can not be a TLS client's.
+    pub fn issue_for_clients(&self, names: &[&str]) -> Result<ClientsFiles, CertificateError> {
+        let key = KeyPair::generate()?;
+        let names = names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let mut params = CertificateParams::new(names)?;
+        params.distinguished_name.push(DnType::CommonName, format!("pgtandem {} proxy", self.cluster));
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&key, &Issuer::new(authority_params(&self.cluster)?, &self.key))?;
+        Ok(ClientsFiles { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
+    }
 }
 
 /// The same each time, so that the issuer's name and key identifier need not be read out of `ca.pem`.
@@ -124,6 +141,20 @@ impl IdentityFiles {
         write_file(&folder.join(CA_FILE), self.ca_pem.as_bytes(), 0o644)?;
         write_file(&folder.join(CERTIFICATE_FILE), self.certificate_pem.as_bytes(), 0o644)?;
         write_file(&folder.join(KEY_FILE), self.key_pem.as_bytes(), 0o600)
+    }
+}
+
+/// What the proxy shows to clients.
+pub struct ClientsFiles {
+    pub certificate_pem: String,
+    pub key_pem: String,
+}
+
+impl ClientsFiles {
+    /// Writes `server.crt` and `server.key` (0600).
+    pub fn save(&self, folder: &Path) -> Result<(), CertificateError> {
+        write_file(&folder.join(CLIENTS_CERTIFICATE_FILE), self.certificate_pem.as_bytes(), 0o644)?;
+        write_file(&folder.join(CLIENTS_KEY_FILE), self.key_pem.as_bytes(), 0o600)
     }
 }
 

@@ -31,6 +31,9 @@ pub struct Up {
     /// Make a database bench with pgbench's tables at this scale.
     #[arg(long, value_name = "N")]
     scale: Option<u32>,
+    /// Clients may use TLS: makes a certificate for localhost.
+    #[arg(long)]
+    tls: bool,
     /// When root calls: everything runs as this user.
     #[arg(long, default_value = "postgres")]
     user: String,
@@ -79,8 +82,8 @@ impl Up {
         if user::is_root() {
             return step_down(&self.dir, &self.user).await;
         }
-        let Self { dir, nodes, base_port, scale, json, .. } = self;
-        let options = sandbox::Options { dir, nodes, base_port, scale };
+        let Self { dir, nodes, base_port, scale, tls, json, .. } = self;
+        let options = sandbox::Options { dir, nodes, base_port, scale, tls };
         let layout = sandbox::up(&options, &|line| eprintln!("{line}")).await?;
         print(&sandbox::report(&layout)?, json)?;
         if !json {
@@ -144,8 +147,17 @@ pub fn lines_to_try(layout: &Layout) -> String {
     let (dir, port) = (layout.dir.display(), layout.proxy_port());
     let database = if layout.plan.scale > 0 { "bench" } else { "postgres" };
     let config = layout.config_path();
+    let psql = if layout.plan.tls {
+        let root = layout.ca_dir().join(crate::agent::certificates::CA_FILE);
+        let root = root.display();
+        format!(
+            "psql 'host=localhost port={port} user=postgres dbname={database} sslmode=verify-full sslrootcert={root}'"
+        )
+    } else {
+        format!("psql -h 127.0.0.1 -p {port} -U postgres {database}")
+    };
     format!(
-        "Try:\n  psql -h 127.0.0.1 -p {port} -U postgres {database}\n  pgtandem status --config {config}\n  \
+        "Try:\n  {psql}\n  pgtandem status --config {config}\n  \
          pgtandem recover node1 --yes --config {config}\n  pgtandem sandbox down --dir {dir}",
         config = config.display(),
     )

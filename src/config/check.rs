@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use super::{Config, NodeConfig};
+use super::{Config, NodeConfig, ProxyConfig};
 
 /// Nodes in one cluster.
 pub const NODES_MAX: usize = 32;
@@ -42,6 +42,8 @@ pub enum Problem {
     Relative { what: String, path: PathBuf },
     #[error("{what}: the socket {} is {bytes} bytes long, PostgreSQL and Linux allow {SOCKET_PATH_BYTES_MAX}", .path.display())]
     SocketPathTooLong { what: String, path: PathBuf, bytes: usize },
+    #[error("proxy.{given} is there and proxy.{missing} is not")]
+    HalfOfTls { given: &'static str, missing: &'static str },
     #[error("{what} is {value}; it must be from {min} to {max}")]
     OutOfRange { what: &'static str, value: u64, min: u64, max: u64 },
 }
@@ -60,6 +62,7 @@ impl Problem {
             Self::SamePath { .. } => "give each its own folder".into(),
             Self::Relative { .. } => "write the whole path, from /".into(),
             Self::SocketPathTooLong { .. } => "choose a shorter folder, for example below /run".into(),
+            Self::HalfOfTls { given, missing } => format!("add proxy.{missing}, or remove proxy.{given}"),
             Self::OutOfRange { .. } => "choose a value within these limits, or remove the line".into(),
         }
     }
@@ -70,7 +73,18 @@ pub fn check(config: &Config) -> Result<(), Problem> {
     names(config)?;
     addresses(config)?;
     paths(config)?;
+    tls(&config.proxy)?;
     limits(config)
+}
+
+fn tls(proxy: &ProxyConfig) -> Result<(), Problem> {
+    let half = |given, missing| Err(Problem::HalfOfTls { given, missing });
+    match (&proxy.tls_certificate, &proxy.tls_key) {
+        (Some(_), None) => half("tls_certificate", "tls_key"),
+        (None, Some(_)) => half("tls_key", "tls_certificate"),
+        (None, None) if proxy.tls_required => half("tls_required", "tls_certificate"),
+        _ => Ok(()),
+    }
 }
 
 fn names(config: &Config) -> Result<(), Problem> {
@@ -149,6 +163,13 @@ fn paths(config: &Config) -> Result<(), Problem> {
         }
     };
     take(proxy_host, "proxy.state_dir".into(), &config.proxy.state_dir, true)?;
+    for (what, path) in
+        [("proxy.tls_certificate", &config.proxy.tls_certificate), ("proxy.tls_key", &config.proxy.tls_key)]
+    {
+        if let Some(path) = path {
+            take(proxy_host, what.into(), path, false)?;
+        }
+    }
     socket("proxy.state_dir".into(), config.proxy.state_dir.join("control.sock"))?;
     for node in &config.nodes {
         let host = Some(node.agent.ip());
@@ -236,6 +257,19 @@ mod tests {
         let mut bad = config();
         bad.nodes[0].socket_dir = format!("/{}", "x".repeat(100)).into();
         assert!(matches!(check(&bad), Err(Problem::SocketPathTooLong { .. })));
+    }
+
+    #[test]
+    fn tls_needs_both_files() {
+        let mut bad = config();
+        bad.proxy.tls_required = true;
+        assert!(matches!(check(&bad), Err(Problem::HalfOfTls { missing: "tls_certificate", .. })));
+        bad.proxy.tls_certificate = Some("/etc/server.crt".into());
+        assert!(matches!(check(&bad), Err(Problem::HalfOfTls { missing: "tls_key", .. })));
+        bad.proxy.tls_key = Some("server.key".into());
+        assert!(matches!(check(&bad), Err(Problem::Relative { .. })));
+        bad.proxy.tls_key = Some("/etc/server.key".into());
+        assert_eq!(check(&bad), Ok(()));
     }
 
     #[test]

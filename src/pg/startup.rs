@@ -11,13 +11,15 @@ use crate::pg::message::Reader;
 pub const STARTUP_BYTES_MAX: usize = 10_000;
 
 const CANCEL_REQUEST: u32 = 80_877_102;
-const SSL_REQUEST: u32 = 80_877_103;
-const GSSENC_REQUEST: u32 = 80_877_104;
+pub const SSL_REQUEST: u32 = 80_877_103;
+pub const GSSENC_REQUEST: u32 = 80_877_104;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Startup {
-    /// TLS or GSSAPI encryption is asked for: one byte answers.
-    Encryption,
+    /// TLS is asked for: one byte answers.
+    Tls,
+    /// Encryption by GSSAPI is asked for: one byte answers.
+    Gssapi,
     /// Process id and secret key as they were in `BackendKeyData`.
     Cancel { key: Bytes },
     /// A session of protocol 3; the packet as it was, to be forwarded.
@@ -57,7 +59,8 @@ pub fn take(buffer: &mut BytesMut) -> Result<Option<Startup>, FrameError> {
     let code = r.u32()?;
     Ok(Some(match code {
         CANCEL_REQUEST => Startup::Cancel { key: packet.slice(8..) },
-        SSL_REQUEST | GSSENC_REQUEST => Startup::Encryption,
+        SSL_REQUEST => Startup::Tls,
+        GSSENC_REQUEST => Startup::Gssapi,
         code if code >> 16 == 3 => Startup::Session(read_session(&packet, r)?),
         code => Startup::Unsupported { code },
     }))

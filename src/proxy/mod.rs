@@ -16,6 +16,7 @@ use crate::agent::tls::{Identity, TlsError};
 use crate::cluster::members;
 use crate::config::Config;
 use crate::replicate::hub::{Hub, Reign};
+use crate::session::tls::{ClientTls, ClientTlsError};
 
 pub mod admin;
 pub mod control;
@@ -32,6 +33,8 @@ const LOCK_NAME: &str = "proxy.lock";
 pub enum ProxyError {
     #[error("the proxy's certificate can not be used: {0}")]
     Tls(#[from] TlsError),
+    #[error("the proxy can not speak TLS with clients: {0}")]
+    ClientTls(#[from] ClientTlsError),
     #[error(
         "the proxy can not listen on {address}: {source}. Another program uses the port: find it with \
          'ss -ltnp sport = :{port}', or change proxy.listen",
@@ -60,6 +63,7 @@ pub enum ProxyError {
 pub async fn run(config: Config) -> Result<(), ProxyError> {
     let config = Arc::new(config);
     let identity = Identity::load(&config.proxy.state_dir)?;
+    let tls = ClientTls::load(&config.proxy)?;
     let _lock = lock(&config.proxy.state_dir)?;
     let address = config.proxy.listen;
     let listener = TcpListener::bind(address).await.map_err(|source| ProxyError::Listen { address, source })?;
@@ -70,7 +74,7 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     reign::raise(&hub, reign::Occasion::Start).await?;
     local_rules::check(&hub).await?;
     let stop = CancellationToken::new();
-    let threads = threads::start(&hub, &stop).map_err(io("threads can not be started"))?;
+    let threads = threads::start(&hub, tls, &stop).map_err(io("threads can not be started"))?;
     let keeper = tokio::spawn(keeper::run(Arc::clone(&hub), stop.clone()));
     let control = tokio::spawn(control::daemon::run(Arc::clone(&hub), stop.clone()));
     tracing::info!(%address, set = ?hub.view().set, "serving");

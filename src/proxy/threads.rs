@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::replicate::hub::Hub;
 use crate::session::run::Thread;
 use crate::session::start;
+use crate::session::tls::ClientTls;
 
 /// Stack of a thread that serves clients: PostgreSQL's parser and the walks over its trees are recursive, and a text may be
 /// nested as deep as the parser takes it. Only what is used is ever backed by memory.
@@ -40,14 +41,15 @@ pub fn count(config: &Config) -> usize {
 ///
 /// # Errors
 /// If the system refuses one.
-pub fn start(hub: &Arc<Hub>, stop: &CancellationToken) -> io::Result<Threads> {
+pub fn start(hub: &Arc<Hub>, tls: Option<ClientTls>, stop: &CancellationToken) -> io::Result<Threads> {
+    let tls = tls.map(Arc::new);
     let count = count(&hub.config);
     let mut threads = Vec::with_capacity(count);
     for i in 0..count {
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
-        let (hub, stop) = (Arc::clone(hub), stop.clone());
+        let (hub, tls, stop) = (Arc::clone(hub), tls.clone(), stop.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let body = move || runtime.block_on(serve(hub, receiver, stop));
+        let body = move || runtime.block_on(serve(hub, tls, receiver, stop));
         threads.push((
             sender,
             std::thread::Builder::new().name(format!("clients-{i}")).stack_size(STACK_BYTES).spawn(body)?,
@@ -56,9 +58,14 @@ pub fn start(hub: &Arc<Hub>, stop: &CancellationToken) -> io::Result<Threads> {
     Ok(Threads { threads, next: AtomicUsize::new(0) })
 }
 
-async fn serve(hub: Arc<Hub>, mut clients: mpsc::Receiver<std::net::TcpStream>, stop: CancellationToken) {
+async fn serve(
+    hub: Arc<Hub>,
+    tls: Option<Arc<ClientTls>>,
+    mut clients: mpsc::Receiver<std::net::TcpStream>,
+    stop: CancellationToken,
+) {
     let local = LocalSet::new();
-    let thread = Thread::default();
+    let thread = Thread { tls, ..Thread::default() };
     let accept = local.run_until(async {
         while let Some(client) = clients.recv().await {
             match TcpStream::from_std(client) {

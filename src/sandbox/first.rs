@@ -13,6 +13,9 @@ pub fn certificates(layout: &Layout) -> Result<(), SandboxError> {
         let authority = Authority::create(CLUSTER)?;
         authority.save(&layout.ca_dir())?;
         authority.issue(PROXY)?.save(&layout.proxy_dir())?;
+        if layout.plan.tls {
+            authority.issue_for_clients(&["localhost", "127.0.0.1"])?.save(&layout.proxy_dir())?;
+        }
         for index in 0..layout.plan.nodes {
             authority.issue(&Layout::node_name(index))?.save(&layout.node_dir(index))?;
         }

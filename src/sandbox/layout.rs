@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::SandboxError;
+use crate::agent::certificates::{CLIENTS_CERTIFICATE_FILE, CLIENTS_KEY_FILE};
 use crate::config::{ClusterConfig, Config, NodeConfig, ProxyConfig};
 
 /// The plan's file in the sandbox's folder; a folder that has it is a sandbox.
@@ -40,6 +41,9 @@ pub struct Plan {
     pub base_port: u16,
     /// Of pgbench; 0: no database `bench`.
     pub scale: u32,
+    /// Clients may use TLS.
+    #[serde(default)]
+    pub tls: bool,
     /// PostgreSQL's programs.
     pub bin_dir: PathBuf,
     /// Short folder for sockets, when D is too deep for them; removed with the sandbox.
@@ -205,6 +209,9 @@ impl Layout {
                 effects_disk_max: 16 << 30,
                 backlog_bytes_max: 256 << 20,
                 clients_max: CLIENTS_MAX,
+                tls_certificate: self.plan.tls.then(|| self.proxy_dir().join(CLIENTS_CERTIFICATE_FILE)),
+                tls_key: self.plan.tls.then(|| self.proxy_dir().join(CLIENTS_KEY_FILE)),
+                tls_required: false,
             },
             nodes: (0..self.plan.nodes).map(node).collect(),
         }
@@ -222,7 +229,7 @@ mod tests {
 
     fn layout(dir: &str, short_dir: Option<PathBuf>) -> Layout {
         let bin_dir = "/usr/lib/postgresql/15/bin".into();
-        let plan = Plan { nodes: 2, base_port: 15000, scale: 0, bin_dir, short_dir, complete: false };
+        let plan = Plan { nodes: 2, base_port: 15000, scale: 0, tls: false, bin_dir, short_dir, complete: false };
         Layout { dir: dir.into(), plan }
     }
 

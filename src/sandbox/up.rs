@@ -29,6 +29,8 @@ pub struct Options {
     pub nodes: Option<usize>,
     pub base_port: Option<u16>,
     pub scale: Option<u32>,
+    /// Clients may use TLS; false: as the sandbox that is there.
+    pub tls: bool,
 }
 
 /// Returns when the cluster is up. `say` gets a line for each step.
@@ -78,6 +80,7 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
         nodes,
         base_port: options.base_port.unwrap_or_default(),
         scale: options.scale.unwrap_or_default(),
+        tls: options.tls,
         bin_dir: initdb::find_bin_dir()?,
         short_dir: None,
         complete: false,
@@ -124,17 +127,25 @@ pub fn refuse_unless_empty(dir: &Path) -> Result<(), SandboxError> {
 
 /// A sandbox is started again as it was made.
 fn same(layout: &Layout, options: &Options) -> Result<(), SandboxError> {
-    let Plan { nodes, base_port, scale, .. } = layout.plan;
+    let Plan { nodes, base_port, scale, tls, .. } = layout.plan;
     let differs = options.nodes.is_some_and(|asked| asked != nodes)
         || options.base_port.is_some_and(|asked| asked != base_port)
-        || options.scale.is_some_and(|asked| asked != scale);
+        || options.scale.is_some_and(|asked| asked != scale)
+        || (options.tls && !tls);
     if !differs {
         return Ok(());
     }
-    let text = |nodes, base_port, scale| format!("--nodes {nodes} --base-port {base_port} --scale {scale}");
-    let asked =
-        text(options.nodes.unwrap_or(nodes), options.base_port.unwrap_or(base_port), options.scale.unwrap_or(scale));
-    Err(SandboxError::OtherPlan { path: layout.dir.clone(), made: text(nodes, base_port, scale), asked })
+    let text = |nodes, base_port, scale, tls| {
+        let tls = if tls { " --tls" } else { "" };
+        format!("--nodes {nodes} --base-port {base_port} --scale {scale}{tls}")
+    };
+    let asked = text(
+        options.nodes.unwrap_or(nodes),
+        options.base_port.unwrap_or(base_port),
+        options.scale.unwrap_or(scale),
+        options.tls || tls,
+    );
+    Err(SandboxError::OtherPlan { path: layout.dir.clone(), made: text(nodes, base_port, scale, tls), asked })
 }
 
 async fn make(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError> {

@@ -15,6 +15,7 @@ use crate::replicate::marks::Mark;
 use crate::replicate::schema::{Context, SessionFacts};
 use crate::session::planning::PlanCache;
 use crate::session::statements::Statements;
+use crate::session::tls::ClientTls;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
 
 /// What the sessions of one thread share.
@@ -22,6 +23,8 @@ use crate::session::wire::{End, Expect, Mode, Until, Wire};
 pub struct Thread {
     pub pool: Pool,
     pub plans: Rc<PlanCache>,
+    /// `None`: requests for TLS are answered N.
+    pub tls: Option<Arc<ClientTls>>,
 }
 
 /// Savepoints that are remembered at once.
@@ -154,6 +157,7 @@ impl Session {
             End::ClientGone | End::Told | End::Unknown => {}
         }
         self.leave();
+        self.wire.client.close().await;
     }
 
     /// Gives back what the session holds.

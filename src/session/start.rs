@@ -1,4 +1,4 @@
-//! The start of a session: the client's first packets, the login at the leader, and what we add to it.
+//! The start of a session: the login at the leader, and what we add to it. The client's first packets are [`greet`]'s.
 //!
 //! The authentication exchange is passed through. Before the client hears that it is in, the session enters the epoch,
 //! prepares the statements that the proxy needs, and reads its own context.
@@ -8,17 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame::{self, Sender};
 use crate::pg::message::{self, Reader};
-use crate::pg::startup::{self, SessionStart, Startup};
+use crate::pg::startup::SessionStart;
 use crate::replicate::effects::EffectLog;
 use crate::replicate::hub::{Hub, Reign};
 use crate::replicate::schema;
-use crate::session::cancel;
+use crate::session::greet::{self, Greeted};
 use crate::session::run::{Session, Thread};
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
 
@@ -27,107 +26,42 @@ const LOGIN_MS_MAX: u64 = 60_000;
 /// How long a new client waits while the leader's PostgreSQL comes back.
 const REIGN_MS_MAX: u64 = 30_000;
 const CONNECT_POLL_MS: u64 = 50;
-/// Requests for encryption before the session: TLS and GSSAPI, each once.
-const ENCRYPTION_REQUESTS_MAX: usize = 2;
 
 /// Serves one client to its end.
-pub async fn serve(mut client: TcpStream, hub: Arc<Hub>, thread: Thread) {
+pub async fn serve(client: TcpStream, hub: Arc<Hub>, thread: Thread) {
     let _ = client.set_nodelay(true);
     let limit = Duration::from_millis(LOGIN_MS_MAX);
-    let session = match tokio::time::timeout(limit, open(&mut client, &hub)).await {
-        Ok(Ok(Some(opened))) => log_in(client, &hub, thread, opened).await,
-        Ok(Err(error)) => {
-            tell(&mut client, &error).await;
-            return;
-        }
-        Ok(Ok(None)) | Err(_) => return,
+    let tls = thread.tls.clone();
+    let Ok(Some(mut greeted)) = tokio::time::timeout(limit, greet::greet(client, &hub, tls.as_deref())).await else {
+        return;
     };
-    if let Some(session) = session {
+    let leader = match tokio::time::timeout(limit, connect_leader(&hub)).await {
+        Ok(Ok(leader)) => leader,
+        Ok(Err(error)) => return greet::tell(&mut greeted.client, &error).await,
+        Err(_) => return,
+    };
+    if let Some(session) = log_in(&hub, thread, greeted, leader).await {
         hub.counters.sessions.fetch_add(1, Ordering::Relaxed);
         session.run().await;
         hub.counters.sessions.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-async fn tell(client: &mut TcpStream, error: &ClientError) {
-    let mut out = BytesMut::new();
-    error.write(&mut out);
-    let _ = client.write_all(&out).await;
-}
-
-struct Opened {
-    start: SessionStart,
-    rest: BytesMut,
+/// A connection to the leader's PostgreSQL, and the reign under which it was made.
+struct Leader {
     server: UnixStream,
     epoch: u64,
     secret: Arc<str>,
 }
 
-/// Reads the client's first packets. `None`: nothing more to do (a cancel, or the client left).
-async fn open(client: &mut TcpStream, hub: &Hub) -> Result<Option<Opened>, ClientError> {
-    let mut input = BytesMut::with_capacity(1024);
-    let mut encryption_requests = 0;
-    let start = loop {
-        let packet = startup::take(&mut input).map_err(|e| {
-            tracing::info!(error = %e, "a client did not speak PostgreSQL's protocol");
-            ClientError::fatal("08P01", format!("invalid startup packet: {e}"), "Connect with a PostgreSQL client.")
-        })?;
-        match packet {
-            None => {
-                if !matches!(client.read_buf(&mut input).await, Ok(n) if n > 0) {
-                    return Ok(None);
-                }
-            }
-            Some(Startup::Encryption) if encryption_requests < ENCRYPTION_REQUESTS_MAX => {
-                encryption_requests += 1;
-                if client.write_all(b"N").await.is_err() {
-                    return Ok(None);
-                }
-            }
-            Some(Startup::Encryption) => return Ok(None),
-            Some(Startup::Cancel { key }) => {
-                if let Err(e) = cancel::forward(hub, &key).await {
-                    tracing::info!(error = %e, "a cancel request could not be passed on");
-                }
-                return Ok(None);
-            }
-            Some(Startup::Unsupported { code }) => {
-                let what = format!("unsupported frontend protocol {}.{}", code >> 16, code & 0xffff);
-                return Err(ClientError::fatal(
-                    "0A000",
-                    what,
-                    "Use protocol 3, as every client since PostgreSQL 7.4 does.",
-                ));
-            }
-            Some(Startup::Session(start)) => break start,
-        }
-    };
-    if start.replication {
-        return Err(ClientError::fatal(
-            "0A000",
-            "replication connections do not go through pgtandem",
-            "Connect to the PostgreSQL server of a node directly.",
-        ));
-    }
-    if start.user == "pgtandem" {
-        return Err(ClientError::fatal("42501", "role pgtandem is for the proxy alone", "Connect as another role."));
-    }
-    if hub.counters.sessions.load(Ordering::Relaxed) >= hub.config.proxy.clients_max as u64 {
-        let what = format!("sorry, too many clients already: {}", hub.config.proxy.clients_max);
-        return Err(ClientError::fatal("53300", what, "Raise proxy.clients_max, or close connections."));
-    }
-    let (server, epoch, secret) = connect_leader(hub).await?;
-    Ok(Some(Opened { start, rest: input, server, epoch, secret }))
-}
-
 /// A connection to the leader's PostgreSQL, which its agent may just be starting again.
-async fn connect_leader(hub: &Hub) -> Result<(UnixStream, u64, Arc<str>), ClientError> {
+async fn connect_leader(hub: &Hub) -> Result<Leader, ClientError> {
     let deadline = Instant::now() + Duration::from_millis(REIGN_MS_MAX);
     loop {
         let (epoch, secret) = reign(hub).await?;
         let leader = hub.leader().map_err(|e| ClientError::fatal("57P03", e.to_string(), "Type: pgtandem status"))?;
         match UnixStream::connect(Hub::socket_path(&leader)).await {
-            Ok(server) => return Ok((server, epoch, secret)),
+            Ok(server) => return Ok(Leader { server, epoch, secret }),
             Err(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(CONNECT_POLL_MS)).await,
             Err(e) => {
                 let what = format!("PostgreSQL on {} does not accept connections: {e}", leader.name);
@@ -155,8 +89,9 @@ async fn reign(hub: &Hub) -> Result<(u64, Arc<str>), ClientError> {
     }
 }
 
-async fn log_in(client: TcpStream, hub: &Arc<Hub>, thread: Thread, opened: Opened) -> Option<Session> {
-    let Opened { start, rest, server, epoch, secret } = opened;
+async fn log_in(hub: &Arc<Hub>, thread: Thread, greeted: Greeted, leader: Leader) -> Option<Session> {
+    let Greeted { client, start, rest } = greeted;
+    let Leader { server, epoch, secret } = leader;
     let mut wire = Wire::new(client, server, rest, BytesMut::new());
     let limit = Duration::from_millis(LOGIN_MS_MAX);
     let (pid, ready) = match tokio::time::timeout(limit, authenticate(&mut wire, &start)).await {

@@ -9,13 +9,14 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
 use crate::pg::build;
 use crate::pg::frame::{self, FrameError, HEADER_BYTES, Header, Sender};
 use crate::pg::message::{self, Reader};
 pub use crate::session::expect::{Expect, Mode, Results, Until};
 use crate::session::rewrite;
+use crate::session::transport::ClientStream;
 
 /// Bytes that wait for a client before they are written, although the statement goes on.
 const OUT_BYTES_MAX: usize = 64 * 1024;
@@ -54,7 +55,7 @@ const ROWS_BYTES_MAX: usize = 256 * 1024;
 
 #[derive(Debug)]
 pub struct Wire {
-    pub client: TcpStream,
+    pub client: ClientStream,
     pub server: UnixStream,
     pub from_client: BytesMut,
     pub from_server: BytesMut,
@@ -95,7 +96,7 @@ pub struct Wire {
 
 impl Wire {
     #[must_use]
-    pub fn new(client: TcpStream, server: UnixStream, from_client: BytesMut, from_server: BytesMut) -> Self {
+    pub fn new(client: ClientStream, server: UnixStream, from_client: BytesMut, from_server: BytesMut) -> Self {
         Self {
             client,
             server,
@@ -139,6 +140,7 @@ impl Wire {
     pub async fn flush_client(&mut self) -> Result<(), End> {
         if !self.to_client.is_empty() && !self.mute {
             self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
+            self.client.flush().await.map_err(|_| End::ClientGone)?;
             rewrite::shrink(&mut self.to_client);
         }
         Ok(())

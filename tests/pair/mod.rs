@@ -65,6 +65,9 @@ impl Site {
                 effects_disk_max: 1 << 20,
                 backlog_bytes_max: 1 << 20,
                 clients_max: 10,
+                tls_certificate: None,
+                tls_key: None,
+                tls_required: false,
             },
             nodes,
         };
