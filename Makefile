@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench check
+.PHONY: demo test setup bench differential check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -21,6 +21,12 @@ test: setup
 BENCH ?= cutover proxy
 bench: setup
 	$(foreach name,$(BENCH),$(CARGO) bench --locked --bench $(name) -- $(BENCH_ARGS) &&) true
+
+# Scripts of a folder on a lone server and through the proxy: docs/differential.md
+differential: setup
+	@test -n "$(DIR)" || { echo 'which folder? make differential DIR=tests/differential' >&2; exit 2; }
+	PGTANDEM_SCRIPTS="$(abspath $(DIR))" PGTANDEM_SCRIPTS_ONLY="$(ONLY)" \
+		$(CARGO) test --locked --quiet --test differential -- --nocapture
 
 check:
 	$(CARGO) fmt --all --check

@@ -4,6 +4,8 @@
 //! `pgtandem.mark`: a row per mark: the last of its transactions that is decided.
 //! The functions run with the rights of their owner and a fixed `search_path`; they take the secret of the epoch,
 //! always as a bound parameter, so no client can call them although they are callable by everybody.
+//! `pgtandem.catalog` runs a query of the proxy's with the caller's rights and search_path, but without the settings of the session
+//! that would change its plan or its answer.
 //! `pgtandem.mark` must not scan its table: with `enable_seqscan = off` a plan that has no index costs so much that PostgreSQL
 //! would compile it (a tenth of a second for each session), hence `jit = off` and a condition on each key.
 
@@ -64,6 +66,15 @@ BEGIN
         EXECUTE 'LOCK TABLE ' || name || ' IN SHARE ROW EXCLUSIVE MODE';
     END LOOP;
 END $$;
+CREATE OR REPLACE FUNCTION pgtandem.catalog(query text) RETURNS text
+LANGUAGE plpgsql STABLE SET jit = off SET max_parallel_workers_per_gather = 0 SET enable_seqscan = on
+SET enable_indexscan = on SET enable_bitmapscan = on SET enable_nestloop = on SET enable_hashjoin = on SET enable_sort = on
+SET enable_material = on SET quote_all_identifiers = off AS $$
+DECLARE answer text;
+BEGIN
+    EXECUTE query INTO answer;
+    RETURN answer;
+END $$;
 CREATE OR REPLACE FUNCTION pgtandem.refuse(given text, message text, hint text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -92,6 +103,7 @@ pub const PREPARED: &[(&str, &str)] = &[
     ("pgtandem_rollback", "ROLLBACK"),
     ("pgtandem_mark", "SELECT pgtandem.mark($1, $2, $3)"),
     ("pgtandem_lock", "SELECT pgtandem.lock($1, $2)"),
+    ("pgtandem_catalog", "SELECT pgtandem.catalog($1)"),
     ("pgtandem_refuse", "SELECT pgtandem.refuse($1, $2, $3)"),
     ("pgtandem_snapshot", "SELECT 1"),
     ("pgtandem_guard", "SAVEPOINT pgtandem_guard"),

@@ -134,6 +134,19 @@ impl Session {
         Ok(())
     }
 
+    /// SET CONSTRAINTS that the leader has done inside a transaction: followers do the same before what comes after it.
+    ///
+    /// # Errors
+    /// If the list is full.
+    pub fn set_constraints_effect(&mut self, text: &str) -> Result<(), ClientError> {
+        let context = self.effect_context()?;
+        let text = StatementText::Once(self.log.append(text.as_bytes())?);
+        let (types, parameters) = (Arc::from([]), Range::default());
+        self.log.push(Effect::Statement { context, role: EffectRole::Own, text, types, parameters })?;
+        self.effects_since.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
     /// The same text for many executions is kept once.
     fn intern(&mut self, text: Arc<str>) -> Arc<str> {
         match &self.last_text {

@@ -104,6 +104,22 @@ impl Session {
         Ok(())
     }
 
+    /// A setting may have been changed since Bind: an effect is made under what holds now. False: the batch has failed.
+    async fn know_context(&mut self) -> Result<bool, End> {
+        if self.facts.is_none() && self.wire.status != b'E' {
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(false);
+            }
+            if let Some(error) = self.read_context().await? {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                self.skip_until_sync = true;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     async fn run_write_of_batch(
         &mut self,
         frame: &Bytes,
@@ -112,20 +128,8 @@ impl Session {
         parameters: &Bytes,
         rows_max: u32,
     ) -> Result<(), End> {
-        if !self.end_earlier_batches().await? {
+        if !self.end_earlier_batches().await? || !self.know_context().await? {
             return Ok(());
-        }
-        if self.facts.is_none() && self.wire.status != b'E' {
-            // A setting was changed since Bind: the effect is made under what holds now.
-            self.catch_up().await?;
-            if self.wire.is_skipping() {
-                return Ok(());
-            }
-            if let Some(error) = self.read_context().await? {
-                self.wire.to_client.extend_from_slice(&error_frame(&error));
-                self.skip_until_sync = true;
-                return Ok(());
-            }
         }
         if let Some(refusal) = self.refuse_execution(write, prepared, parameters)? {
             return self.refuse_extended(&refusal).await;
@@ -244,13 +248,13 @@ impl Session {
         Ok(None)
     }
 
-    pub async fn execute_control(&mut self, frame: &Bytes, control: &Control) -> Result<(), End> {
-        self.run_control_of_batch(frame, control).await?;
+    pub async fn execute_control(&mut self, frame: &Bytes, control: &Control, text: &str) -> Result<(), End> {
+        self.run_control_of_batch(frame, control, text).await?;
         self.end_early_sync();
         Ok(())
     }
 
-    async fn run_control_of_batch(&mut self, frame: &Bytes, control: &Control) -> Result<(), End> {
+    async fn run_control_of_batch(&mut self, frame: &Bytes, control: &Control, text: &str) -> Result<(), End> {
         if !self.end_earlier_batches().await? {
             return Ok(());
         }
@@ -287,6 +291,7 @@ impl Session {
                     return self.refuse_extended(&error).await;
                 }
             }
+            Control::SetConstraints if !self.know_context().await? => return Ok(()),
             _ => {}
         }
         self.wire.clear_results();
@@ -303,6 +308,13 @@ impl Session {
             };
         }
         self.after_control(control, ok);
+        if ok
+            && *control == Control::SetConstraints
+            && self.wire.status == b'T'
+            && let Err(error) = self.set_constraints_effect(text)
+        {
+            return self.refuse_extended(&error).await;
+        }
         Ok(())
     }
 }

@@ -376,7 +376,7 @@ impl Session {
                 Ok(())
             }
             Lane::Control(control) => {
-                let done = self.execute_control(frame, control).await;
+                let done = self.execute_control(frame, control, &prepared.text).await;
                 self.after(&plan, &prepared.text, true);
                 done
             }

@@ -14,8 +14,11 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use crate::pg::build;
+use crate::pg::frame::HEADER_BYTES;
 use crate::replicate::schema::{self, SessionFacts};
+use crate::session::rewrite;
 use crate::session::run::Session;
+use crate::session::simple::error_frame;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::lex::{Kind, Lexer};
 use crate::sql::plan::{EffectPlan, Lane, Plan, Refusal, Write};
@@ -222,17 +225,15 @@ impl Session {
     async fn catalog_query(&mut self, text: &str) -> Result<Result<String, Bytes>, End> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
-        build::parse(&mut self.wire.to_server, b"pgtandem_q", text.as_bytes(), &[]);
-        self.wire.expects.push_back(Expect::Parse { hidden: true });
-        self.hidden("pgtandem_p", "pgtandem_q", &[]);
-        build::close(&mut self.wire.to_server, b'S', b"pgtandem_q");
-        self.wire.expects.push_back(Expect::Close { hidden: true });
+        self.hidden("pgtandem_p", "pgtandem_catalog", &[Some(text.as_bytes())]);
         self.end_hidden();
         let done = self.wire.pump(Until::Answered).await;
         self.wire.hide_errors = false;
         done?;
         if let Some(error) = self.wire.results.error.take() {
-            return Ok(Err(error));
+            // The context would be our function: the client gets what ended its statement, a cancel for example.
+            let error = rewrite::without_context(&error_frame(&error)).freeze();
+            return Ok(Err(error.slice(HEADER_BYTES..)));
         }
         let value = self.wire.results.values.pop().flatten().unwrap_or_default();
         Ok(Ok(String::from_utf8_lossy(&value).into_owned()))

@@ -44,7 +44,7 @@ pub fn without_context(frame: &BytesMut) -> BytesMut {
         let mut r = Reader::new(b'E', frame::body(frame));
         while let Ok(field) = r.u8() {
             let Ok(value) = r.string() else { break };
-            if !matches!(field, b'W' | b'D' | b'q') {
+            if !matches!(field, b'W' | b'D' | b'p' | b'q') {
                 b.extend_from_slice(&[field]);
                 b.extend_from_slice(value);
                 b.extend_from_slice(&[0]);

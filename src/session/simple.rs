@@ -10,6 +10,7 @@ use bytes::Bytes;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::session::planning::{Planned, schema_changed};
+use crate::session::rewrite;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::lex::{Kind, Lexer};
@@ -323,6 +324,13 @@ impl Session {
         self.wire.pump(Until::Answered).await?;
         let ok = self.wire.results.error.is_none();
         self.after_control(control, ok);
+        if ok && *control == Control::SetConstraints && self.wire.status == b'T' {
+            let kept = self.set_constraints_effect(text);
+            if let Err(error) = kept {
+                self.refuse_in_text(&error).await?;
+                return Ok(false);
+            }
+        }
         Ok(ok)
     }
 
@@ -392,7 +400,8 @@ impl Session {
             );
             function_writes.write(&mut self.wire.to_client);
         } else {
-            self.wire.to_client.extend_from_slice(&error_frame(error));
+            let shifted = rewrite::shift_position(&error_frame(error), self.wire.position_offset);
+            self.wire.to_client.extend_from_slice(&shifted);
         }
     }
 

@@ -140,7 +140,7 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         ),
         NodeEnum::CopyStmt(statement) => copy_lane(statement, context),
         NodeEnum::TransactionStmt(statement) => transaction(statement),
-        NodeEnum::ConstraintsSetStmt(_) => Lane::Control(Control::Other),
+        NodeEnum::ConstraintsSetStmt(_) => Lane::Control(Control::SetConstraints),
         NodeEnum::VariableShowStmt(show) if show.name == "pool_nodes" => Lane::Admin(Admin::PoolNodes),
         NodeEnum::ExplainStmt(statement) => explain(statement, context),
         NodeEnum::DeclareCursorStmt(statement) => declare(statement, context),

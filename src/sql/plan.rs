@@ -61,7 +61,9 @@ pub enum Control {
     RollbackTo {
         name: String,
     },
-    /// SET TRANSACTION, SET SESSION CHARACTERISTICS, SET CONSTRAINTS: forwarded
+    /// SET CONSTRAINTS: forwarded, and part of the effects, because what followers apply after it may break a constraint for a while.
+    SetConstraints,
+    /// SET TRANSACTION, SET SESSION CHARACTERISTICS: forwarded
     Other,
 }
 

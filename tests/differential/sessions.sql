@@ -1,0 +1,108 @@
+-- What a session has: SET, set_config, ParameterStatus, LISTEN and NOTIFY, advisory locks, sequences, encodings.
+create table note (id int primary key, t text, at timestamptz);
+set datestyle = 'German';
+set timezone = 'Asia/Tokyo';
+insert into note values (1, 'tokyo', '01.02.2020 03:04:05') returning *;
+set intervalstyle = iso_8601;
+select interval '1 day 2 hours';
+reset datestyle;
+reset timezone;
+select * from note;
+begin;
+set local timezone = 'UTC';
+insert into note values (2, 'utc', '2020-01-01 00:00:00');
+commit;
+insert into note values (3, 'default', '2020-01-01 00:00:00');
+select set_config('timezone', 'Europe/Berlin', false);
+insert into note values (4, 'berlin', '2020-01-01 00:00:00');
+select set_config('timezone', 'America/New_York', true);
+insert into note values (5, 'berlin still', '2020-01-01 00:00:00');
+begin;
+select set_config('timezone', 'America/New_York', true);
+insert into note values (6, 'new york', '2020-01-01 00:00:00');
+savepoint s;
+set timezone = 'UTC';
+rollback to s;
+insert into note values (7, 'new york still', '2020-01-01 00:00:00');
+commit;
+set timezone = 'UTC';
+select * from note order by id;
+set nix.own = 'a value';
+show nix.own;
+set nix = 1;
+set work_mem = 'lots';
+show nix;
+set search_path = 'nowhere', public;
+show search_path;
+reset all;
+show search_path;
+set application_name = 'me';
+show application_name;
+\encoding
+select 'é', length('é'), octet_length('é');
+set client_encoding = 'latin1';
+\encoding
+reset client_encoding;
+set client_min_messages = 'debug1';
+reset client_min_messages;
+set client_min_messages = error;
+drop table if exists nowhere;
+reset client_min_messages;
+\set VERBOSITY verbose
+select nowhere;
+insert into note values (1, 'again');
+insert into note (id, nix) values (1, 2);
+select * from note where id = 'x';
+\set VERBOSITY default
+\set SHOW_CONTEXT always
+select 1/0;
+-- notifications; one that is heard would print a process id
+listen channel;
+select pg_listening_channels();
+notify other, 'payload';
+begin;
+listen another;
+notify other, 'in a transaction';
+select pg_notify('other', 'by a function');
+insert into note values (8, 'with a notification', '2020-01-01 00:00:00+00');
+commit;
+begin;
+notify channel, 'nobody hears it';
+insert into note values (9, 'nor that', '2020-01-01 00:00:00+00');
+rollback;
+select pg_listening_channels() order by 1;
+unlisten channel;
+notify channel, 'nobody hears it';
+unlisten *;
+select pg_listening_channels();
+notify "a channel with a name that is too long for a channel of PostgreSQL's", '';
+-- advisory locks
+select pg_advisory_lock(1), pg_try_advisory_lock(2, 3);
+select locktype, classid, objid, mode from pg_locks where locktype = 'advisory' order by 2, 3;
+select pg_advisory_unlock(1), pg_advisory_unlock(4);
+begin;
+select pg_advisory_xact_lock(5);
+commit;
+select pg_advisory_unlock_all();
+select count(*) from pg_locks where locktype = 'advisory';
+-- sequences
+create sequence ticket increment 5 start 100 maxvalue 115;
+select nextval('ticket'), nextval('ticket'), currval('ticket'), lastval();
+create table seat (id serial primary key, n int generated always as identity, t int default nextval('ticket'));
+insert into seat default values returning *;
+insert into seat default values returning *;
+insert into seat default values returning *;
+insert into seat (n) values (1);
+insert into seat (n, t) overriding system value values (100, 1) returning *;
+insert into seat (t) values (1), (2) returning id;
+select * from seat order by id;
+alter sequence ticket maxvalue 1000;
+select nextval('ticket') > 115;
+select last_value from nowhere;
+select nextval('nowhere');
+lock table note in access exclusive mode;
+begin;
+lock table note in share mode nowait;
+select * from note where id = 1 for update;
+select id from note where id < 3 order by id for share skip locked;
+rollback;
