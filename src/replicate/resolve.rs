@@ -76,7 +76,8 @@ pub async fn databases(connection: &mut Connection) -> Result<Vec<String>, Serve
 /// Creates the schema `pgtandem` where it is missing. The leader only: followers have it from their fill.
 pub async fn install(connection: &mut Connection) -> Result<(), ServerError> {
     query(connection, "SET client_min_messages = warning").await?;
-    query(connection, schema::INSTALL).await.map(|_| ())
+    query(connection, schema::INSTALL).await?;
+    query(connection, schema::INSTALL_DEFINITIONS).await.map(|_| ())
 }
 
 /// Writes the epoch and the hash of its secret into this database.

@@ -82,6 +82,9 @@ BEGIN
 END $$;
 ";
 
+/// Functions that say what followers do instead of a definition; after [`INSTALL`].
+pub const INSTALL_DEFINITIONS: &str = include_str!("definitions.sql");
+
 /// Databases that allow connections, by name.
 pub const DATABASES: &str = "SELECT datname FROM pg_catalog.pg_database WHERE datallowconn ORDER BY datname";
 
@@ -169,6 +172,14 @@ pub struct Context {
     pub role: String,
     /// Values of [`MIRRORED`], in order.
     pub settings: Vec<String>,
+}
+
+impl Context {
+    #[must_use]
+    pub fn client_encoding(&self) -> &str {
+        let at = MIRRORED.iter().position(|name| *name == "client_encoding");
+        at.and_then(|at| self.settings.get(at)).map_or("", String::as_str)
+    }
 }
 
 /// A leader's session, as the context query gives it.

@@ -38,7 +38,7 @@ fn effect_role(owner: Option<&Role>) -> EffectRole {
 }
 
 impl Session {
-    fn effect_context(&self) -> Result<Arc<Context>, ClientError> {
+    pub(super) fn effect_context(&self) -> Result<Arc<Context>, ClientError> {
         self.context.clone().ok_or_else(|| {
             ClientError::error(
                 "XX000",
@@ -65,7 +65,7 @@ impl Session {
     }
 
     /// What every effect brings with it.
-    fn note(&mut self, write: &Write) {
+    pub(super) fn note(&mut self, write: &Write) {
         self.effects_since.get_or_insert_with(Instant::now);
         self.log.deferrable_constraints |= write.deferrable_constraints;
         if write.ddl {

@@ -4,6 +4,7 @@
 //! are hidden; [`simple`] and [`extended`] are the two protocols; [`commit`] is how a transaction with effects ends.
 
 pub mod cancel;
+pub mod carry;
 pub mod commit;
 pub mod copy;
 pub mod effect;

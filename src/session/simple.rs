@@ -281,6 +281,7 @@ impl Session {
                 }
                 Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
             }
+            EffectPlan::Carried(carried) => self.take_carried(carried, write, shape, text).await,
             EffectPlan::Text { .. } => {
                 // The session's values are the same in every row.
                 self.wire.rows_kept_max = 1;

@@ -464,6 +464,12 @@ impl Wire {
                 self.results.values.push(value.map(Bytes::copy_from_slice));
                 return Ok(());
             }
+            (b'd', Mode::Keep) => {
+                let data = frame::body(frame);
+                self.results.row_bytes += data.len() + size_of::<Bytes>();
+                self.results.rows.push(Bytes::copy_from_slice(data));
+                return Ok(());
+            }
             _ => {}
         }
         match tag {
@@ -488,7 +494,7 @@ impl Wire {
             }
             _ => {}
         }
-        if mode != Mode::Hidden {
+        if !matches!(mode, Mode::Hidden | Mode::Keep) {
             self.to_client.extend_from_slice(frame);
         }
         Ok(())

@@ -129,7 +129,7 @@ cascades(root, oid, opaque) AS (
   FROM cascades s JOIN pg_catalog.pg_constraint k ON k.confrelid = s.oid
   WHERE k.contype = 'f' AND (k.confdeltype = ANY ('{c,n,d}') OR k.confupdtype = ANY ('{c,n,d}'))),
 views(root, oid) AS (
-  SELECT f.oid, f.oid FROM found f WHERE f.relkind = 'v'
+  SELECT f.oid, f.oid FROM found f WHERE f.relkind = ANY ('{v,m}')
   UNION SELECT v.root, d.refobjid FROM views v
   JOIN pg_catalog.pg_rewrite w ON w.ev_class = v.oid
   JOIN pg_catalog.pg_depend d ON d.objid = w.oid

@@ -19,7 +19,7 @@ use super::parse::{ParseError, Statement, tree};
 use super::plan::{Admin, Control, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
 use super::shape::Shape;
-use super::{copy, ddl, insert, modify};
+use super::{carry, copy, ddl, insert, modify};
 
 /// What a statement is classified from.
 pub(super) struct Context<'a> {
@@ -130,6 +130,7 @@ fn mentions(value: &Value, name: &str) -> bool {
 
 fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
     match node {
+        NodeEnum::SelectStmt(statement) if statement.into_clause.is_some() => carry::select_into(statement, context),
         NodeEnum::SelectStmt(_) => select(&context.tree, context.facts),
         NodeEnum::InsertStmt(statement) => insert::lane(statement, context),
         NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
@@ -192,10 +193,7 @@ fn select(part: &Value, facts: &Facts) -> Lane {
             "Large objects: use a bytea column.",
         )
     } else if found.into {
-        refused(
-            "SELECT ... INTO is not replicated by this version of pgtandem",
-            "Use CREATE TABLE, then INSERT ... SELECT.",
-        )
+        refused("SELECT ... INTO inside another statement is not supported", "Send it as a statement of its own.")
     } else {
         read(found.needs_guard())
     }
@@ -206,7 +204,7 @@ fn look_through_views(part: &Value, facts: &Facts) -> Look {
     let mut found = look(part, facts);
     let relations: Vec<&Relation> = found.relations.iter().filter_map(|name| facts.relations.get(name)).collect();
     for relation in relations {
-        if !relation.is_system() {
+        if !relation.is_system() && relation.kind != "m" {
             found.add_functions(&relation.view_functions, "a view");
             if relation.rls || relation.view_opaque || relation.kind == "f" {
                 found.effect = Some(Effect::Unknown);

@@ -2,17 +2,17 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    AlterTableCmd, AlterTableStmt, AlterTableType, ClusterStmt, ColumnDef, ConstrType, CreateStmt, DefElem, DropStmt,
-    Node, ObjectType, RangeVar, ReindexObjectType, ReindexStmt, TruncateStmt,
+    AlterTableCmd, AlterTableStmt, AlterTableType, ClusterStmt, CreateStmt, DefElem, DropStmt, Node, ObjectType,
+    RangeVar, ReindexObjectType, ReindexStmt, TruncateStmt,
 };
 use serde_json::Value;
 
+use super::carry;
 use super::classify::{Context, read, refused_setting};
 use super::dates::looks_like_now;
 use super::facts::Relation;
-use super::insert::may_write;
 use super::needs::{Name, Needs, type_name};
-use super::parse::{Statement, node_names, walk};
+use super::parse::{Statement, walk};
 use super::plan::{EffectPlan, Lane, Write};
 use super::refuse::{not_yet, refused};
 use super::target::{ON_TRUNCATE, Target, target};
@@ -51,7 +51,14 @@ pub(super) fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
             "Use now() or CURRENT_DATE.",
         );
     }
-    if is_definition(node) { ordered(true) } else { not_yet("this statement") }
+    if let NodeEnum::AlterTableStmt(statement) = node
+        && let Some(lane) = carry::alter_table(statement, fact(statement.relation.as_ref(), context), context)
+    {
+        return lane;
+    }
+    // WITH NO DATA; the others are carried
+    let empties = matches!(node, NodeEnum::RefreshMatViewStmt(_));
+    if empties || is_definition(node) { ordered(!empties) } else { not_yet("this statement") }
 }
 
 fn ordered(ddl: bool) -> Lane {
@@ -125,6 +132,17 @@ fn is_definition(node: &NodeEnum) -> bool {
             | NodeEnum::AlterTsdictionaryStmt(_)
             | NodeEnum::AlterTsconfigurationStmt(_)
             | NodeEnum::AlterCollationStmt(_)
+            | NodeEnum::CreatePublicationStmt(_)
+            | NodeEnum::AlterPublicationStmt(_)
+            | NodeEnum::CreateFdwStmt(_)
+            | NodeEnum::AlterFdwStmt(_)
+            | NodeEnum::CreateForeignServerStmt(_)
+            | NodeEnum::AlterForeignServerStmt(_)
+            | NodeEnum::CreateUserMappingStmt(_)
+            | NodeEnum::AlterUserMappingStmt(_)
+            | NodeEnum::DropUserMappingStmt(_)
+            | NodeEnum::CreateForeignTableStmt(_)
+            | NodeEnum::CreateAmStmt(_)
     )
 }
 
@@ -142,10 +160,8 @@ fn special(node: &NodeEnum, context: &Context<'_>) -> Option<Lane> {
         NodeEnum::DropStmt(drop) => drop_statement(drop),
         NodeEnum::ReindexStmt(statement) => Some(reindex(statement, context)),
         NodeEnum::ClusterStmt(statement) => Some(cluster(statement, context)),
-        NodeEnum::CreateTableAsStmt(statement) => Some(create_table_as(statement, context)),
-        NodeEnum::RefreshMatViewStmt(_) => {
-            Some(refused("materialized views are not replicated by this version of pgtandem", "Use a view or a table."))
-        }
+        NodeEnum::CreateTableAsStmt(statement) => Some(carry::create_table_as(statement, context)),
+        NodeEnum::RefreshMatViewStmt(statement) => carry::refresh(statement, context),
         NodeEnum::CreatedbStmt(_) | NodeEnum::DropdbStmt(_) => Some(refused(
             format!("CREATE DATABASE and DROP DATABASE {OUTSIDE_TRANSACTIONS}"),
             "Create databases before the first recovery of a follower.",
@@ -166,6 +182,18 @@ fn special(node: &NodeEnum, context: &Context<'_>) -> Option<Lane> {
         NodeEnum::AlterRoleSetStmt(statement) => statement.setstmt.as_ref().and_then(refused_setting),
         NodeEnum::AlterDatabaseSetStmt(statement) => statement.setstmt.as_ref().and_then(refused_setting),
         NodeEnum::CreateStmt(statement) => create_table(statement),
+        NodeEnum::CreateEventTrigStmt(_) | NodeEnum::AlterEventTrigStmt(_) => Some(refused(
+            "event triggers are not supported: their functions would run on every server by themselves",
+            "Nothing was changed. Grant the rights to make definitions to fewer roles instead.",
+        )),
+        NodeEnum::CreateSubscriptionStmt(_) | NodeEnum::AlterSubscriptionStmt(_) => Some(refused(
+            "subscriptions are not supported: what they bring would be written on one server only, past pgtandem",
+            "Subscribe in another cluster, and write from there through pgtandem.",
+        )),
+        NodeEnum::ImportForeignSchemaStmt(_) => Some(refused(
+            "IMPORT FOREIGN SCHEMA is not supported: every server would ask the foreign one by itself",
+            "Use CREATE FOREIGN TABLE for each table.",
+        )),
         NodeEnum::AlterTableStmt(statement) => alter_table(statement, context),
         _ => None,
     }
@@ -231,14 +259,6 @@ fn truncate(statement: &TruncateStmt, context: &Context<'_>) -> Lane {
 fn drop_statement(drop: &DropStmt) -> Option<Lane> {
     match ObjectType::try_from(drop.remove_type) {
         Ok(ObjectType::ObjectIndex) if drop.concurrent => Some(concurrently("DROP INDEX")),
-        Ok(
-            ObjectType::ObjectForeignServer
-            | ObjectType::ObjectFdw
-            | ObjectType::ObjectForeignTable
-            | ObjectType::ObjectEventTrigger
-            | ObjectType::ObjectPublication
-            | ObjectType::ObjectSubscription,
-        ) => Some(not_yet("this DROP")),
         _ => None,
     }
 }
@@ -247,7 +267,7 @@ fn has_option(options: &[Node], name: &str) -> bool {
     options.iter().any(|option| matches!(option.node.as_ref(), Some(NodeEnum::DefElem(option)) if option.defname == name && is_on(option)))
 }
 
-fn fact<'a>(relation: Option<&RangeVar>, context: &Context<'a>) -> Option<&'a Relation> {
+pub(super) fn fact<'a>(relation: Option<&RangeVar>, context: &Context<'a>) -> Option<&'a Relation> {
     let relation = relation?;
     context.facts.relations.get(&Name::new(&relation.schemaname, &relation.relname))
 }
@@ -281,31 +301,7 @@ fn cluster(statement: &ClusterStmt, context: &Context<'_>) -> Lane {
     if table.is_some_and(Relation::is_temporary) { read(false) } else { ordered(true) }
 }
 
-fn create_table_as(statement: &pg_query::protobuf::CreateTableAsStmt, context: &Context<'_>) -> Lane {
-    let into = statement.into.as_ref().and_then(|into| into.rel.as_ref());
-    if into.is_some_and(is_temporary_name) {
-        let found = context.look(&statement.query);
-        if found.writes.is_none() && !found.own_schema {
-            return match may_write(&[&found]) {
-                // CREATE TABLE can not run behind the guard
-                Some(what) => refused(
-                    format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
-                    "Create the table first, then INSERT ... SELECT.",
-                ),
-                None => read(false),
-            };
-        }
-    }
-    if statement.objtype == ObjectType::ObjectMatview as i32 {
-        return refused("materialized views are not replicated by this version of pgtandem", "Use a view or a table.");
-    }
-    refused(
-        "CREATE TABLE AS is not replicated by this version of pgtandem",
-        "Use CREATE TABLE, then INSERT ... SELECT.",
-    )
-}
-
-fn is_temporary_name(relation: &RangeVar) -> bool {
+pub(super) fn is_temporary_name(relation: &RangeVar) -> bool {
     relation.relpersistence == "t" || relation.schemaname == "pg_temp"
 }
 
@@ -324,16 +320,12 @@ fn alter_table(statement: &AlterTableStmt, context: &Context<'_>) -> Option<Lane
         Some(NodeEnum::AlterTableCmd(command)) => Some(command.as_ref()),
         _ => None,
     });
-    commands.find_map(|command| alter_command(command, table, context))
+    commands.find_map(alter_command)
 }
 
-fn alter_command(command: &AlterTableCmd, table: Option<&Relation>, context: &Context<'_>) -> Option<Lane> {
+fn alter_command(command: &AlterTableCmd) -> Option<Lane> {
     let definition = command.def.as_ref().and_then(|definition| definition.node.as_ref());
     match (AlterTableType::try_from(command.subtype).ok()?, definition) {
-        (AlterTableType::AtAddColumn, Some(NodeEnum::ColumnDef(column))) => add_column(column, context),
-        (AlterTableType::AtAlterColumnType, Some(NodeEnum::ColumnDef(column))) => {
-            change_type(&command.name, column, table, context)
-        }
         (AlterTableType::AtSetTableSpace, _) => {
             Some(refused("tablespaces are not supported by this version of pgtandem", "Leave the table where it is."))
         }
@@ -342,63 +334,6 @@ fn alter_command(command: &AlterTableCmd, table: Option<&Relation>, context: &Co
         }
         _ => None,
     }
-}
-
-const ROW_VALUES: &str = "would give existing rows other values on other servers";
-
-/// Existing rows get the default's value: it must be the same everywhere.
-fn add_column(column: &ColumnDef, context: &Context<'_>) -> Option<Lane> {
-    let refuse = |what: &str| {
-        Some(refused(
-            format!("ADD COLUMN with {what} {ROW_VALUES}"),
-            "Add the column without a default, fill it with UPDATE, then set the default.",
-        ))
-    };
-    let type_parts = column.type_name.as_ref().map(|name| node_names(&name.names)).unwrap_or_default();
-    let type_last = type_parts.last().copied().unwrap_or_default();
-    if matches!(type_last, "serial" | "serial4" | "bigserial" | "serial8" | "smallserial" | "serial2") {
-        return refuse("a serial type");
-    }
-    if Name::of_parts(&type_parts).and_then(|name| context.facts.types.get(&name)).is_some_and(|fact| fact.has_default)
-    {
-        return refuse("a domain that has a default");
-    }
-    for node in &column.constraints {
-        let Some(NodeEnum::Constraint(constraint)) = node.node.as_ref() else { continue };
-        match ConstrType::try_from(constraint.contype) {
-            Ok(ConstrType::ConstrIdentity) => return refuse("an identity"),
-            Ok(ConstrType::ConstrDefault) => {
-                let found = context.look(&constraint.raw_expr);
-                if !found.is_pure() || !found.session_values.is_empty() || found.text_to_date {
-                    return refuse("a default that is not immutable");
-                }
-            }
-            _ => {}
-        }
-    }
-    None
-}
-
-fn change_type(name: &str, column: &ColumnDef, table: Option<&Relation>, context: &Context<'_>) -> Option<Lane> {
-    let refuse = |what: &str| {
-        Some(refused(
-            format!("ALTER COLUMN ... TYPE with {what} {ROW_VALUES}"),
-            "Add a new column and fill it with UPDATE.",
-        ))
-    };
-    if let Some(using) = &column.raw_default {
-        let found = context.look(using);
-        if !found.is_pure() || !found.session_values.is_empty() || found.subqueries || found.text_to_date {
-            return refuse("an expression that is not immutable");
-        }
-    }
-    let target = column.type_name.as_ref().and_then(|name| Name::of_parts(&node_names(&name.names)));
-    let to_date = target.and_then(|name| context.facts.types.get(&name)).is_some_and(|fact| fact.dates);
-    let from_text = table.and_then(|table| table.column(name)).is_some_and(|column| column.text);
-    if to_date && from_text {
-        return refuse("a change from text to a date or time type, where a text may be 'now',");
-    }
-    None
 }
 
 enum Temporary {

@@ -57,7 +57,7 @@ pub struct Relation {
     pub cascade_opaque: bool,
     /// Functions in CHECK constraints, also of its domains.
     pub check_functions: Vec<Function>,
-    /// For a view: functions that reading it can call, through other views too.
+    /// For a view: functions that reading it can call, through other views too; for a materialized view: refreshing it.
     pub view_functions: Vec<Function>,
     /// For a view: a relation behind it is foreign or has row-level security.
     pub view_opaque: bool,

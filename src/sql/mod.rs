@@ -4,6 +4,7 @@
 //! [`parse::parse`], [`needs::Needs::of`], [`catalog::query`] run on the leader, [`facts::Facts::parse`] of the answer,
 //! [`classify::classify`] (or [`classify::unparsable`]). The texts for leader and followers come from the plan's methods.
 
+mod carry;
 pub mod catalog;
 pub mod classify;
 mod copy;

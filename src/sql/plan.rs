@@ -124,6 +124,35 @@ pub enum EffectPlan {
         /// Data go to date and time columns: if the scanner finds one that is the clock's, the statement is refused.
         dates: Option<CopyDates>,
     },
+    /// A definition that gives rows values: followers get it without them, and the rows as the leader made them.
+    Carried(Carried),
+}
+
+/// Which rows a definition gives values. Object identifiers are the leader's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Carried {
+    /// CREATE TABLE AS, SELECT INTO, CREATE MATERIALIZED VIEW. No schema: the first of the search_path.
+    New {
+        schema: Option<String>,
+        name: String,
+        view: bool,
+        no_data: bool,
+    },
+    Refresh {
+        view: u32,
+    },
+    /// ALTER TABLE after which any row may have another value. `retyped`: columns whose type it changes so.
+    Rows {
+        table: u32,
+        retyped: Vec<String>,
+    },
+    /// ADD COLUMN whose default has values of the session, the same for every row. `values`: SQL expressions of their text form, for
+    /// the splices of the text.
+    Defaults {
+        table: u32,
+        columns: Vec<String>,
+        values: Vec<String>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

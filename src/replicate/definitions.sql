@@ -1,0 +1,138 @@
+-- What followers do instead of a definition that gives rows values, asked after the leader has run it. One line a step, the first
+-- letter says what it is: C a statement under the client's role, O one under the proxy's own role, K the client's own text,
+-- L a COPY TO STDOUT for the leader whose data go into the next F, a COPY FROM STDIN under the proxy's own role,
+-- T nothing: what was made is temporary, R the reason why it can not be carried.
+CREATE OR REPLACE FUNCTION pgtandem.columns(of_relation oid, definitions boolean) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT string_agg(quote_ident(a.attname) || CASE WHEN definitions THEN ' ' || format_type(a.atttypid, a.atttypmod)
+            || CASE WHEN a.attcollation NOT IN (0, t.typcollation)
+                THEN (SELECT format(' COLLATE %I.%I', n.nspname, o.collname) FROM pg_collation o
+                    JOIN pg_namespace n ON n.oid = o.collnamespace WHERE o.oid = a.attcollation)
+                ELSE '' END ELSE '' END, ', ' ORDER BY a.attnum)
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = of_relation AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+$$;
+CREATE OR REPLACE FUNCTION pgtandem.storage(of_relation oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(' USING ' || quote_ident(m.amname), '')
+        || coalesce(' WITH (' || (SELECT string_agg(format('%s%I = %L', x.prefix, o.option_name, o.option_value), ', ')
+            FROM (SELECT ''::text AS prefix, c.reloptions AS options
+                UNION ALL SELECT 'toast.', s.reloptions FROM pg_class s WHERE s.oid = c.reltoastrelid) x
+            CROSS JOIN LATERAL pg_options_to_table(x.options) o) || ')', '')
+    FROM pg_class c LEFT JOIN pg_am m ON m.oid = c.relam WHERE c.oid = of_relation
+$$;
+-- The rows of these relations, to be read from the leader and written where they are empty.
+CREATE OR REPLACE FUNCTION pgtandem.rows(relations oid[]) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT step FROM unnest(relations) WITH ORDINALITY u(relation, at) JOIN pg_class c ON c.oid = u.relation
+    JOIN pg_namespace n ON n.oid = c.relnamespace CROSS JOIN LATERAL pgtandem.columns(c.oid, false) l(list)
+    CROSS JOIN LATERAL (VALUES
+        (1, format('LCOPY (SELECT %s FROM ONLY %I.%I) TO STDOUT (ENCODING ''UTF8'')', l.list, n.nspname, c.relname)),
+        (2, format('FCOPY %I.%I (%s) FROM STDIN (ENCODING ''UTF8'')', n.nspname, c.relname, l.list))) s(k, step)
+    ORDER BY u.at, s.k
+$$;
+CREATE OR REPLACE FUNCTION pgtandem.followers_do(
+    given text, kind text, target oid, new_schema text, new_name text, parts text[]) RETURNS SETOF text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    relation oid := target;
+    c record;
+    place text;
+    tables oid[];
+    obstacle text;
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.one AND e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.followers_do is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    IF new_schema ~ '^pg_temp' THEN
+        RETURN NEXT 'T';
+        RETURN;
+    END IF;
+    IF relation IS NULL THEN
+        SELECT r.oid INTO relation FROM pg_class r JOIN pg_namespace n ON n.oid = r.relnamespace
+        WHERE n.nspname = new_schema AND r.relname = new_name;
+    END IF;
+    SELECT r.*, n.nspname INTO c FROM pg_class r JOIN pg_namespace n ON n.oid = r.relnamespace WHERE r.oid = relation;
+    IF NOT FOUND THEN
+        RETURN NEXT 'Rwhat the statement made is not found';
+        RETURN;
+    END IF;
+    IF c.relpersistence = 't' THEN
+        RETURN NEXT 'T';
+        RETURN;
+    END IF;
+    place := format('%I.%I', c.nspname, c.relname);
+    IF kind IN ('table', 'table with rows', 'view') THEN
+        SELECT a.attname INTO obstacle FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+            JOIN pg_namespace n ON n.oid = t.typnamespace
+            WHERE a.attrelid = relation AND a.attnum > 0 AND n.nspname ~ '^pg_(toast_)?temp_' LIMIT 1;
+        IF FOUND THEN
+            RETURN NEXT format('Rthe type of its column %s is a temporary one', obstacle);
+            RETURN;
+        END IF;
+        IF pgtandem.columns(relation, false) IS NULL THEN
+            RETURN NEXT 'Rit has no columns';
+            RETURN;
+        END IF;
+    END IF;
+    IF kind IN ('table', 'table with rows') THEN
+        IF c.relpersistence = 'u' AND kind = 'table with rows' THEN
+            RETURN NEXT 'Rit is unlogged: a node that is filled gets it empty';
+            RETURN;
+        END IF;
+        RETURN NEXT format('CCREATE %sTABLE %s%s (%s)%s', CASE WHEN c.relpersistence = 'u' THEN 'UNLOGGED ' ELSE '' END,
+            CASE WHEN kind = 'table' THEN 'IF NOT EXISTS ' ELSE '' END, place, pgtandem.columns(relation, true),
+            pgtandem.storage(relation));
+        IF kind = 'table with rows' THEN
+            RETURN QUERY SELECT pgtandem.rows(ARRAY[relation]);
+        END IF;
+    ELSIF kind = 'view' THEN
+        RETURN NEXT format('CCREATE MATERIALIZED VIEW IF NOT EXISTS %s (%s)%s AS %s WITH NO DATA', place,
+            pgtandem.columns(relation, false), pgtandem.storage(relation), rtrim(pg_get_viewdef(relation), ';'));
+    END IF;
+    IF kind IN ('view', 'refresh') AND c.relispopulated THEN
+        -- No command puts given rows into a materialized view; for this transaction alone it is a table.
+        RETURN NEXT format('OREFRESH MATERIALIZED VIEW %s WITH NO DATA', place);
+        RETURN NEXT format('OUPDATE pg_catalog.pg_class SET relkind = ''r'' WHERE oid = %L::pg_catalog.regclass', place);
+        RETURN QUERY SELECT pgtandem.rows(ARRAY[relation]);
+        RETURN NEXT format('OUPDATE pg_catalog.pg_class SET relkind = ''m'', relispopulated = true '
+            'WHERE oid = %L::pg_catalog.regclass', place);
+    END IF;
+    IF kind = 'defaults' THEN
+        RETURN NEXT 'K';
+        RETURN QUERY SELECT format('CALTER TABLE %s ALTER COLUMN %I SET DEFAULT %s', place, a.attname,
+                pg_get_expr(d.adbin, d.adrelid))
+            FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+            WHERE d.adrelid = relation AND a.attname = ANY (parts::name[]) ORDER BY a.attnum;
+    ELSIF kind = 'rows' THEN
+        WITH RECURSIVE tree(oid) AS (SELECT relation UNION SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid)
+        SELECT array_agg(t.oid ORDER BY t.oid) INTO tables FROM tree t JOIN pg_class r ON r.oid = t.oid WHERE r.relkind = 'r';
+        SELECT format('the trigger %s fires on every server', g.tgname) INTO obstacle FROM pg_trigger g
+            WHERE g.tgrelid = ANY (tables) AND g.tgenabled IN ('A', 'R') LIMIT 1;
+        IF obstacle IS NULL THEN
+            SELECT format('the rule %s works on every server', w.rulename) INTO obstacle FROM pg_rewrite w
+                WHERE w.ev_class = ANY (tables) AND w.ev_enabled IN ('A', 'R') LIMIT 1;
+        END IF;
+        IF obstacle IS NULL THEN
+            SELECT format('the foreign key %s of another table refers to the column', k.conname) INTO obstacle
+                FROM pg_constraint k JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = ANY (k.confkey)
+                WHERE k.contype = 'f' AND k.confrelid = ANY (tables || relation)
+                    AND k.conrelid <> ALL (tables || relation) AND a.attname = ANY (parts::name[]) LIMIT 1;
+        END IF;
+        IF obstacle IS NOT NULL THEN
+            RETURN NEXT 'R' || obstacle;
+            RETURN;
+        END IF;
+        -- On empty tables the text gives no value to any row. Neither triggers nor foreign keys are asked about the rows that
+        -- go and come back: they are the leader's.
+        RETURN NEXT 'OSET LOCAL session_replication_role = replica';
+        RETURN QUERY SELECT format('ODELETE FROM ONLY %I.%I', n.nspname, r.relname)
+            FROM unnest(tables) u(oid) JOIN pg_class r ON r.oid = u.oid JOIN pg_namespace n ON n.oid = r.relnamespace;
+        RETURN NEXT 'OSET LOCAL session_replication_role = origin';
+        RETURN NEXT 'K';
+        RETURN NEXT 'OSET LOCAL session_replication_role = replica';
+        RETURN QUERY SELECT pgtandem.rows(tables);
+        RETURN NEXT 'OSET LOCAL session_replication_role = origin';
+    END IF;
+END $$;
