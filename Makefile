@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential check
+.PHONY: demo test setup bench differential torture check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -27,6 +27,15 @@ differential: setup
 	@test -n "$(DIR)" || { echo 'which folder? make differential DIR=tests/differential' >&2; exit 2; }
 	PGTANDEM_SCRIPTS="$(abspath $(DIR))" PGTANDEM_SCRIPTS_ONLY="$(ONLY)" \
 		$(CARGO) test --locked --quiet --test differential -- --nocapture
+
+# Random transactions, servers compared, for as long as it takes: the seeds SEED .. SEED + SEEDS - 1. A red run prints a script.
+SEED ?= $(shell date +%s)
+SEEDS ?= 100
+TRANSACTIONS ?= 10000
+NODES ?= 2
+torture: setup
+	TORTURE_SEED=$(SEED) TORTURE_SEEDS=$(SEEDS) TORTURE_TRANSACTIONS=$(TRANSACTIONS) TORTURE_NODES=$(NODES) \
+		$(CARGO) test --locked --test torture -- --nocapture random_transactions
 
 check:
 	$(CARGO) fmt --all --check
