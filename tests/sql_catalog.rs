@@ -147,7 +147,7 @@ async fn pgbench_takes_the_fast_lanes() {
     let copy = write(&client, "copy pgbench_accounts from stdin with (freeze on)").await;
     let EffectPlan::Copy { text: CopyText::Instead(text), .. } = &copy.effect else { panic!("{copy:?}") };
     assert_eq!(text, "copy pgbench_accounts from stdin with (freeze off)");
-    assert_eq!(plan(&client, "vacuum analyze pgbench_branches").await.lane, Lane::Maintenance);
+    assert_eq!(plan(&client, "vacuum analyze pgbench_branches").await.lane, Lane::Maintenance { exclusive: false });
     for (table, key) in [("branches", "bid"), ("tellers", "tid"), ("accounts", "aid")] {
         let text = format!("alter table pgbench_{table} add primary key ({key})");
         assert!(write(&client, &text).await.ddl);

@@ -15,6 +15,7 @@ use crate::cluster::members::{self, MembersError};
 use crate::config::NodeConfig;
 use crate::replicate::follower::ServerError;
 use crate::replicate::hub::{Hub, HubError, Reign, store_on};
+use crate::replicate::nodewise::{self, Intent, Place, Servers};
 use crate::replicate::resolve::{self, Marks, Verdict};
 
 /// How long the leader's agent and its PostgreSQL may take to be there.
@@ -133,10 +134,10 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
         wait_for_start(hub, node).await;
     }
     let secret: Arc<str> = format!("{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>()).into();
-    let marks = raise_on_leader(hub, epoch, &secret).await?;
+    let (marks, intents) = raise_on_leader(hub, epoch, &secret).await?;
     let mut staying = Vec::new();
     for follower in promising {
-        match settle_follower(hub, &follower.node, epoch, &secret, &marks).await {
+        match settle_follower(hub, &follower.node, epoch, &secret, &marks, &intents).await {
             Ok(None) => staying.push(follower),
             Ok(Some((database, Verdict::Ahead { mark, leader: ours, follower: theirs }))) => {
                 let (leader, follower) = (own.name, follower.node.name);
@@ -177,8 +178,13 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             tracing::info!(node = %member.node.name, error = %e, "could not be told that it is stale; it will be");
         }
     }
+    let later: Vec<Intent> = intents.into_iter().filter(nodewise::may_take_long).collect();
+    if later.is_empty() {
+        Servers { hub, epoch, secret: &secret }.forget(Place::Leader).await?;
+    }
     hub.marks.begin(epoch, marks);
     hub.show(new);
+    nodewise::go_on(hub, epoch, &secret, later).await;
     hub.reign.send_replace(Reign::Serving { epoch, secret });
     tracing::info!(epoch, "a new epoch serves");
     Ok(())
@@ -273,8 +279,13 @@ async fn wait_for_start(hub: &Hub, node: &NodeConfig) {
     }
 }
 
-/// The epoch in every database of the leader, old sessions ended, then its marks.
-async fn raise_on_leader(hub: &Hub, epoch: u64, secret: &str) -> Result<HashMap<String, Marks>, ReignError> {
+/// The epoch in every database of the leader, old sessions ended, its share of what was under way outside transactions, then its
+/// marks.
+async fn raise_on_leader(
+    hub: &Hub,
+    epoch: u64,
+    secret: &str,
+) -> Result<(HashMap<String, Marks>, Vec<Intent>), ReignError> {
     let mut first = hub.leader_connection("postgres").await?;
     let databases = resolve::databases(&mut first).await?;
     drop(first);
@@ -284,8 +295,14 @@ async fn raise_on_leader(hub: &Hub, epoch: u64, secret: &str) -> Result<HashMap<
         resolve::raise_epoch(&mut connection, epoch, secret).await?;
     }
     resolve::end_sessions(&mut hub.leader_connection("postgres").await?).await?;
+    let servers = Servers { hub, epoch, secret };
+    let intents = servers.intents().await?;
+    for intent in &intents {
+        tracing::info!(text = intent.text, "a statement outside transactions is gone on with");
+        servers.settle_leader(intent, &intent.work()?).await?;
+    }
     let mut marks = HashMap::new();
-    for database in databases {
+    for database in resolve::databases(&mut hub.leader_connection("postgres").await?).await? {
         let mut connection = hub.leader_connection(&database).await?;
         let of_database = resolve::marks(&mut connection).await?;
         // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
@@ -295,7 +312,7 @@ async fn raise_on_leader(hub: &Hub, epoch: u64, secret: &str) -> Result<HashMap<
         }
         marks.insert(database, of_database);
     }
-    Ok(marks)
+    Ok((marks, intents))
 }
 
 /// The same on a follower, and the fate of what it holds prepared. Gives where it differs from the leader, if it does.
@@ -305,27 +322,46 @@ async fn settle_follower(
     epoch: u64,
     secret: &str,
     leader: &HashMap<String, Marks>,
-) -> Result<Option<(String, Verdict)>, ServerError> {
+    intents: &[Intent],
+) -> Result<Option<(String, Verdict)>, HubError> {
     let mut first = hub.tunnel_connection(node, "postgres", epoch, None).await?;
     let databases = resolve::databases(&mut first).await?;
     drop(first);
     for database in &databases {
         let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
+        resolve::install(&mut connection).await?;
         resolve::raise_epoch(&mut connection, epoch, secret).await?;
     }
     resolve::end_sessions(&mut hub.tunnel_connection(node, "postgres", epoch, None).await?).await?;
+    let none = Marks::default();
     for database in &databases {
         let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
-        let none = Marks::default();
-        let marks = leader.get(database).unwrap_or(&none);
+        let marks = nodewise::renamed(database, leader, intents).unwrap_or(&none);
         let resolved = resolve::resolve(&mut connection, &hub.config.cluster.name, Some(marks)).await?;
         if resolved > 0 {
             tracing::info!(node = %node.name, database, resolved, "transactions in doubt were resolved by the leader's marks");
         }
+    }
+    let servers = Servers { hub, epoch, secret };
+    for intent in intents.iter().filter(|intent| !nodewise::may_take_long(intent)) {
+        servers.follow(node, intent, &intent.work()?, false).await?;
+    }
+    let mut first = hub.tunnel_connection(node, "postgres", epoch, None).await?;
+    let databases = resolve::databases(&mut first).await?;
+    drop(first);
+    if let Some(missing) = leader.keys().find(|name| !databases.contains(name)) {
+        return Err(HubError::Other(format!("it has no database {missing}")));
+    }
+    for database in &databases {
+        let Some(marks) = leader.get(database) else {
+            return Err(HubError::Other(format!("it has a database {database} that the leader does not have")));
+        };
+        let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
         let verdict = resolve::compare(marks, &resolve::marks(&mut connection).await?);
         if verdict != Verdict::Same {
             return Ok(Some((database.clone(), verdict)));
         }
     }
+    servers.forget(Place::Follower(node)).await?;
     Ok(None)
 }

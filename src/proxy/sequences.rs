@@ -40,7 +40,12 @@ pub async fn keep(hub: &Hub) {
             known = followers;
         }
         for database in hub.take_written() {
-            if let Err(e) = keep_database(hub, &database, &mut seen).await {
+            let kept = keep_database(hub, &database, &mut seen).await;
+            // Dropped or renamed meanwhile.
+            let gone = matches!(&kept, Err(HubError::Server(e)) if e.sqlstate() == Some("3D000"));
+            if let Err(e) = kept
+                && !gone
+            {
                 tracing::info!(database = &*database, error = %e, "sequences of followers were not moved ahead; tried again");
                 hub.note_write(&database);
             }

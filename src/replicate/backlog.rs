@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::replicate::effects::EffectLog;
+use crate::replicate::exclusion::Cut;
 use crate::replicate::flight::Decision;
 
 /// Transactions that one batch of the applier holds at most.
@@ -50,6 +51,8 @@ impl Entry {
 pub struct Backlog {
     state: Mutex<State>,
     bytes_max: u64,
+    /// No statement runs node by node while there is a backlog: it could not be put into it.
+    _cut: Option<Cut>,
 }
 
 #[derive(Debug, Default)]
@@ -77,8 +80,8 @@ pub enum Next {
 
 impl Backlog {
     #[must_use]
-    pub fn new(bytes_max: u64) -> Self {
-        Self { state: Mutex::default(), bytes_max }
+    pub fn new(bytes_max: u64, cut: Option<Cut>) -> Self {
+        Self { state: Mutex::default(), bytes_max, _cut: cut }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -154,7 +157,7 @@ mod tests {
 
     #[test]
     fn order_is_kept_and_nothing_overtakes_what_is_not_settled() {
-        let backlog = Backlog::new(1 << 20);
+        let backlog = Backlog::new(1 << 20, None);
         let entries = [entry("a", false), entry("a", false), entry("a", true), entry("b", false)];
         for e in &entries {
             backlog.push(Arc::clone(e));
@@ -173,7 +176,7 @@ mod tests {
 
     #[test]
     fn past_its_limit_it_says_so_and_holds_nothing() {
-        let backlog = Backlog::new(2 * ENTRY_BYTES);
+        let backlog = Backlog::new(2 * ENTRY_BYTES, None);
         (0..3).for_each(|_| backlog.push(entry("a", false)));
         assert!(matches!(backlog.next(), Next::Overflowed));
         assert_eq!(backlog.progress().0, 0);

@@ -26,7 +26,7 @@ const PLACE_MS_MAX: u64 = 120_000;
 /// Pause between two attempts to take out a member that could not finish.
 const RETRY_MS: u64 = 500;
 /// A half may take this many times as long as the leader needed for the transaction, on top of the fixed limit.
-const SLOWER_MAX: u64 = 4;
+pub const SLOWER_MAX: u64 = 4;
 
 /// The share of one thread in the idle connections.
 fn idle_max(hub: &Hub) -> usize {
@@ -71,6 +71,10 @@ impl Pool {
             return;
         }
         let kept: usize = idle.iter().filter(|((id, _), _)| *id == follower.id).map(|(_, list)| list.len()).sum();
+        if kept >= idle_max(hub) {
+            // Connections to databases that were dropped or renamed have ended.
+            idle.retain(|(_, database), _| hub.marks.knows(database));
+        }
         if kept < idle_max(hub) {
             idle.entry((follower.id, Arc::clone(database))).or_default().push(connection);
         }
@@ -245,7 +249,9 @@ impl Commit<'_> {
             Err(e) => return (Err(e), None),
         };
         let result = flight::prepare(&mut connection, self.log, self.decision).await;
-        if !was_idle || !matches!(result, Err(ServerError::Io(_))) {
+        // Also one that was ended because a statement needed the database for itself.
+        let ended = |e: &ServerError| matches!(e, ServerError::Io(_)) || e.sqlstate() == Some("57P01");
+        if !was_idle || !result.as_ref().is_err_and(ended) {
             return (result, Some(connection));
         }
         let mut connection = match self.pool.open(self.hub, follower, self.database).await {
@@ -257,6 +263,22 @@ impl Commit<'_> {
             Err(e) => Err(e),
         };
         (result, Some(connection))
+    }
+
+    /// As [`within`]; but where others may hold locks for long on followers, the time that passes then does not count.
+    async fn within<T>(
+        &self,
+        ms_max: u64,
+        work: impl Future<Output = Result<T, ServerError>>,
+    ) -> Result<T, ServerError> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            match tokio::time::timeout(Duration::from_millis(ms_max), &mut work).await {
+                Ok(result) => return result,
+                Err(_) if self.hub.nodewise.may_block_halves() => {}
+                Err(_) => return Err(ServerError::Timeout(ms_max)),
+            }
+        }
     }
 
     /// One follower's half. What only differs because earlier commits are not finished there yet is made once more.
@@ -273,6 +295,10 @@ impl Commit<'_> {
                 Err(e) if !e.is_sick() && e.sqlstate() != Some("0A000") => {
                     tracing::debug!(node = %follower.node.name, error = %e, "half is made once more");
                     self.hub.counters.halves_remade.fetch_add(1, Ordering::Relaxed);
+                    if !self.log.ddl && self.inside.is_none() {
+                        // The follower may not have an index yet, or still have one, that the leader has done with.
+                        self.hub.nodewise.quiet().await;
+                    }
                     let number = self.inside.as_ref().map_or_else(|| self.hub.gate.next_number(), |i| i.number);
                     self.hub.gate.barrier(number).await;
                     flight::prepare(&mut connection, self.log, self.decision).await?;
@@ -282,7 +308,7 @@ impl Commit<'_> {
             Ok((connection, place))
         };
         tokio::select! {
-            result = within(limit_ms, work) => result,
+            result = self.within(limit_ms, work) => result,
             () = follower.gone.cancelled() => Err(ServerError::Other("it left the member set".into())),
         }
     }

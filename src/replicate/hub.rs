@@ -21,6 +21,7 @@ use crate::cluster::members::{self, MembersError};
 use crate::config::{Config, NodeConfig};
 use crate::replicate::backlog::{Backlog, Entry};
 use crate::replicate::effects::{EffectLog, SpillBudget};
+use crate::replicate::exclusion::Exclusion;
 use crate::replicate::flight::Decision;
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
@@ -110,6 +111,8 @@ pub struct Hub {
     pub identity: Identity,
     pub gate: Arc<Gate>,
     pub marks: Arc<MarkPool>,
+    /// Statements that run node by node, and what must not meet them.
+    pub nodewise: Arc<Exclusion>,
     pub spill: Arc<SpillBudget>,
     /// Grows by two with each DDL commit; odd while one is under way, so that nothing is planned between two catalogs.
     pub schema_number: AtomicU64,
@@ -150,6 +153,7 @@ impl Hub {
             identity,
             gate: Arc::default(),
             marks: Arc::default(),
+            nodewise: Arc::default(),
             spill: Arc::new(spill),
             schema_number: AtomicU64::new(2),
             counters: Counters::default(),

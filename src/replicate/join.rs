@@ -27,6 +27,8 @@ const SHORT_MAX: u64 = 20;
 const SPARES_MAX: usize = 32;
 /// Pause while the first transaction of the backlog is not decided yet.
 const UNSETTLED_POLL_US: u64 = 200;
+/// How long one attempt at a cut waits for a statement that runs node by node.
+const NODEWISE_MS_MAX: u64 = 50_000;
 /// How long one agent may take to store the larger set while the gate is closed.
 const STORE_MS_MAX: u64 = 2000;
 /// What a batch under way may take past the limit of the gate.
@@ -206,6 +208,11 @@ impl Replication for Hub {
         // The first use of a statement costs catalog reads that nobody should wait for.
         build::query(&mut leader.out, b"SELECT pg_logical_emit_message(false, 'pgtandem', 'cut is near')");
         leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
+        let cut =
+            tokio::time::timeout(Duration::from_millis(NODEWISE_MS_MAX), self.nodewise.cut()).await.map_err(|_| {
+                let what = "a statement that runs node by node is under way (CREATE INDEX CONCURRENTLY or the like)";
+                ReplicationError::new(Kind::Gate, what, "It is tried again by itself.")
+            })?;
         let closed = self.close_gate().await?;
         // The function gives the end of its record, a record boundary; its commit flushes past it. All commits that
         // passed the gate are finished, so each is before this record or comes after the gate opens.
@@ -214,7 +221,7 @@ impl Replication for Hub {
             leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
         let x = answer.values.first().and_then(Option::as_ref).and_then(|v| parse_lsn(v));
         let x = x.ok_or_else(|| leader_error(&"no position of the marker record"))?;
-        let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max));
+        let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max, Some(cut)));
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(node.to_owned(), backlog);
         Ok(CutDone { x, gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms() })
     }

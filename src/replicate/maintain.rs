@@ -1,4 +1,4 @@
-//! VACUUM and ANALYZE on followers: they change no content, so nothing waits for them and an error is only logged.
+//! VACUUM and the like on followers: they change no content, so nothing waits for them and an error is only logged.
 
 use std::sync::Arc;
 
@@ -7,7 +7,9 @@ use crate::replicate::follower::Answer;
 use crate::replicate::hub::Hub;
 
 /// Runs the client's text on every follower of the member set, one after the other.
-pub async fn run(hub: &Hub, database: &Arc<str>, text: &str) {
+/// `exclusive`: others may have to wait long for its locks.
+pub async fn run(hub: &Hub, database: &Arc<str>, text: &str, exclusive: bool) {
+    let _exclusive = exclusive.then(|| hub.nodewise.exclusive());
     let Some((epoch, secret)) = hub.epoch_and_secret() else { return };
     for follower in &hub.view().followers {
         let work = async {

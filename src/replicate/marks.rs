@@ -2,10 +2,12 @@
 //!
 //! A session holds two and alternates, because transaction n+1 of a mark starts only when n is finished everywhere.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::sql::nodewise::Work;
 
 /// More sessions than half of that are refused at their start.
 const MARKS_MAX: i32 = 100_000;
@@ -68,8 +70,12 @@ impl MarkPool {
 
     /// A reign begins: from now on sessions take these marks, and what older sessions left undecided is decided by them.
     pub fn begin(&self, epoch: u64, decided: HashMap<String, HashMap<i32, i64>>) {
+        // A database that was copied past the proxy has marks of the one that it was copied from: their numbers, and so the names
+        // of prepared transactions, must be used by one of the two alone.
+        let mut used = HashSet::new();
         for (database, rows) in &decided {
-            self.load(database, rows.iter().map(|(id, n)| (*id, *n)).collect());
+            let own = rows.iter().filter(|(id, _)| used.insert(**id)).map(|(id, n)| (*id, *n)).collect();
+            self.load(database, own);
         }
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         marks.beginnings.push_back(Beginning { epoch, decided });
@@ -93,6 +99,33 @@ impl MarkPool {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         marks.last_id = rows.iter().map(|(id, _)| *id).fold(marks.last_id, i32::max);
         marks.free.insert(database.to_owned(), rows);
+    }
+
+    /// After a statement about databases: what is gone is forgotten, what is new has no marks yet, and a renamed one keeps its own.
+    /// `there`: databases that are there now; `before`: those of the statement that were there before it.
+    pub fn rename(&self, work: &Work, there: &[String], before: &[String]) {
+        let is_there = |name: &String| there.contains(name);
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        match work {
+            Work::CreateDatabase { name, .. } if is_there(name) && !before.contains(name) => {
+                marks.free.entry(name.clone()).or_default();
+            }
+            Work::DropDatabase { name } if !is_there(name) => {
+                marks.free.remove(name);
+            }
+            Work::RenameDatabase { from, to } if is_there(to) && !is_there(from) => {
+                if let Some(free) = marks.free.remove(from) {
+                    marks.free.insert(to.clone(), free);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether sessions may use this database.
+    #[must_use]
+    pub fn knows(&self, database: &str) -> bool {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner).free.contains_key(database)
     }
 
     /// A mark for a session, or `None` past the limit or for a database that is not known.

@@ -7,6 +7,7 @@
 pub mod backlog;
 pub mod commit;
 pub mod effects;
+pub mod exclusion;
 pub mod flight;
 pub mod follower;
 pub mod gate;
@@ -14,5 +15,6 @@ pub mod hub;
 pub mod join;
 pub mod maintain;
 pub mod marks;
+pub mod nodewise;
 pub mod resolve;
 pub mod schema;

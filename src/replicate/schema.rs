@@ -2,6 +2,7 @@
 //!
 //! `pgtandem.epoch`: one row, local to the node: the epoch that may use the database and the hash of its secret.
 //! `pgtandem.mark`: a row per mark: the last of its transactions that is decided.
+//! `pgtandem.intent`, used in database `postgres`: a statement that runs node by node and is not finished everywhere.
 //! The functions run with the rights of their owner and a fixed `search_path`; they take the secret of the epoch,
 //! always as a bound parameter, so no client can call them although they are callable by everybody.
 //! `pgtandem.catalog` runs a query of the proxy's with the caller's rights and search_path, but without the settings of the session
@@ -20,7 +21,14 @@ CREATE TABLE IF NOT EXISTS pgtandem.epoch (
     epoch bigint NOT NULL,
     secret_hash bytea NOT NULL);
 CREATE TABLE IF NOT EXISTS pgtandem.mark (id integer PRIMARY KEY, n bigint NOT NULL) WITH (fillfactor = 50);
-REVOKE ALL ON pgtandem.epoch, pgtandem.mark FROM PUBLIC;
+CREATE TABLE IF NOT EXISTS pgtandem.intent (
+    id text PRIMARY KEY,
+    database text NOT NULL,
+    role text NOT NULL,
+    settings text[] NOT NULL,
+    statement text NOT NULL,
+    before text[] NOT NULL);
+REVOKE ALL ON pgtandem.epoch, pgtandem.mark, pgtandem.intent FROM PUBLIC;
 CREATE OR REPLACE FUNCTION pgtandem.enter(given text, of_epoch bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -75,6 +83,15 @@ BEGIN
     EXECUTE query INTO answer;
     RETURN answer;
 END $$;
+CREATE OR REPLACE FUNCTION pgtandem.verifier(given text, of_role text) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.verifier is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    RETURN (SELECT a.rolpassword FROM pg_authid a WHERE a.rolname = of_role);
+END $$;
 CREATE OR REPLACE FUNCTION pgtandem.refuse(given text, message text, hint text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -85,8 +102,9 @@ END $$;
 /// Functions that say what followers do instead of a definition; after [`INSTALL`].
 pub const INSTALL_DEFINITIONS: &str = include_str!("definitions.sql");
 
-/// Databases that allow connections, by name.
-pub const DATABASES: &str = "SELECT datname FROM pg_catalog.pg_database WHERE datallowconn ORDER BY datname";
+/// Databases that allow connections, by name. One whose DROP was interrupted (limit -2) does not.
+pub const DATABASES: &str =
+    "SELECT datname FROM pg_catalog.pg_database WHERE datallowconn AND datconnlimit <> -2 ORDER BY datname";
 
 /// `$1` epoch, `$2` the secret, of which only the hash is kept. Run before old sessions are ended.
 pub const RAISE_EPOCH: &str = "INSERT INTO pgtandem.epoch AS e (one, epoch, secret_hash) \
@@ -107,6 +125,7 @@ pub const PREPARED: &[(&str, &str)] = &[
     ("pgtandem_mark", "SELECT pgtandem.mark($1, $2, $3)"),
     ("pgtandem_lock", "SELECT pgtandem.lock($1, $2)"),
     ("pgtandem_catalog", "SELECT pgtandem.catalog($1)"),
+    ("pgtandem_verifier", "SELECT pgtandem.verifier($1, $2)"),
     ("pgtandem_refuse", "SELECT pgtandem.refuse($1, $2, $3)"),
     ("pgtandem_snapshot", "SELECT 1"),
     ("pgtandem_guard", "SAVEPOINT pgtandem_guard"),

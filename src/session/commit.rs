@@ -57,6 +57,17 @@ impl Session {
                 return Ok(Err(error));
             }
         };
+        let _flight = if log.ddl {
+            match self.ddl_flight().await? {
+                Ok(flight) => Some(flight),
+                Err(error) => {
+                    self.hidden_query("ROLLBACK").await?;
+                    return Ok(Err(client_error_frame(&error)));
+                }
+            }
+        } else {
+            None
+        };
         let place = self.next_mark;
         self.next_mark = (place + 1) % self.marks.len();
         let Some(mut mark) = self.marks[place].take() else { return Err(End::Told) };
@@ -290,10 +301,13 @@ impl Session {
                 Some(epoch) if epoch == self.epoch => {
                     let read = self.mark_of_dead_backend(decision.mark_id).await;
                     // A new reign that began meanwhile may have counted the mark on.
-                    if self.hub.reign_epoch() == Some(self.epoch)
-                        && let Ok(n) = read
-                    {
-                        return Ok(n >= decision.mark_n);
+                    if self.hub.reign_epoch() == Some(self.epoch) {
+                        match read {
+                            Ok(n) => return Ok(n >= decision.mark_n),
+                            // The database was dropped, and the commit with it.
+                            Err(HubError::Server(e)) if e.sqlstate() == Some("3D000") => return Ok(false),
+                            Err(_) => {}
+                        }
                     }
                 }
                 Some(_) => {

@@ -73,7 +73,7 @@ impl Session {
     }
 
     /// Asks the server for its answers up to here: with the client's Sync, if that is next, else with a Flush.
-    fn end_execute(&mut self) {
+    pub fn end_execute(&mut self) {
         if self.take_early_sync() {
             build::sync(&mut self.wire.to_server);
             self.wire.expects.push_back(Expect::Sync { hidden: false });
@@ -83,7 +83,7 @@ impl Session {
     }
 
     /// What the client's Sync would have brought, if it was taken early.
-    fn end_early_sync(&mut self) {
+    pub fn end_early_sync(&mut self) {
         if std::mem::take(&mut self.synced_early) {
             self.wire.hold_ready = false;
             self.end_of_batch();

@@ -360,16 +360,17 @@ impl Session {
                 self.after(&plan, &prepared.text, self.wire.results.error.is_none());
                 Ok(())
             }
-            Lane::Maintenance => {
+            Lane::Maintenance { exclusive } => {
                 self.wire.clear_results();
                 self.pass(frame, Expect::Execute { mode: Mode::Forward });
                 build::flush(&mut self.wire.to_server);
                 self.wire.pump(Until::Answered).await?;
                 if self.wire.results.error.is_none() {
-                    self.maintain_followers(&prepared.text);
+                    self.maintain_followers(&prepared.text, *exclusive);
                 }
                 Ok(())
             }
+            Lane::Nodewise => self.execute_nodewise(frame, &prepared.text).await,
             Lane::Admin(Admin::PoolNodes) => {
                 self.catch_up().await?;
                 crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client);

@@ -162,8 +162,11 @@ impl Session {
             };
             return Ok(Planned::One { plan, shape, text });
         }
-        let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
-        cache.put(key, &plan);
+        let has_password = matches!(&plan.lane, Lane::Write(write) if write.edits.password.is_some());
+        if !has_password {
+            let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
+            cache.put(key, &plan);
+        }
         Ok(Planned::One { plan, shape, text })
     }
 

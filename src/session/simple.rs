@@ -84,13 +84,14 @@ impl Session {
                 self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
             }
-            Lane::Maintenance => {
+            Lane::Maintenance { exclusive } => {
                 self.forward(frame).await?;
                 if self.wire.results.error.is_none() {
-                    self.maintain_followers(text);
+                    self.maintain_followers(text, *exclusive);
                 }
                 Ok(())
             }
+            Lane::Nodewise => self.simple_nodewise(frame, text).await,
             Lane::Admin(admin) => {
                 self.answer_admin(*admin);
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
@@ -291,7 +292,11 @@ impl Session {
                 if self.wire.results.error.is_some() {
                     return Ok(Ok(()));
                 }
-                Ok(self.text_effect_with(write, shape, text, parameters, types))
+                let text = match self.with_verifier(write, text).await? {
+                    Ok(text) => text,
+                    Err(error) => return Ok(Err(error)),
+                };
+                Ok(self.text_effect_with(write, shape, &text, parameters, types))
             }
         }
     }
@@ -445,7 +450,8 @@ impl Session {
             self.after(&plan, &text, done);
             return Ok(done);
         }
-        if self.wire.status == b'I' && !self.own_block && !matches!(plan.lane, Lane::Maintenance | Lane::Admin(_)) {
+        // What can not run in a transaction gets one, too: the server says so, as it does for a text of several statements.
+        if self.wire.status == b'I' && !self.own_block && !matches!(plan.lane, Lane::Admin(_)) {
             self.open_own_block();
             *own = true;
         }
@@ -460,7 +466,7 @@ impl Session {
                 true
             }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
-            Lane::Read { .. } | Lane::Maintenance | Lane::Control(_) => {
+            Lane::Read { .. } | Lane::Maintenance { .. } | Lane::Nodewise | Lane::Control(_) => {
                 self.wire.clear_results();
                 build::query(&mut self.wire.to_server, text.as_bytes());
                 self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
@@ -469,8 +475,8 @@ impl Session {
                 self.wire.hold_ready = false;
                 done?;
                 let ok = self.wire.results.error.is_none();
-                if ok && matches!(plan.lane, Lane::Maintenance) {
-                    self.maintain_followers(&text);
+                if let (true, Lane::Maintenance { exclusive }) = (ok, &plan.lane) {
+                    self.maintain_followers(&text, *exclusive);
                 }
                 ok
             }
@@ -551,9 +557,11 @@ impl Session {
     }
 
     /// VACUUM and ANALYZE on the followers, off the client's path: they change no content, so nothing waits for them.
-    pub fn maintain_followers(&self, text: &str) {
+    pub fn maintain_followers(&self, text: &str, exclusive: bool) {
         let (hub, database, text) = (Arc::clone(&self.hub), Arc::clone(&self.database), text.to_owned());
-        tokio::task::spawn_local(async move { crate::replicate::maintain::run(&hub, &database, &text).await });
+        tokio::task::spawn_local(
+            async move { crate::replicate::maintain::run(&hub, &database, &text, exclusive).await },
+        );
     }
 }
 

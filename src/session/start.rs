@@ -35,7 +35,7 @@ pub async fn serve(client: TcpStream, hub: Arc<Hub>, thread: Thread) {
     let Ok(Some(mut greeted)) = tokio::time::timeout(limit, greet::greet(client, &hub, tls.as_deref())).await else {
         return;
     };
-    let leader = match tokio::time::timeout(limit, connect_leader(&hub)).await {
+    let leader = match tokio::time::timeout(limit, connect_leader(&hub, &greeted.start.database)).await {
         Ok(Ok(leader)) => leader,
         Ok(Err(error)) => return greet::tell(&mut greeted.client, &error).await,
         Err(_) => return,
@@ -54,8 +54,18 @@ struct Leader {
     secret: Arc<str>,
 }
 
+/// Waits while the database is created, copied, renamed or dropped.
+async fn may_connect(hub: &Hub, database: &str) -> Result<(), ClientError> {
+    let wait = hub.nodewise.may_connect(database);
+    tokio::time::timeout(Duration::from_millis(REIGN_MS_MAX), wait).await.map_err(|_| {
+        let what = format!("database \"{database}\" is being created, copied, renamed or dropped");
+        ClientError::fatal("57P03", what, "Connect again in a moment.")
+    })
+}
+
 /// A connection to the leader's PostgreSQL, which its agent may just be starting again.
-async fn connect_leader(hub: &Hub) -> Result<Leader, ClientError> {
+async fn connect_leader(hub: &Hub, database: &str) -> Result<Leader, ClientError> {
+    may_connect(hub, database).await?;
     let deadline = Instant::now() + Duration::from_millis(REIGN_MS_MAX);
     loop {
         let (epoch, secret) = reign(hub).await?;
@@ -116,7 +126,13 @@ async fn log_in(hub: &Arc<Hub>, thread: Thread, greeted: Greeted, leader: Leader
         }
         Err(_) => return None,
     }
-    let (Some(first), Some(second)) = (hub.marks.take(&database), hub.marks.take(&database)) else {
+    // It may have become a database while the client logged in.
+    if !hub.replicates() && !hub.marks.knows(&database) {
+        // It was created since the proxy started, and no mark of it is ever used.
+        hub.marks.load(&database, Vec::new());
+    }
+    let known = hub.marks.knows(&database) || may_connect(hub, &database).await.is_ok();
+    let (Some(first), Some(second)) = (hub.marks.take(&database).filter(|_| known), hub.marks.take(&database)) else {
         // While an epoch is raised no marks are known.
         if hub.reign_epoch() != Some(epoch) {
             return tell_not_yet(wire).await;

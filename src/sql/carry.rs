@@ -82,7 +82,7 @@ fn new_relation(into: Option<&IntoClause>, view: bool, found: &Look) -> Lane {
     }
     let tablespace = into.table_space_name.as_str();
     if !tablespace.is_empty() && tablespace != "pg_default" {
-        return refused("tablespaces are not supported by this version of pgtandem", "Leave out TABLESPACE.");
+        return refused(super::nodewise::TABLESPACES, "Leave out TABLESPACE.");
     }
     let temporary = is_temporary_name(relation);
     if relation.relpersistence == "u" && !into.skip_data {

@@ -131,6 +131,7 @@ fn mentions(value: &Value, name: &str) -> bool {
 fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
     match node {
         NodeEnum::SelectStmt(statement) if statement.into_clause.is_some() => carry::select_into(statement, context),
+        NodeEnum::SelectStmt(_) if reloads(&context.tree) => Lane::Maintenance { exclusive: false },
         NodeEnum::SelectStmt(_) => select(&context.tree, context.facts),
         NodeEnum::InsertStmt(statement) => insert::lane(statement, context),
         NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
@@ -175,6 +176,16 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         ),
         other => ddl::lane(other, context),
     }
+}
+
+/// `SELECT pg_reload_conf()`: every server reads its configuration again.
+fn reloads(tree: &Value) -> bool {
+    let targets = tree.pointer("/SelectStmt/target_list").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let [target] = targets else { return false };
+    let name = target.pointer("/node/ResTarget/val/node/FuncCall/funcname");
+    matches!(super::parse::names(name)[..], ["pg_reload_conf"] | ["pg_catalog", "pg_reload_conf"])
+        && tree.pointer("/SelectStmt/from_clause").and_then(Value::as_array).is_none_or(Vec::is_empty)
+        && tree.pointer("/SelectStmt/where_clause").is_none_or(Value::is_null)
 }
 
 /// Judges a query that only reads: SELECT, VALUES, TABLE, WITH, or what EXPLAIN, DECLARE and PREPARE hold.
@@ -266,16 +277,10 @@ fn copy_lane(statement: &CopyStmt, context: &Context<'_>) -> Lane {
 }
 
 fn vacuum(statement: &VacuumStmt, context: &Context<'_>) -> Lane {
-    let full = statement.options.iter().any(|option| match option.node.as_ref() {
-        Some(NodeEnum::DefElem(option)) => option.defname == "full",
+    let exclusive = statement.options.iter().any(|option| match option.node.as_ref() {
+        Some(NodeEnum::DefElem(option)) => option.defname == "full" && ddl::is_on(option),
         _ => false,
     });
-    if full {
-        return refused(
-            "VACUUM FULL is not supported: it would lock the table on a follower out of the leader's order",
-            "Use VACUUM, or CLUSTER.",
-        );
-    }
     let relations = statement.rels.iter().filter_map(|relation| match relation.node.as_ref() {
         Some(NodeEnum::VacuumRelation(relation)) => relation.relation.as_ref(),
         _ => None,
@@ -283,7 +288,7 @@ fn vacuum(statement: &VacuumStmt, context: &Context<'_>) -> Lane {
     let temporary = relations
         .filter_map(|name| context.facts.relations.get(&Name::new(&name.schemaname, &name.relname)))
         .any(Relation::is_temporary);
-    if temporary { read(false) } else { Lane::Maintenance }
+    if temporary { read(false) } else { Lane::Maintenance { exclusive } }
 }
 
 fn transaction(statement: &TransactionStmt) -> Lane {

@@ -2,8 +2,8 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    AlterTableCmd, AlterTableStmt, AlterTableType, ClusterStmt, CreateStmt, DefElem, DropStmt, Node, ObjectType,
-    RangeVar, ReindexObjectType, ReindexStmt, TruncateStmt,
+    AlterTableCmd, AlterTableStmt, AlterTableType, ClusterStmt, CreateStmt, DefElem, Node, RangeVar, ReindexObjectType,
+    ReindexStmt, TruncateStmt,
 };
 use serde_json::Value;
 
@@ -12,9 +12,11 @@ use super::classify::{Context, read, refused_setting};
 use super::dates::looks_like_now;
 use super::facts::Relation;
 use super::needs::{Name, Needs, type_name};
+use super::nodewise::{self, TABLESPACES};
 use super::parse::{Statement, walk};
 use super::plan::{EffectPlan, Lane, Write};
 use super::refuse::{not_yet, refused};
+use super::roles;
 use super::target::{ON_TRUNCATE, Target, target};
 use super::text::Edits;
 
@@ -30,6 +32,15 @@ pub(super) fn is_on(option: &DefElem) -> bool {
 }
 
 pub(super) fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
+    if let Some(lane) = nodewise::lane(node) {
+        return match on_temporary(node, context) {
+            Temporary::All => read(false),
+            _ => lane,
+        };
+    }
+    if let (Some(lane), true) = (roles::refuse_session(context), is_definition(node)) {
+        return lane;
+    }
     if let Some(lane) = special(node, context) {
         return lane;
     }
@@ -123,6 +134,8 @@ fn is_definition(node: &NodeEnum) -> bool {
             | NodeEnum::CreateRangeStmt(_)
             | NodeEnum::AlterEnumStmt(_)
             | NodeEnum::ViewStmt(_)
+            | NodeEnum::AlterDatabaseStmt(_)
+            | NodeEnum::AlterDatabaseRefreshCollStmt(_)
             | NodeEnum::AlterDatabaseSetStmt(_)
             | NodeEnum::CreateConversionStmt(_)
             | NodeEnum::CreateCastStmt(_)
@@ -146,39 +159,21 @@ fn is_definition(node: &NodeEnum) -> bool {
     )
 }
 
-const OUTSIDE_TRANSACTIONS: &str = "can not run inside a transaction, which this version of pgtandem needs";
-
-fn concurrently(what: &str) -> Lane {
-    refused(format!("{what} CONCURRENTLY {OUTSIDE_TRANSACTIONS}"), "Leave out CONCURRENTLY.")
-}
-
 /// Kinds with rules of their own.
 fn special(node: &NodeEnum, context: &Context<'_>) -> Option<Lane> {
     match node {
         NodeEnum::TruncateStmt(statement) => Some(truncate(statement, context)),
-        NodeEnum::IndexStmt(index) if index.concurrent => Some(concurrently("CREATE INDEX")),
-        NodeEnum::DropStmt(drop) => drop_statement(drop),
         NodeEnum::ReindexStmt(statement) => Some(reindex(statement, context)),
         NodeEnum::ClusterStmt(statement) => Some(cluster(statement, context)),
         NodeEnum::CreateTableAsStmt(statement) => Some(carry::create_table_as(statement, context)),
         NodeEnum::RefreshMatViewStmt(statement) => carry::refresh(statement, context),
-        NodeEnum::CreatedbStmt(_) | NodeEnum::DropdbStmt(_) => Some(refused(
-            format!("CREATE DATABASE and DROP DATABASE {OUTSIDE_TRANSACTIONS}"),
-            "Create databases before the first recovery of a follower.",
-        )),
+        NodeEnum::AlterDatabaseStmt(statement) => alter_database(&statement.options),
         NodeEnum::CreateTableSpaceStmt(_)
         | NodeEnum::DropTableSpaceStmt(_)
         | NodeEnum::AlterTableSpaceOptionsStmt(_)
-        | NodeEnum::AlterTableMoveAllStmt(_) => Some(refused(
-            "tablespaces are not supported by this version of pgtandem",
-            "Leave tables in the default tablespace.",
-        )),
-        NodeEnum::AlterSystemStmt(_) => Some(refused(
-            format!("ALTER SYSTEM {OUTSIDE_TRANSACTIONS}"),
-            "Set it in postgresql.conf on every server, or use ALTER ROLE or ALTER DATABASE ... SET.",
-        )),
-        NodeEnum::CreateRoleStmt(statement) => clear_password(&statement.options),
-        NodeEnum::AlterRoleStmt(statement) => clear_password(&statement.options),
+        | NodeEnum::AlterTableMoveAllStmt(_) => Some(refused(TABLESPACES, "Leave tables in the default tablespace.")),
+        NodeEnum::CreateRoleStmt(statement) => role(&statement.options, Some(&statement.role), context),
+        NodeEnum::AlterRoleStmt(statement) => role(&statement.options, roles::name(statement.role.as_ref()), context),
         NodeEnum::AlterRoleSetStmt(statement) => statement.setstmt.as_ref().and_then(refused_setting),
         NodeEnum::AlterDatabaseSetStmt(statement) => statement.setstmt.as_ref().and_then(refused_setting),
         NodeEnum::CreateStmt(statement) => create_table(statement),
@@ -199,29 +194,37 @@ fn special(node: &NodeEnum, context: &Context<'_>) -> Option<Lane> {
     }
 }
 
-/// A password in clear text would be hashed with another salt on every server.
-fn clear_password(options: &[Node]) -> Option<Lane> {
-    let password = options.iter().find_map(|option| match option.node.as_ref() {
-        Some(NodeEnum::DefElem(option)) if option.defname == "password" => option.arg.as_ref()?.node.as_ref(),
-        _ => None,
-    })?;
-    let NodeEnum::String(password) = password else { return None };
-    let hashed = password.sval.starts_with("SCRAM-SHA-256$")
-        || (password.sval.starts_with("md5") && password.sval.len() == MD5_VERIFIER_BYTES);
-    (!hashed).then(|| {
-        refused(
-            "a password in clear text is not replicated: every server would store another verifier of it",
-            "Use \\password in psql, or give the SCRAM-SHA-256 verifier as the password.",
-        )
-    })
+/// CREATE and ALTER ROLE: a password becomes the leader's verifier.
+fn role(options: &[Node], name: Option<&str>, context: &Context<'_>) -> Option<Lane> {
+    if let Some(lane) = roles::refuse_options(options) {
+        return Some(lane);
+    }
+    let password = match roles::password(options, name, context.text) {
+        Ok(password) => password?,
+        Err(lane) => return Some(lane),
+    };
+    let Lane::Write(write) = ordered(true) else { return None };
+    let edits = Edits { password: Some(password), ..write.edits };
+    Some(Lane::Write(Box::new(Write { edits, ..*write })))
 }
-
-/// `md5` and 32 hexadecimal digits.
-const MD5_VERIFIER_BYTES: usize = 35;
 
 fn relations(nodes: &[Node]) -> impl Iterator<Item = &RangeVar> {
     nodes.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::RangeVar(relation)) => Some(relation),
+        _ => None,
+    })
+}
+
+/// Options of ALTER DATABASE.
+fn alter_database(options: &[Node]) -> Option<Lane> {
+    options.iter().find_map(|option| match option.node.as_ref() {
+        Some(NodeEnum::DefElem(option)) if option.defname == "tablespace" => {
+            Some(refused(TABLESPACES, "Leave the database where it is."))
+        }
+        Some(NodeEnum::DefElem(option)) if option.defname == "allow_connections" => {
+            let refusal = nodewise::no_connections();
+            Some(refused(refusal.message, refusal.hint))
+        }
         _ => None,
     })
 }
@@ -256,36 +259,19 @@ fn truncate(statement: &TruncateStmt, context: &Context<'_>) -> Lane {
     }
 }
 
-fn drop_statement(drop: &DropStmt) -> Option<Lane> {
-    match ObjectType::try_from(drop.remove_type) {
-        Ok(ObjectType::ObjectIndex) if drop.concurrent => Some(concurrently("DROP INDEX")),
-        _ => None,
-    }
-}
-
-fn has_option(options: &[Node], name: &str) -> bool {
-    options.iter().any(|option| matches!(option.node.as_ref(), Some(NodeEnum::DefElem(option)) if option.defname == name && is_on(option)))
-}
-
 pub(super) fn fact<'a>(relation: Option<&RangeVar>, context: &Context<'a>) -> Option<&'a Relation> {
     let relation = relation?;
     context.facts.relations.get(&Name::new(&relation.schemaname, &relation.relname))
 }
 
 fn reindex(statement: &ReindexStmt, context: &Context<'_>) -> Lane {
-    if has_option(&statement.params, "concurrently") {
-        return concurrently("REINDEX");
-    }
     let one = matches!(
         ReindexObjectType::try_from(statement.kind),
         Ok(ReindexObjectType::ReindexObjectIndex | ReindexObjectType::ReindexObjectTable)
     );
     let table = fact(statement.relation.as_ref(), context);
     if !one || table.is_some_and(|table| table.kind == "p") {
-        return refused(
-            format!("REINDEX of more than one table {OUTSIDE_TRANSACTIONS}"),
-            "Reindex table by table, partitions one by one.",
-        );
+        return Lane::Maintenance { exclusive: true };
     }
     if table.is_some_and(Relation::is_temporary) { read(false) } else { ordered(true) }
 }
@@ -293,10 +279,7 @@ fn reindex(statement: &ReindexStmt, context: &Context<'_>) -> Lane {
 fn cluster(statement: &ClusterStmt, context: &Context<'_>) -> Lane {
     let table = fact(statement.relation.as_ref(), context);
     if statement.relation.is_none() || table.is_some_and(|table| table.kind == "p") {
-        return refused(
-            format!("CLUSTER of more than one table {OUTSIDE_TRANSACTIONS}"),
-            "Cluster table by table, partitions one by one.",
-        );
+        return Lane::Maintenance { exclusive: true };
     }
     if table.is_some_and(Relation::is_temporary) { read(false) } else { ordered(true) }
 }
@@ -307,8 +290,7 @@ pub(super) fn is_temporary_name(relation: &RangeVar) -> bool {
 
 fn create_table(statement: &CreateStmt) -> Option<Lane> {
     let tablespace = statement.tablespacename.as_str();
-    (!tablespace.is_empty() && tablespace != "pg_default")
-        .then(|| refused("tablespaces are not supported by this version of pgtandem", "Leave out TABLESPACE."))
+    (!tablespace.is_empty() && tablespace != "pg_default").then(|| refused(TABLESPACES, "Leave out TABLESPACE."))
 }
 
 fn alter_table(statement: &AlterTableStmt, context: &Context<'_>) -> Option<Lane> {
@@ -326,11 +308,13 @@ fn alter_table(statement: &AlterTableStmt, context: &Context<'_>) -> Option<Lane
 fn alter_command(command: &AlterTableCmd) -> Option<Lane> {
     let definition = command.def.as_ref().and_then(|definition| definition.node.as_ref());
     match (AlterTableType::try_from(command.subtype).ok()?, definition) {
-        (AlterTableType::AtSetTableSpace, _) => {
-            Some(refused("tablespaces are not supported by this version of pgtandem", "Leave the table where it is."))
-        }
+        (AlterTableType::AtSetTableSpace, _) => Some(refused(TABLESPACES, "Leave the table where it is.")),
         (AlterTableType::AtDetachPartition, Some(NodeEnum::PartitionCmd(partition))) if partition.concurrent => {
-            Some(concurrently("DETACH PARTITION"))
+            Some(refused(
+                "DETACH PARTITION CONCURRENTLY is not supported: until it is done everywhere, statements on the parent would \
+                 reach the partition on one server and not on another",
+                "Leave out CONCURRENTLY.",
+            ))
         }
         _ => None,
     }

@@ -3,6 +3,8 @@
 //! A [`Plan`] belongs to a *shape* (text with its literals masked), so it holds no literal of the statement that
 //! it was made from. Texts for the leader and the followers are made from the plan and the text at hand.
 
+use std::ops::Range;
+
 use super::copy_dates::CopyDates;
 use super::text::Edits;
 
@@ -29,8 +31,14 @@ pub enum Lane {
     /// Answered by the proxy itself.
     Admin(Admin),
     Write(Box<Write>),
-    /// VACUUM and ANALYZE: as is on the leader, outside any transaction of ours, then on each follower with this text.
-    Maintenance,
+    /// VACUUM and the like, which change no content: as is on the leader, outside any transaction of ours, then on each follower
+    /// with this text.
+    Maintenance {
+        /// Others may wait long for its locks.
+        exclusive: bool,
+    },
+    /// Outside transactions too, but it changes something: [`super::nodewise`].
+    Nodewise,
     Refused(Refusal),
 }
 
@@ -161,6 +169,15 @@ pub enum CopyText {
     AsIs,
     /// This text instead. The options of the client's text are part of the shape, so it holds for every statement of the shape.
     Instead(String),
+}
+
+/// A password in the text of CREATE or ALTER ROLE.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Password {
+    /// `None`: the current role.
+    pub role: Option<String>,
+    /// Where its literal is in the text, bytes: plans of definitions belong to one text.
+    pub at: Range<usize>,
 }
 
 /// A role as a name, unquoted. `superuser`: running under it instead of the proxy's own role gains nothing.

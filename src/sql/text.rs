@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use super::expressions::{Look, SessionValue};
 use super::facts::quote_literal;
 use super::lex::{Kind, Lexer, Token};
-use super::plan::{CopyText, EffectPlan, Write};
+use super::plan::{CopyText, EffectPlan, Password, Write};
 use super::shape::{Shape, Spot};
 use super::shared::{self, SharedText};
 
@@ -25,6 +25,8 @@ pub struct Edits {
     pub date_parameters: Vec<i32>,
     /// The followers' text with its literals as parameters, for the statements of the shape that changed one row.
     pub shared: Option<SharedText>,
+    /// A password, in whose place followers get the leader's verifier.
+    pub password: Option<Password>,
     /// A literal that is not masked, so the same in all texts of the shape, depends on the clock.
     pub clock: bool,
 }
