@@ -11,6 +11,7 @@ use pgtandem::sql::facts::Facts;
 use pgtandem::sql::needs::Needs;
 use pgtandem::sql::parse::parse_one;
 use pgtandem::sql::plan::{CopyText, EffectPlan, Lane, Plan, Write};
+use pgtandem::sql::rows::Many;
 use pgtandem::sql::shape::mask;
 use tokio_postgres::{Client, NoTls};
 
@@ -164,9 +165,8 @@ async fn pgbench_takes_the_fast_lanes() {
     assert!(!read.changes_settings);
     let insert = "INSERT INTO pgbench_history (tid, bid, aid, delta, mtime) VALUES (1, 2, 3, 4, CURRENT_TIMESTAMP);";
     let pinned = write(&client, insert).await;
-    let EffectPlan::Rows { insert: row, columns, .. } = &pinned.effect else { panic!("{pinned:?}") };
-    assert_eq!(*columns, 6);
-    assert!(row.starts_with("INSERT INTO \"public\".\"pgbench_history\" (\"tid\", "));
+    let EffectPlan::Rows { texts, .. } = &pinned.effect else { panic!("{pinned:?}") };
+    assert!(texts.one.starts_with("INSERT INTO \"public\".\"pgbench_history\" (\"tid\", "));
     let leader = pinned.leader_text(insert, &mask(insert)).expect("hidden RETURNING");
     assert!(leader.ends_with(" RETURNING \"tid\", \"bid\", \"aid\", \"delta\", \"mtime\", \"filler\";"), "{leader}");
     client.batch_execute(&leader).await.expect(&leader);
@@ -234,11 +234,27 @@ async fn the_catalog_says_what_a_text_can_not() {
     let identity = write(&client, "INSERT INTO identities (v) VALUES (1)").await;
     assert_eq!(identity.hidden_returning, ["\"id\"", "\"v\""]);
     for text in [
-        "UPDATE keyless SET v = 1",
         "DELETE FROM plain WHERE v > 3",
         "UPDATE plain SET v = (SELECT count(*) FROM keyless)",
+        "UPDATE plain AS p SET at = clock_timestamp(), d = random() FROM keyless k WHERE k.v = p.v RETURNING p.*",
+        "UPDATE parts SET v = 1 WHERE region = 1",
+        "DELETE FROM serials USING scratch WHERE scratch.id = serials.id",
         "INSERT INTO plain (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = excluded.v",
+        "INSERT INTO identities (v) VALUES (1), (2) ON CONFLICT (id) DO UPDATE SET v = excluded.v",
     ] {
+        let write = write(&client, text).await;
+        let EffectPlan::Rows { texts, .. } = &write.effect else { panic!("{text}: {write:?}") };
+        let leader = write.leader_text(text, &mask(text)).expect("a hidden RETURNING");
+        let many = match &texts.many {
+            Many::Arrays { text, .. } | Many::Copy(text) => text,
+            Many::OneByOne => panic!("{text}: {texts:?}"),
+        };
+        // The servers take all of it.
+        for made in [leader.as_str(), &texts.one, many] {
+            client.prepare(made).await.unwrap_or_else(|error| panic!("{made}: {error:?}"));
+        }
+    }
+    for text in ["UPDATE keyless SET v = 1"] {
         let write = write(&client, text).await;
         assert!(
             matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty()),
@@ -309,7 +325,7 @@ async fn the_texts_for_followers_do_what_the_leaders_did() {
     let server = Server::start();
     let client = server.connect().await;
     client
-        .batch_execute("CREATE TABLE t (id int PRIMARY KEY, v int, at timestamptz, day date, by text); INSERT INTO t VALUES (1, 1), (2, 2)")
+        .batch_execute("CREATE TABLE t (id int PRIMARY KEY, v int, at timestamptz, day date, by text); INSERT INTO t VALUES (1, 1), (2, 2); CREATE TABLE k AS SELECT id FROM t")
         .await
         .expect("table");
     let shape_of = "UPDATE t SET at = CURRENT_TIMESTAMP(3), day = current_date, by = current_user, v = 5 WHERE id = 1 RETURNING id, now() -- end";
@@ -337,7 +353,7 @@ async fn the_texts_for_followers_do_what_the_leaders_did() {
     let error = client.batch_execute(&wrong).await.expect_err("the count differs");
     assert_eq!(error.code().map(tokio_postgres::error::SqlState::code), Some("22012"));
     // WITH stays where it may be
-    let text = "WITH x AS (SELECT id FROM t WHERE v > 100) DELETE FROM t USING x WHERE t.id = x.id";
+    let text = "WITH x AS (SELECT id FROM t WHERE v > 100) DELETE FROM k USING x WHERE k.id = x.id";
     let planned = write(&client, text).await;
     let follower = planned.follower_text(text, &mask(text), &[], Some(1));
     client.batch_execute(&follower).await.expect(&follower);

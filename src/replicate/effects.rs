@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::replicate::schema::Context;
+use crate::sql::rows::RowTexts;
 
 /// Bytes of one effect list that stay in memory.
 pub const LIST_BYTES_MAX: usize = 16 << 20;
@@ -59,9 +60,9 @@ pub enum Effect {
         /// Parameter section of a `Bind`; an empty range for none.
         parameters: Range,
     },
-    /// The same statement for many rows, whose values are in text format: for each row four bytes of length and the
+    /// The rows that one statement changed, whose values are in text format: for each row four bytes of length and the
     /// parameter section of a `Bind`, one row after the other.
-    Rows { context: Arc<Context>, role: EffectRole, text: Arc<str>, data: Range, rows: u64 },
+    Rows { context: Arc<Context>, role: EffectRole, texts: Arc<RowTexts>, data: Range, rows: u64 },
     /// `COPY ... FROM STDIN` with its data: the bytes of the `CopyData` messages, one after the other.
     Copy { context: Arc<Context>, role: EffectRole, text: Arc<str>, data: Range, rows: u64 },
 }

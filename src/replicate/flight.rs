@@ -5,13 +5,21 @@
 
 use std::sync::Arc;
 
+use bytes::BytesMut;
+
 use crate::pg::build;
 use crate::replicate::effects::{Effect, EffectLog, EffectRole, Range, StatementText};
 use crate::replicate::follower::{Answer, BATCH_BYTES_MAX, Connection, ServerError};
+use crate::replicate::rows::{Arrays, KeptRows, put_copy_line};
 use crate::replicate::schema::Context;
+use crate::sql::rows::{Many, RowTexts};
 
 /// Bytes of one `CopyData` message to a follower.
 const COPY_PIECE_BYTES: u64 = 64 * 1024;
+
+/// Rows of one set, unless it has to be whole: its values are together in memory on both sides.
+const SET_BYTES: usize = 256 * 1024;
+const SET_ROWS: u64 = 5000;
 
 /// What decides a half: its mark, and the name under which it is prepared.
 #[derive(Clone, Debug)]
@@ -158,9 +166,9 @@ impl<'c> Writer<'c> {
                         self.send_part().await?;
                     }
                 }
-                Effect::Rows { context, role, text, data, .. } => {
+                Effect::Rows { context, role, texts, data, rows } => {
                     self.enter(context, role);
-                    self.rows(log, text, *data).await?;
+                    self.rows(log, texts, *data, *rows).await?;
                 }
                 Effect::Copy { context, role, text, data, rows } => {
                     self.enter(context, role);
@@ -172,21 +180,89 @@ impl<'c> Writer<'c> {
         Ok(())
     }
 
-    async fn rows(&mut self, log: &EffectLog, text: &Arc<str>, data: Range) -> Result<(), ServerError> {
+    async fn rows(&mut self, log: &EffectLog, texts: &RowTexts, data: Range, rows: u64) -> Result<(), ServerError> {
+        let kept = KeptRows::new(log, data);
+        match &texts.many {
+            _ if rows == 1 => self.rows_one_by_one(kept, &texts.one).await,
+            Many::OneByOne => self.rows_one_by_one(kept, &texts.one).await,
+            Many::Copy(text) => self.rows_by_copy(kept, text).await,
+            Many::Arrays { text, whole } => self.rows_by_arrays(kept, text, *whole).await,
+        }
+    }
+
+    async fn rows_one_by_one(&mut self, mut kept: KeptRows<'_>, text: &Arc<str>) -> Result<(), ServerError> {
         let name = self.connection.prepare(text, &Arc::from([]));
-        let mut at = 0;
-        while at < data.len {
-            self.read(log, Range { start: data.start + at, len: 4 })?;
-            let len = self.buffer.first_chunk().map_or(0, |b| u64::from(u32::from_be_bytes(*b)));
-            self.read(log, Range { start: data.start + at + 4, len })?;
-            at += 4 + len;
-            build::bind_raw(&mut self.connection.out, b"", name.as_bytes(), &self.buffer, &[]);
+        while let Some(row) = kept.take().map_err(ServerError::Effects)? {
+            build::bind_raw(&mut self.connection.out, b"", name.as_bytes(), row, &[]);
             build::execute(&mut self.connection.out, b"", 0);
             if self.connection.out.len() >= BATCH_BYTES_MAX {
                 self.send_part().await?;
             }
         }
         Ok(())
+    }
+
+    async fn rows_by_arrays(
+        &mut self,
+        mut kept: KeptRows<'_>,
+        text: &Arc<str>,
+        whole: bool,
+    ) -> Result<(), ServerError> {
+        let name = self.connection.prepare(text, &Arc::from([]));
+        loop {
+            let (bytes_max, rows_max) = if whole { (usize::MAX, u64::MAX) } else { (SET_BYTES, SET_ROWS) };
+            let mut arrays = Arrays::default();
+            while arrays.bytes() < bytes_max && arrays.rows() < rows_max {
+                match kept.take().map_err(ServerError::Effects)? {
+                    Some(row) => arrays.push(row).map_err(ServerError::Frame)?,
+                    None => break,
+                }
+            }
+            if arrays.rows() == 0 {
+                return Ok(());
+            }
+            let parameters = arrays.finish();
+            build::bind_raw(&mut self.connection.out, b"", name.as_bytes(), &parameters, &[]);
+            build::execute(&mut self.connection.out, b"", 0);
+            if self.connection.out.len() >= BATCH_BYTES_MAX {
+                self.send_part().await?;
+            }
+        }
+    }
+
+    /// A COPY inside the flight: the server reads its data from what follows, and leaves them out if it did not begin. How many
+    /// rows there are follows from the data, which are ours.
+    async fn rows_by_copy(&mut self, mut kept: KeptRows<'_>, text: &Arc<str>) -> Result<(), ServerError> {
+        let name = self.connection.prepare(text, &Arc::from([]));
+        build::bind_text(&mut self.connection.out, b"", name.as_bytes(), &[]);
+        build::execute(&mut self.connection.out, b"", 0);
+        let mut lines = BytesMut::new();
+        loop {
+            let more = match kept.take() {
+                Ok(Some(row)) => {
+                    put_copy_line(row, &mut lines).map_err(ServerError::Frame)?;
+                    true
+                }
+                Ok(None) => false,
+                Err(error) => {
+                    // A server that copies would take a ROLLBACK for data.
+                    build::copy_fail(&mut self.connection.out, "the data can not be read");
+                    build::sync(&mut self.connection.out);
+                    self.connection.exchange().await?;
+                    return Err(ServerError::Effects(error));
+                }
+            };
+            if !more || lines.len() >= BATCH_BYTES_MAX {
+                build::copy_data(&mut self.connection.out, &lines);
+                lines.clear();
+                if more {
+                    self.send_part().await?;
+                } else {
+                    build::copy_done(&mut self.connection.out);
+                    return Ok(());
+                }
+            }
+        }
     }
 
     fn read(&mut self, log: &EffectLog, range: Range) -> Result<(), ServerError> {

@@ -17,4 +17,5 @@ pub mod maintain;
 pub mod marks;
 pub mod nodewise;
 pub mod resolve;
+pub mod rows;
 pub mod schema;

@@ -13,6 +13,7 @@ use crate::session::parameters;
 use crate::session::run::Session;
 use crate::session::wire::{End, Until};
 use crate::sql::plan::{EffectPlan, Role, Write};
+use crate::sql::rows::{Many, WHOLE_BYTES_MAX};
 use crate::sql::shape::Shape;
 
 /// What became of the rows or the data of a statement: where they are in the effect list, and how many.
@@ -200,10 +201,20 @@ impl Session {
 
     /// The effect of a statement whose rows were kept.
     pub fn rows_effect(&mut self, write: &Write, kept: Option<(Range, u64)>) -> Result<(), ClientError> {
-        let (EffectPlan::Rows { owner, insert, .. }, Some((data, rows))) = (&write.effect, kept) else { return Ok(()) };
+        let (EffectPlan::Rows { owner, texts }, Some((data, rows))) = (&write.effect, kept) else { return Ok(()) };
+        if matches!(texts.many, Many::Arrays { whole: true, .. }) && data.len > WHOLE_BYTES_MAX {
+            return Err(ClientError::error(
+                "54000",
+                format!(
+                    "the rows of one statement are more than {} MB, and constraints need them all at once",
+                    WHOLE_BYTES_MAX >> 20
+                ),
+                "Change fewer rows in one statement.",
+            ));
+        }
         let context = self.effect_context()?;
         let role = effect_role(owner.as_ref());
-        self.log.push(Effect::Rows { context, role, text: insert.as_str().into(), data, rows })?;
+        self.log.push(Effect::Rows { context, role, texts: Arc::clone(texts), data, rows })?;
         self.note(write);
         Ok(())
     }

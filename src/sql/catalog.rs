@@ -78,7 +78,6 @@ fn qualify(template: &str) -> String {
         "current_schemas",
         "regexp_matches",
         "format_type",
-        "has_table_privilege",
         "pg_my_temp_schema",
         "current_setting",
     ] {
@@ -134,6 +133,14 @@ views(root, oid) AS (
   JOIN pg_catalog.pg_rewrite w ON w.ev_class = v.oid
   JOIN pg_catalog.pg_depend d ON d.objid = w.oid
   WHERE w.ev_type = '1' AND d.classid = 2618::oid AND d.refclassid = 1259::oid AND v.oid >= 16384::oid),
+uniques(root, immediate, name) AS (
+  SELECT t.root, i.indimmediate, a.attname FROM tree t JOIN pg_catalog.pg_index i ON i.indrelid = t.oid
+  JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid
+  WHERE (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary AND a.attnum > 0::int4 AND NOT a.attisdropped
+    AND (a.attnum = ANY (i.indkey::pg_catalog.int2[])
+      OR i.indexprs::text ~ ':varattno 0 ' OR i.indpred::text ~ ':varattno 0 '
+      OR EXISTS (SELECT 1 FROM pg_catalog.pg_depend d WHERE d.classid = 1259::oid AND d.objid = i.indexrelid
+        AND d.refclassid = 1259::oid AND d.refobjid = t.oid AND d.refobjsubid = a.attnum))),
 asked_types(nsp, name) AS (VALUES $types),
 found_types AS MATERIALIZED (
   SELECT a.nsp, a.name, t.oid FROM asked_types a CROSS JOIN LATERAL (
@@ -176,7 +183,13 @@ SELECT json_build_object(
     'owner', r.rolname, 'owner_superuser', r.rolsuper,
     'columns', coalesce((SELECT json_agg( json_build_object(
         'name', a.attname, 'sql_type', format_type(a.atttypid, a.atttypmod), 'not_null', a.attnotnull,
-        'generated', a.attgenerated <> '', 'identity', a.attidentity <> '',
+        'generated', a.attgenerated <> '', 'identity', a.attidentity <> '', 'identity_always', a.attidentity = 'a',
+        'may_select', pg_catalog.has_column_privilege(c.oid, a.attnum, 'SELECT'),
+        'bulk', CASE
+          WHEN t.typcategory = 'A' AND t.typtype = 'b' AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_cast k
+            WHERE k.castsource = 25::oid AND k.casttarget = t.oid) THEN 't'
+          WHEN t.typarray <> 0::oid AND t.typdelim = ',' AND NOT (t.typcategory = 'A' AND t.typtype = 'b') THEN 'a'
+          ELSE 'n' END,
         'dates', coalesce(x.dates, true), 'floats', coalesce(x.floats, true), 'text', coalesce(x.text, true),
         'default', CASE
           WHEN a.attidentity <> '' THEN 'o'
@@ -195,6 +208,22 @@ SELECT json_build_object(
       FROM pg_catalog.pg_index i CROSS JOIN LATERAL pg_catalog.unnest(i.indkey) WITH ORDINALITY AS k(num, pos)
       JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.num
       WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid AND NOT k.pos > i.indnkeyatts::int8), '[]'),
+    'key_operators', coalesce((SELECT json_agg( json_build_object('schema', y.nspname, 'name', o.oprname) ORDER BY k.pos)
+      FROM pg_catalog.pg_index i CROSS JOIN LATERAL pg_catalog.unnest(i.indclass) WITH ORDINALITY AS k(class, pos)
+      JOIN pg_catalog.pg_opclass q ON q.oid = k.class
+      JOIN pg_catalog.pg_amop m ON m.amopfamily = q.opcfamily AND m.amoplefttype = q.opcintype AND m.amoprighttype = q.opcintype
+      JOIN pg_catalog.pg_operator o ON o.oid = m.amopopr
+      JOIN pg_catalog.pg_namespace y ON y.oid = o.oprnamespace
+      WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid AND m.amopstrategy = 3::int4), '[]'),
+    'unique_columns', coalesce((SELECT json_agg(DISTINCT u.name) FROM uniques u WHERE u.root = c.oid AND u.immediate), '[]'),
+    'deferrable_unique_columns', coalesce((SELECT json_agg(DISTINCT u.name) FROM uniques u
+      WHERE u.root = c.oid AND NOT u.immediate), '[]'),
+    'referenced', coalesce((SELECT json_agg(DISTINCT a.attname) FROM tree t JOIN pg_catalog.pg_constraint k ON k.confrelid = t.oid
+      CROSS JOIN LATERAL pg_catalog.unnest(k.confkey) u(num)
+      JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = u.num
+      WHERE t.root = c.oid AND k.contype = 'f'), '[]'),
+    'self_referencing', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid
+      JOIN tree s ON s.root = t.root AND s.oid = k.confrelid WHERE t.root = c.oid AND k.contype = 'f'),
     'triggers', coalesce((SELECT bit_or(g.tgtype::int4) FROM tree t JOIN pg_catalog.pg_trigger g ON g.tgrelid = t.oid
       WHERE t.root = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D'), 0),
     'rules', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_rewrite w ON w.ev_class = t.oid
@@ -232,8 +261,7 @@ SELECT json_build_object(
       LEFT JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace
       WHERE v.root = c.oid AND w.ev_type = '1' AND v.oid >= 16384::oid), '[]'),
     'view_opaque', EXISTS (SELECT 1 FROM views v JOIN pg_catalog.pg_class k ON k.oid = v.oid
-      WHERE v.root = c.oid AND (k.relkind = 'f' OR k.relrowsecurity)),
-    'may_select', has_table_privilege(c.oid, 'SELECT'))))
+      WHERE v.root = c.oid AND (k.relkind = 'f' OR k.relrowsecurity)))))
   FROM found f JOIN pg_catalog.pg_class c ON c.oid = f.oid
   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_catalog.pg_roles r ON r.oid = c.relowner),

@@ -1,7 +1,7 @@
 //! Statement -> lane, with facts written by hand.
 
 use super::super::expressions::Look;
-use super::super::facts::{Column, DefaultKind, Function, Type};
+use super::super::facts::{Bulk, Column, DefaultKind, Function, Operator, Type};
 use super::super::parse::parse_one;
 use super::super::plan::{CopyText, EffectPlan, Write};
 use super::super::shape::mask;
@@ -14,6 +14,8 @@ fn column(name: &str, sql_type: &str) -> Column {
         dates: sql_type.starts_with("timestamp") || sql_type == "date",
         floats: sql_type == "double precision",
         text: sql_type == "text",
+        may_select: true,
+        bulk: Bulk::Array,
         ..Column::default()
     }
 }
@@ -28,7 +30,7 @@ fn table(oid: u32, name: &str, key: &[&str], columns: &[(&str, &str)]) -> (Name,
         owner: "alice".to_owned(),
         columns: columns.iter().map(|(name, sql_type)| column(name, sql_type)).collect(),
         key: key.iter().map(|name| (*name).to_owned()).collect(),
-        may_select: true,
+        key_operators: vec![Operator { schema: "pg_catalog".to_owned(), name: "=".to_owned() }; key.len()],
         ..Relation::default()
     };
     (Name::new("", name), relation)
@@ -74,14 +76,23 @@ fn facts() -> Facts {
     add(table(20005, "triggered", &["id"], &plain), |relation| relation.triggers = 4 | 16 | 1);
     add(table(20006, "ruled", &["id"], &plain), |relation| relation.rules = true);
     add(table(20007, "secured", &["id"], &plain), |relation| relation.rls = true);
-    add(table(20008, "parent", &["id"], &plain), |relation| relation.cascade_delete = true);
+    add(table(20008, "parent", &["id"], &plain), |relation| {
+        relation.cascade_delete = true;
+        relation.referenced = vec!["id".to_owned()];
+    });
     add(table(20009, "old", &["id"], &plain), |relation| relation.children = true);
     add(table(20010, "scratch", &[], &plain), |relation| relation.persistence = "t".to_owned());
     add(table(20015, "quick", &["id"], &plain), |relation| relation.persistence = "u".to_owned());
     add(table(20011, "seen", &[], &plain), |relation| relation.kind = "v".to_owned());
     add(table(20012, "far", &[], &plain), |relation| relation.kind = "f".to_owned());
     add(table(20013, "parts", &["id"], &plain), |relation| relation.kind = "p".to_owned());
-    add(table(20014, "hidden", &["id"], &plain), |relation| relation.may_select = false);
+    add(table(20016, "twice", &["id"], &[("id", "integer"), ("v", "integer"), ("code", "text")]), |relation| {
+        relation.unique_columns = vec!["code".to_owned(), "v".to_owned()];
+        relation.referenced = vec!["code".to_owned(), "id".to_owned()];
+    });
+    add(table(20014, "hidden", &["id"], &plain), |relation| {
+        relation.columns.iter_mut().for_each(|column| column.may_select = false);
+    });
     for (name, volatility) in [
         ("now", "s"),
         ("clock_timestamp", "v"),
@@ -358,19 +369,11 @@ const LANES: &[(&str, &[&str])] = &[
             "INSERT INTO t (id, at) VALUES (1, 'x'::text::timestamptz)",
             "INSERT INTO t (id) VALUES (1), ((SELECT 2))",
             "INSERT INTO t (id, v) VALUES (1, nextval('s'))",
-        ],
-    ),
-    (
-        "ordered",
-        &[
             "UPDATE t SET v = 1",
             "UPDATE t SET v = 1 WHERE id > 5",
             "UPDATE t SET v = 1 WHERE id = 1 OR id = 2",
             "UPDATE t SET v = 1 WHERE id IN (1, 2)",
-            "UPDATE t SET id = 2 WHERE id = 1",
             "UPDATE two SET v = 1 WHERE a = 1",
-            "DELETE FROM keyless",
-            "UPDATE old SET v = 1 WHERE id = 1",
             "UPDATE t SET v = (SELECT count(*) FROM keyless) WHERE id = 1",
             "DELETE FROM t USING keyless k WHERE t.v = k.v",
             "UPDATE t SET v = two.v FROM two WHERE two.a = t.v AND two.b = 1",
@@ -385,6 +388,47 @@ const LANES: &[(&str, &[&str])] = &[
             "UPDATE t SET v = 1 WHERE NOT (id = 1)",
             "UPDATE t SET v = 1 WHERE (id = 1) IS NOT FALSE",
             "UPDATE t SET v = (SELECT sum(v) FROM keyless)",
+            "UPDATE t SET v = random() WHERE id = 1",
+            "UPDATE t SET at = clock_timestamp() WHERE id = 1",
+            "UPDATE t SET note = current_setting('app.user') WHERE id = 1",
+            "UPDATE t SET v = 1 WHERE ctid = '(0,1)'",
+            "UPDATE t SET v = 1 WHERE CURRENT OF c",
+            "DELETE FROM t WHERE id IN (SELECT id FROM t LIMIT 1)",
+            "DELETE FROM t WHERE id = (SELECT v FROM keyless FOR UPDATE SKIP LOCKED)",
+            "UPDATE t SET v = k.v FROM keyless k WHERE k.v = t.v",
+            "UPDATE t SET note = (SELECT array_agg(v) FROM keyless)",
+            "UPDATE t SET d = (SELECT sum(d) FROM t x)",
+            "UPDATE t SET v = (SELECT row_number() OVER () FROM keyless)",
+            "UPDATE t SET at = note::timestamptz WHERE id = 1",
+            "UPDATE t SET v = 1 WHERE date(note) = '2020-01-01'",
+            "UPDATE serials SET v = DEFAULT WHERE v = 1",
+            "UPDATE ONLY old SET v = 1 WHERE v = 1",
+            "DELETE FROM t WHERE v IN (SELECT v FROM scratch)",
+            "DELETE FROM t WHERE v IN (SELECT v FROM seen)",
+            "DELETE FROM t WHERE v IN (SELECT DISTINCT ON (v) v FROM keyless)",
+            "UPDATE t SET v = x.v FROM (VALUES (1, 2)) x(id, v) WHERE t.id = x.id",
+            "UPDATE t SET at = x.a FROM json_to_recordset($1) AS x(a timestamptz)",
+            "DELETE FROM t USING keyless TABLESAMPLE bernoulli (10)",
+            "INSERT INTO serials (v) VALUES (1) ON CONFLICT (id) DO NOTHING",
+            "INSERT INTO t (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = random()",
+            "INSERT INTO t (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = (SELECT 1)",
+            "INSERT INTO t (id) SELECT 1 ON CONFLICT DO NOTHING",
+            "INSERT INTO keyless (v) SELECT 1 ON CONFLICT DO NOTHING",
+        ],
+    ),
+    (
+        "ordered",
+        &[
+            "UPDATE t SET id = 2 WHERE id = 1",
+            "DELETE FROM keyless",
+            "UPDATE old SET v = 1 WHERE id = 1",
+            "UPDATE keyless SET v = two.v FROM two WHERE two.a = keyless.v AND two.b = 1",
+            "UPDATE keyless SET v = 1 WHERE w IN (SELECT w FROM keyless)",
+            "UPDATE hidden SET v = 1 WHERE v > 1",
+            "UPDATE twice SET code = 'b' WHERE v > 1",
+            "INSERT INTO t (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET id = excluded.v + t.v",
+            "INSERT INTO hidden (id) VALUES (1) ON CONFLICT DO NOTHING",
+            "INSERT INTO keyless (v) VALUES (1) ON CONFLICT (v) DO UPDATE SET w = 'x'",
         ],
     ),
     (
@@ -514,32 +558,16 @@ const LANES: &[(&str, &[&str])] = &[
             "INSERT INTO hidden (id, at) VALUES (1, now())",
             "DECLARE c CURSOR FOR SELECT mine()",
             "SELECT set_config('standard_conforming_strings', 'off', false)",
-            "UPDATE t SET v = random() WHERE id = 1",
-            "UPDATE t SET at = clock_timestamp() WHERE id = 1",
-            "UPDATE t SET note = current_setting('app.user') WHERE id = 1",
             "UPDATE t SET v = steady(v) WHERE id = 1",
-            "UPDATE t SET v = 1 WHERE ctid = '(0,1)'",
-            "UPDATE t SET v = 1 WHERE CURRENT OF c",
-            "DELETE FROM t WHERE id IN (SELECT id FROM t LIMIT 1)",
-            "DELETE FROM t WHERE id = (SELECT v FROM keyless FOR UPDATE)",
-            "UPDATE t SET v = k.v FROM keyless k WHERE k.v = t.v",
-            "UPDATE t SET note = (SELECT array_agg(v) FROM keyless)",
-            "UPDATE t SET d = (SELECT sum(d) FROM t x)",
-            "UPDATE t SET d = (SELECT sum(v::float8) FROM keyless)",
-            "UPDATE t SET v = (SELECT row_number() OVER () FROM keyless)",
-            "UPDATE t SET at = note::timestamptz WHERE id = 1",
-            "UPDATE t SET v = 1 WHERE date(note) = '2020-01-01'",
+            "UPDATE keyless SET v = random()",
+            "DELETE FROM keyless WHERE v IN (SELECT v FROM keyless LIMIT 1)",
+            "DELETE FROM keyless WHERE v IN (SELECT v FROM scratch)",
+            "UPDATE keyless SET v = k.v FROM keyless k WHERE k.v = keyless.v",
+            "UPDATE t SET id = random() WHERE id = 1",
+            "UPDATE old SET v = random()",
+            "UPDATE hidden SET v = random()",
+            "UPDATE keyless SET w = (SELECT sum(v::float8) FROM keyless)",
             "UPDATE serials SET id = DEFAULT WHERE id = 1",
-            "DELETE FROM t WHERE v IN (SELECT v FROM scratch)",
-            "DELETE FROM t WHERE v IN (SELECT v FROM seen)",
-            "DELETE FROM t WHERE v IN (SELECT DISTINCT ON (v) v FROM keyless)",
-            "UPDATE t SET v = x.v FROM (VALUES (1, 2)) x(id, v) WHERE t.id = x.id",
-            "UPDATE t SET at = x.a FROM json_to_recordset($1) AS x(a timestamptz)",
-            "DELETE FROM t USING keyless TABLESAMPLE bernoulli (10)",
-            "INSERT INTO serials (v) VALUES (1) ON CONFLICT (id) DO NOTHING",
-            "INSERT INTO t (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = random()",
-            "INSERT INTO t (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = (SELECT 1)",
-            "INSERT INTO t (id) SELECT 1 ON CONFLICT DO NOTHING",
             "COPY t FROM '/etc/passwd'",
             "COPY t FROM PROGRAM 'true'",
             "COPY t FROM STDIN WHERE id > 1",
@@ -670,7 +698,7 @@ fn literals_that_are_the_clock_are_found_where_they_matter() {
     let plan_of = "UPDATE t SET at = 'x', note = 'y' WHERE id = 1";
     assert!(clock(plan_of, "UPDATE t SET at = 'now', note = 'y' WHERE id = 1", &[]));
     assert!(!clock(plan_of, "UPDATE t SET at = '2020-01-01', note = 'now' WHERE id = 1", &[]));
-    assert!(clock("DELETE FROM t WHERE at < 'x'", "DELETE FROM t WHERE at < 'Yesterday'", &[]));
+    assert!(clock("DELETE FROM old WHERE at < 'x'", "DELETE FROM old WHERE at < 'Yesterday'", &[]));
     assert!(clock(
         "UPDATE t SET v = v WHERE id = 1 AND 'x'::date > '2020-01-01'",
         "UPDATE t SET v = v WHERE id = 1 AND 'today'::date > '2020-01-01'",
@@ -681,8 +709,8 @@ fn literals_that_are_the_clock_are_found_where_they_matter() {
     assert!(!clock(bound, bound, &[Some("2020-01-01"), Some("now"), Some("1")]));
     assert!(!clock(bound, bound, &[None, None, None]));
     assert!(clock(
-        "UPDATE t SET note = 'now' WHERE now() > 'x'",
-        "UPDATE t SET note = 'now' WHERE now() > 'today'",
+        "UPDATE old SET note = 'now' WHERE now() > 'x'",
+        "UPDATE old SET note = 'now' WHERE now() > 'today'",
         &[]
     ));
     let matters = |text: &str| matches!(written(text).effect, EffectPlan::Text { dates_matter: true, .. });

@@ -37,6 +37,16 @@ pub struct Relation {
     pub columns: Vec<Column>,
     /// Columns of the primary key, if it is not deferrable; else empty.
     pub key: Vec<String>,
+    /// The equality of the key's index, for each column of `key`.
+    pub key_operators: Vec<Operator>,
+    /// Columns that an immediate unique or exclusion index depends on, but for the primary key, here or in partitions.
+    pub unique_columns: Vec<String>,
+    /// The same for deferrable constraints, which are checked at the end of a statement or later.
+    pub deferrable_unique_columns: Vec<String>,
+    /// Columns that foreign keys reference.
+    pub referenced: Vec<String>,
+    /// A foreign key of it references itself.
+    pub self_referencing: bool,
     /// pg_trigger.tgtype of all enabled user triggers here and in children and partitions, or-ed.
     pub triggers: u32,
     /// Enabled rules here or in children and partitions.
@@ -61,8 +71,6 @@ pub struct Relation {
     pub view_functions: Vec<Function>,
     /// For a view: a relation behind it is foreign or has row-level security.
     pub view_opaque: bool,
-    /// The current role may SELECT all of it, so that RETURNING works.
-    pub may_select: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -75,6 +83,12 @@ pub struct Column {
     pub not_null: bool,
     pub generated: bool,
     pub identity: bool,
+    /// GENERATED ALWAYS AS IDENTITY: UPDATE can not give it a value.
+    pub identity_always: bool,
+    /// The current role may SELECT it, so that RETURNING works.
+    pub may_select: bool,
+    /// How many values of it go to a follower at once.
+    pub bulk: Bulk,
     pub default: DefaultKind,
     /// The type is or contains a date or time type.
     pub dates: bool,
@@ -82,6 +96,35 @@ pub struct Column {
     pub floats: bool,
     /// The type is of the string category.
     pub text: bool,
+}
+
+/// How values of a type, as text, become a set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum Bulk {
+    /// Not at all: an array of the type has another delimiter, or there is none, or a cast from text is somebody's function.
+    #[default]
+    #[serde(rename = "n")]
+    No,
+    /// As an array of the type.
+    #[serde(rename = "a")]
+    Array,
+    /// The type is an array itself: as an array of text, and each element by the type's own input function.
+    #[serde(rename = "t")]
+    Text,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Operator {
+    pub schema: String,
+    pub name: String,
+}
+
+impl Operator {
+    /// `OPERATOR(pg_catalog.=)`
+    #[must_use]
+    pub fn sql(&self) -> String {
+        format!("OPERATOR({}.{})", quote_identifier(&self.schema), self.name)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]

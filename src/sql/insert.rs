@@ -1,14 +1,16 @@
-//! INSERT: point if every value is the same everywhere, else pinned; ON CONFLICT ordered.
+//! INSERT: point if every value is the same everywhere, else pinned; ON CONFLICT pinned, or ordered where it can not be.
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{InsertStmt, Node, OnConflictAction, OverridingKind, SelectStmt};
 
 use super::classify::{Context, read};
 use super::expressions::{Look, SessionValue};
-use super::facts::{Column, DefaultKind, Relation, quote_identifier};
+use super::facts::{Column, DefaultKind, Relation};
 use super::functions::Effect;
+use super::pinned;
 use super::plan::{EffectPlan, Lane, Refusal, Write};
-use super::refuse::{data_modifying_with, not_yet, own_schema, refusal, refused};
+use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
+use super::rows::{self, NotRows};
 use super::target::{ON_INSERT, ON_UPDATE, Target, target};
 use super::text::Edits;
 
@@ -41,14 +43,21 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
     let certain = values.as_ref().and_then(|values| certainty(statement, values, relation, context));
     let write = match certain {
         Some(Certainty::Always) if statement.on_conflict_clause.is_none() => point(statement, relation, context),
-        Some(certain) if statement.on_conflict_clause.is_some() => {
-            upsert(statement, relation, &inner, &certain, context)
+        certain => {
+            let made = if updates {
+                pinned::upsert(statement, relation, context)
+            } else {
+                pinned::insert(statement, relation, context)
+            };
+            match (made, certain.filter(|_| statement.on_conflict_clause.is_some())) {
+                (Ok(write), _) => Ok(write),
+                (Err(why), Some(certain)) => ordered(statement, relation, &inner, &certain, &why, context),
+                (Err(why), None) => Err(rows::refuse(
+                    &format!("INSERT into {} with values that the leader chooses", relation.qualified()),
+                    &why,
+                )),
+            }
         }
-        _ if statement.on_conflict_clause.is_some() => Err(refusal(
-            "INSERT ... ON CONFLICT is replicated only if every value and default is the same on all servers",
-            "Give a value for each serial, identity or volatile default column, and use VALUES without functions that vary.",
-        )),
-        _ => pinned(statement, relation, context),
     };
     write.map_or_else(Lane::Refused, |write| {
         write.map_or_else(|| not_yet("this INSERT"), |write| Lane::Write(Box::new(write)))
@@ -187,77 +196,26 @@ fn point(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> 
     Ok(Some(write(statement, relation, effect, edits, hidden)))
 }
 
-fn pinned(statement: &InsertStmt, relation: &Relation, context: &Context<'_>) -> Made {
-    if !relation.may_select {
-        return Err(refusal(
-            format!(
-                "INSERT into {} needs the SELECT privilege on it here, to read the values that the leader chose",
-                relation.qualified()
-            ),
-            "GRANT SELECT on the table, or give constants for all columns.",
-        ));
-    }
-    let columns: Vec<&Column> = relation.columns.iter().filter(|column| !column.generated).collect();
-    exact_floats(columns.iter().copied(), context)?;
-    if columns.is_empty() {
-        return Err(refusal(
-            "INSERT into a table without columns of its own is supported only with VALUES or DEFAULT VALUES",
-            "",
-        ));
-    }
-    let Some((edits, _)) = Edits::find(context.text, context.shape, &[]) else { return Ok(None) };
-    let names: Vec<String> = columns.iter().map(|column| quote_identifier(&column.name)).collect();
-    let list = names.join(", ");
-    let numbers = (1..=names.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
-    let table = relation.qualified();
-    let effect = EffectPlan::Rows {
-        owner: Some(relation.owner_role()),
-        insert: format!("INSERT INTO {table} ({list}) OVERRIDING SYSTEM VALUE VALUES ({numbers})"),
-        copy: format!("COPY {table} ({list}) FROM STDIN"),
-        columns: names.len(),
-    };
-    Ok(Some(write(statement, relation, effect, edits, names)))
-}
-
-/// Below 1 the text form of a float loses digits.
-fn exact_floats<'c>(mut columns: impl Iterator<Item = &'c Column>, context: &Context<'_>) -> Result<(), Refusal> {
-    let digits = context.facts.settings.get("extra_float_digits").and_then(|value| value.parse::<i32>().ok());
-    if digits.is_some_and(|digits| digits < 1) && columns.any(|column| column.floats) {
-        return Err(refusal(
-            "INSERT into a table with floating point columns needs extra_float_digits = 1 or more: below, digits would be lost on the way",
-            "RESET extra_float_digits.",
-        ));
-    }
-    Ok(())
-}
-
-fn upsert(
+/// ON CONFLICT by text, in an order that table locks give.
+fn ordered(
     statement: &InsertStmt,
     relation: &Relation,
     inner: &Look,
     certain: &Certainty,
+    why: &NotRows,
     context: &Context<'_>,
 ) -> Made {
     let clause = context.look(&statement.on_conflict_clause);
     let bad = clause.impure.clone().or_else(|| clause.order.clone()).or_else(|| clause.system_column.clone());
     if let Some(what) = bad {
-        return Err(refusal(
-            format!("INSERT ... ON CONFLICT with {what} is not replicated by this version of pgtandem"),
-            "Use constants, columns and immutable functions in DO UPDATE.",
-        ));
+        return Err(rows::refuse(&format!("INSERT ... ON CONFLICT with {what}"), why));
     }
     let sets = statement.on_conflict_clause.as_ref().map(|clause| clause.target_list.as_slice()).unwrap_or_default();
     if clause.subqueries || clause.text_to_date {
-        return Err(refusal(
-            "INSERT ... ON CONFLICT with a subquery or a cast of text to a date is not replicated by this version of pgtandem",
-            "Use constants, columns and immutable functions in DO UPDATE.",
-        ));
+        return Err(rows::refuse("INSERT ... ON CONFLICT with a subquery or a cast of text to a date", why));
     }
     if let Some(column) = super::modify::impure_default(sets, relation) {
-        return Err(refusal(
-            format!("setting the column {column} to its DEFAULT is not replicated by this version of pgtandem"),
-            "Give the value.",
-        ));
+        return Err(rows::refuse(&format!("setting the column {column} to its DEFAULT"), why));
     }
     let mut session_values = match certain {
         Certainty::Always => Vec::new(),

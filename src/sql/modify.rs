@@ -1,5 +1,5 @@
-//! UPDATE and DELETE: point if one row is named by its whole primary key and the rest depends on that row alone, else ordered by
-//! locks on all tables that are read or written, else refused.
+//! UPDATE and DELETE: point if one row is named by its whole primary key and the rest depends on that row alone; else pinned, by
+//! the rows that the leader changed; where those can not be had, ordered by locks on all tables that are read or written; else refused.
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
@@ -12,21 +12,22 @@ use super::facts::{DefaultKind, Relation};
 use super::insert::may_write;
 use super::needs::Name;
 use super::parse::{node_names, tree, walk};
-use super::plan::{EffectPlan, Lane, Write};
+use super::plan::{EffectPlan, Lane, Refusal, Write};
 use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
+use super::rows::NotRows;
 use super::target::{ON_DELETE, ON_UPDATE, Target, target};
 use super::text::Edits;
 
 /// What UPDATE and DELETE have in common.
-struct Modify<'s> {
+pub(super) struct Modify<'s> {
     verb: &'static str,
-    relation: Option<&'s RangeVar>,
+    pub relation: Option<&'s RangeVar>,
     /// SET; empty for DELETE
-    sets: &'s [Node],
+    pub sets: &'s [Node],
     condition: Option<&'s Node>,
     /// FROM or USING
     sources: &'s [Node],
-    returning: Option<&'s ReturningClause>,
+    pub returning: Option<&'s ReturningClause>,
     with: Option<&'s WithClause>,
     events: u32,
 }
@@ -82,29 +83,50 @@ fn lane(modify: &Modify<'_>, context: &Context<'_>) -> Lane {
             "Call the function in a statement of its own and use its result.",
         );
     }
-    if let Some(lane) = refuse_expressions(modify, &inner, relation) {
-        return lane;
+    if set_columns(modify.sets).any(|name| relation.column(name).is_none()) {
+        // the server says so, and better before it meets the hidden RETURNING
+        return read(true);
     }
-    let point = is_point(modify, &inner, relation);
-    let lock_tables = if point {
-        Vec::new()
+    let varies = what_varies(modify, &inner, relation);
+    let made = if varies.is_none() && is_point(modify, &inner, relation) {
+        text(modify, &inner, relation, None, context)
     } else {
-        match tables_to_lock(modify, &inner, relation, context) {
-            Ok(tables) => tables,
-            Err(lane) => return *lane,
+        match super::pinned::modify(modify, relation, context) {
+            Ok(write) => write,
+            Err(why) => match ordered(modify, &inner, relation, varies.as_deref(), &why, context) {
+                Ok(write) => write,
+                Err(refusal) => return Lane::Refused(refusal),
+            },
         }
     };
-    make(modify, &inner, relation, lock_tables, point, context).unwrap_or_else(|| not_yet("this statement"))
+    made.map_or_else(|| not_yet("this statement"), |write| Lane::Write(Box::new(write)))
 }
 
-fn make(
+/// By text, in an order that table locks give.
+fn ordered(
     modify: &Modify<'_>,
     inner: &Look,
     relation: &Relation,
-    lock_tables: Vec<u32>,
-    point: bool,
+    varies: Option<&str>,
+    why: &NotRows,
     context: &Context<'_>,
-) -> Option<Lane> {
+) -> Result<Option<Write>, Refusal> {
+    if let Some(varies) = varies {
+        return Err(super::rows::refuse(&format!("{} with {varies}", modify.verb), why));
+    }
+    let tables = tables_to_lock(modify, inner, relation, why, context)?;
+    Ok(text(modify, inner, relation, Some(tables), context))
+}
+
+/// The statement's own text, for one row or with the tables to be locked.
+fn text(
+    modify: &Modify<'_>,
+    inner: &Look,
+    relation: &Relation,
+    lock_tables: Option<Vec<u32>>,
+    context: &Context<'_>,
+) -> Option<Write> {
+    let point = lock_tables.is_none();
     let (mut edits, hidden) = Edits::find(context.text, context.shape, &inner.session_values)?;
     remember_dates(&mut edits, modify, relation, context);
     if point {
@@ -113,7 +135,7 @@ fn make(
     let effect = EffectPlan::Text {
         owner: point.then(|| relation.owner_role()),
         counted: true,
-        lock_tables,
+        lock_tables: lock_tables.unwrap_or_default(),
         dates_matter: edits.has_dates(),
     };
     let cascades = if modify.sets.is_empty() {
@@ -121,7 +143,7 @@ fn make(
     } else {
         set_columns(modify.sets).any(|name| relation.cascade_update.iter().any(|column| column == name))
     };
-    Some(Lane::Write(Box::new(Write {
+    Some(Write {
         effect,
         hidden_returning: hidden,
         client_returning: modify.returning.is_some(),
@@ -129,7 +151,7 @@ fn make(
         barrier: !point || cascades,
         deferrable_constraints: relation.deferrable,
         edits,
-    })))
+    })
 }
 
 /// Notes the strings and parameters that may be read as dates. Each SET and each condition is judged on its own, so that
@@ -165,7 +187,7 @@ fn conjuncts<'n>(condition: &'n Node, found: &mut Vec<&'n Node>) {
     }
 }
 
-fn set_columns(sets: &[Node]) -> impl Iterator<Item = &str> {
+pub(super) fn set_columns(sets: &[Node]) -> impl Iterator<Item = &str> {
     sets.iter().filter_map(|node| match node.node.as_ref() {
         Some(NodeEnum::ResTarget(target)) => Some(target.name.as_str()),
         _ => None,
@@ -191,9 +213,8 @@ pub(super) fn impure_default<'r>(sets: &[Node], relation: &'r Relation) -> Optio
     None
 }
 
-/// What neither the point nor the ordered lane carries.
-fn refuse_expressions(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> Option<Lane> {
-    let verb = modify.verb;
+/// What neither the point nor the ordered lane carries, for a person.
+fn what_varies(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> Option<String> {
     let reason = if let Some(what) = inner.impure.as_ref().filter(|_| !inner.is_pure()) {
         format!("{what}, whose result is another one on another server")
     } else if let Some(what) = &inner.order {
@@ -209,10 +230,7 @@ fn refuse_expressions(modify: &Modify<'_>, inner: &Look, relation: &Relation) ->
     } else {
         return None;
     };
-    Some(refused(
-        format!("{verb} with {reason} is not replicated by this version of pgtandem"),
-        "First SELECT what is to be changed (FOR UPDATE), then change it by primary key with the values found.",
-    ))
+    Some(reason)
 }
 
 /// The whole primary key is given by constants, and the rest depends on the row alone.
@@ -275,8 +293,9 @@ fn tables_to_lock(
     modify: &Modify<'_>,
     inner: &Look,
     relation: &Relation,
+    why: &NotRows,
     context: &Context<'_>,
-) -> Result<Vec<u32>, Box<Lane>> {
+) -> Result<Vec<u32>, Refusal> {
     let mut tables = vec![relation.oid];
     for name in &inner.relations {
         let Some(read) = context.facts.relations.get(name) else { continue };
@@ -290,16 +309,10 @@ fn tables_to_lock(
             tables.push(read.oid);
             continue;
         };
-        return Err(Box::new(refused(
-            format!("{} that reads {name}, which {reason}, is not replicated by this version of pgtandem", modify.verb),
-            "Name the tables behind it, or change the rows by primary key.",
-        )));
+        return Err(super::rows::refuse(&format!("{} that reads {name}, which {reason},", modify.verb), why));
     }
     if !modify.sets.is_empty() && !modify.sources.is_empty() && !matches_once(modify, relation, context) {
-        return Err(Box::new(refused(
-            "UPDATE ... FROM is replicated only if each row provably matches at most once: else a server may choose another match",
-            "Compare all primary key columns of the one table in FROM with columns of the updated table, or use a subquery in SET.",
-        )));
+        return Err(super::rows::refuse("UPDATE ... FROM where a row may match more than once", why));
     }
     tables.sort_unstable();
     tables.dedup();

@@ -4,8 +4,10 @@
 //! it was made from. Texts for the leader and the followers are made from the plan and the text at hand.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::copy_dates::CopyDates;
+use super::rows::RowTexts;
 use super::text::Edits;
 
 /// What is done with every statement of one shape, under one context and schema number.
@@ -117,14 +119,7 @@ pub enum EffectPlan {
         dates_matter: bool,
     },
     /// Rows by value, from the hidden RETURNING.
-    Rows {
-        owner: Option<Role>,
-        /// `INSERT INTO s.t (a, b) OVERRIDING SYSTEM VALUE VALUES ($1, $2)`
-        insert: String,
-        /// `COPY s.t (a, b) FROM STDIN`
-        copy: String,
-        columns: usize,
-    },
+    Rows { owner: Option<Role>, texts: Arc<RowTexts> },
     /// `COPY ... FROM STDIN`: the client's data, under this text (FREEZE dropped).
     Copy {
         owner: Option<Role>,

@@ -148,7 +148,12 @@ fn splice(text: &str, shape: &Shape, tokens: &[Token], value: &SessionValue, num
 }
 
 /// The statement, and a division by zero if it does not change that many rows.
-fn asserting(statement: &str, count: u64) -> String {
+pub(super) fn asserting(statement: &str, count: u64) -> String {
+    counting(statement, &count.to_string())
+}
+
+/// The same with the count as an expression: a number, or a parameter.
+pub(super) fn counting(statement: &str, count: &str) -> String {
     format!(
         "WITH pgtandem_u AS ({statement} RETURNING 1) SELECT 1 OPERATOR(pg_catalog./) \
          (pg_catalog.count(*) OPERATOR(pg_catalog.=) {count})::pg_catalog.int4 FROM pgtandem_u"
@@ -187,7 +192,7 @@ impl Write {
     #[must_use]
     pub fn follower_text(&self, text: &str, shape: &Shape, values: &[Option<String>], expect: Option<u64>) -> String {
         let counted = match &self.effect {
-            EffectPlan::Rows { insert, .. } => return insert.clone(),
+            EffectPlan::Rows { texts, .. } => return texts.one.to_string(),
             EffectPlan::Copy { text: CopyText::Instead(instead), .. } => return instead.clone(),
             EffectPlan::Copy { text: CopyText::AsIs, .. } => return text.to_owned(),
             EffectPlan::Text { counted, .. } => *counted,
