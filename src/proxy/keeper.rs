@@ -8,7 +8,7 @@ use pgtandem_proto::membership::NodeState;
 use tokio_util::sync::CancellationToken;
 
 use crate::pg::build;
-use crate::proxy::{reign, sequences};
+use crate::proxy::reign;
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
 
@@ -24,7 +24,6 @@ pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
     tokio::select! {
         () = keep_leader(&hub) => {}
         () = keep_followers(&hub) => {}
-        () = sequences::keep(&hub) => {}
         () = stop.cancelled() => {}
     }
 }

@@ -23,7 +23,6 @@ pub mod control;
 pub mod keeper;
 pub mod local_rules;
 pub mod reign;
-pub mod sequences;
 pub mod threads;
 
 /// Name of the lock in the proxy's folder.

@@ -1,7 +1,8 @@
 -- What followers do instead of a definition that gives rows values, asked after the leader has run it. One line a step, the first
 -- letter says what it is: C a statement under the client's role, O one under the proxy's own role, K the client's own text,
--- L a COPY TO STDOUT for the leader whose data go into the next F, a COPY FROM STDIN under the proxy's own role,
--- T nothing: what was made is temporary, R the reason why it can not be carried.
+-- W the owner of the next tables (empty: a superuser, so the proxy's own role does), D a statement under that role,
+-- L a COPY TO STDOUT for the leader whose data go into the next F, a COPY FROM STDIN under the owner's role: what functions of theirs
+-- in checks and indexes do then, they may. T nothing: what was made is temporary. R the reason why it can not be carried.
 CREATE OR REPLACE FUNCTION pgtandem.columns(of_relation oid, definitions boolean) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT string_agg(quote_ident(a.attname) || CASE WHEN definitions THEN ' ' || format_type(a.atttypid, a.atttypmod)
@@ -22,17 +23,58 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     FROM pg_class c LEFT JOIN pg_am m ON m.oid = c.relam WHERE c.oid = of_relation
 $$;
 -- The rows of these relations, to be read from the leader and written where they are empty.
+CREATE OR REPLACE FUNCTION pgtandem.owner_step(of_relation oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'W' || CASE WHEN r.rolsuper THEN '' ELSE r.rolname END
+    FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner WHERE c.oid = of_relation
+$$;
 CREATE OR REPLACE FUNCTION pgtandem.rows(relations oid[]) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT step FROM unnest(relations) WITH ORDINALITY u(relation, at) JOIN pg_class c ON c.oid = u.relation
     JOIN pg_namespace n ON n.oid = c.relnamespace CROSS JOIN LATERAL pgtandem.columns(c.oid, false) l(list)
     CROSS JOIN LATERAL (VALUES
+        (0, pgtandem.owner_step(c.oid)),
         (1, format('LCOPY (SELECT %s FROM ONLY %I.%I) TO STDOUT (ENCODING ''UTF8'')', l.list, n.nspname, c.relname)),
         (2, format('FCOPY %I.%I (%s) FROM STDIN (ENCODING ''UTF8'')', n.nspname, c.relname, l.list))) s(k, step)
     ORDER BY u.at, s.k
 $$;
+-- Where a sequence stands: its value, and whether it was given.
+CREATE OR REPLACE FUNCTION pgtandem.position(of_schema name, of_sequence name) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    stands text;
+BEGIN
+    EXECUTE format('SELECT last_value || '', '' || is_called FROM %I.%I', of_schema, of_sequence) INTO stands;
+    RETURN stands;
+END $$;
+-- The sequences that this transaction called nextval or setval of, which hold their lock to its end. A line each, parts separated by
+-- U+001F: number, last value, increment, smallest, largest, given already, cycles, schema and name in hexadecimal.
+CREATE OR REPLACE FUNCTION pgtandem.sequences(given text) RETURNS SETOF text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    s record;
+    at bigint;
+    called boolean;
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.one AND e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.sequences is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    FOR s IN SELECT DISTINCT c.oid, n.nspname, c.relname, q.seqincrement, q.seqmin, q.seqmax, q.seqcycle
+        FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN pg_sequence q ON q.seqrelid = c.oid
+        WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.mode = 'RowExclusiveLock'
+            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+            AND c.relpersistence <> 't' ORDER BY c.oid
+    LOOP
+        EXECUTE format('SELECT last_value, is_called FROM %I.%I', s.nspname, s.relname) INTO at, called;
+        RETURN NEXT concat_ws(E'\x1f', s.oid, at, s.seqincrement, s.seqmin, s.seqmax, called, s.seqcycle,
+            encode(convert_to(s.nspname, 'UTF8'), 'hex'), encode(convert_to(s.relname, 'UTF8'), 'hex'));
+    END LOOP;
+END $$;
 CREATE OR REPLACE FUNCTION pgtandem.followers_do(
-    given text, kind text, target oid, new_schema text, new_name text, parts text[]) RETURNS SETOF text
+    given text, kind text, target oid, new_schema text, new_name text, parts text[], sequences oid[])
+RETURNS SETOF text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     relation oid := target;
@@ -63,6 +105,17 @@ BEGIN
         RETURN;
     END IF;
     place := format('%I.%I', c.nspname, c.relname);
+    -- The rows go and come back under the owner's role, which may have given up its rights.
+    IF kind <> 'text' AND NOT has_table_privilege(c.relowner, relation, 'INSERT') THEN
+        RETURN NEXT 'Rits owner may not INSERT into it';
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT format('OSELECT pg_catalog.setval(%L, %s)', format('%I.%I', n.nspname, s.relname),
+            pgtandem.position(n.nspname, s.relname))
+        FROM unnest(sequences) u(oid) JOIN pg_class s ON s.oid = u.oid JOIN pg_namespace n ON n.oid = s.relnamespace;
+    IF kind = 'text' THEN
+        RETURN NEXT 'K';
+    END IF;
     IF kind IN ('table', 'table with rows', 'view') THEN
         SELECT a.attname INTO obstacle FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
             JOIN pg_namespace n ON n.oid = t.typnamespace
@@ -93,11 +146,13 @@ BEGIN
     END IF;
     IF kind IN ('view', 'refresh') AND c.relispopulated THEN
         -- No command puts given rows into a materialized view; for this transaction alone it is a table.
-        RETURN NEXT format('OREFRESH MATERIALIZED VIEW %s WITH NO DATA', place);
-        RETURN NEXT format('OUPDATE pg_catalog.pg_class SET relkind = ''r'' WHERE oid = %L::pg_catalog.regclass', place);
+        RETURN NEXT pgtandem.owner_step(relation);
+        RETURN NEXT format('DREFRESH MATERIALIZED VIEW %s WITH NO DATA', place);
+        RETURN NEXT format('OUPDATE pg_catalog.pg_class SET relkind = ''r'' WHERE oid OPERATOR(pg_catalog.=) '
+            '%L::pg_catalog.regclass::pg_catalog.oid', place);
         RETURN QUERY SELECT pgtandem.rows(ARRAY[relation]);
         RETURN NEXT format('OUPDATE pg_catalog.pg_class SET relkind = ''m'', relispopulated = true '
-            'WHERE oid = %L::pg_catalog.regclass', place);
+            'WHERE oid OPERATOR(pg_catalog.=) %L::pg_catalog.regclass::pg_catalog.oid', place);
     END IF;
     IF kind = 'defaults' THEN
         RETURN NEXT 'K';
@@ -108,6 +163,14 @@ BEGIN
     ELSIF kind = 'rows' THEN
         WITH RECURSIVE tree(oid) AS (SELECT relation UNION SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid)
         SELECT array_agg(t.oid ORDER BY t.oid) INTO tables FROM tree t JOIN pg_class r ON r.oid = t.oid WHERE r.relkind = 'r';
+        SELECT format('the owner of %s may not INSERT, DELETE or use its schema', r.relname) INTO obstacle FROM pg_class r
+            WHERE r.oid = ANY (tables) AND NOT (has_table_privilege(r.relowner, r.oid, 'INSERT')
+                AND has_table_privilege(r.relowner, r.oid, 'DELETE')
+                AND has_schema_privilege(r.relowner, r.relnamespace, 'USAGE')) LIMIT 1;
+        IF obstacle IS NOT NULL THEN
+            RETURN NEXT 'R' || obstacle;
+            RETURN;
+        END IF;
         SELECT format('the trigger %s fires on every server', g.tgname) INTO obstacle FROM pg_trigger g
             WHERE g.tgrelid = ANY (tables) AND g.tgenabled IN ('A', 'R') LIMIT 1;
         IF obstacle IS NULL THEN
@@ -127,8 +190,11 @@ BEGIN
         -- On empty tables the text gives no value to any row. Neither triggers nor foreign keys are asked about the rows that
         -- go and come back: they are the leader's.
         RETURN NEXT 'OSET LOCAL session_replication_role = replica';
-        RETURN QUERY SELECT format('ODELETE FROM ONLY %I.%I', n.nspname, r.relname)
-            FROM unnest(tables) u(oid) JOIN pg_class r ON r.oid = u.oid JOIN pg_namespace n ON n.oid = r.relnamespace;
+        RETURN QUERY SELECT s.step FROM unnest(tables) u(oid) JOIN pg_class r ON r.oid = u.oid
+            JOIN pg_namespace n ON n.oid = r.relnamespace
+            CROSS JOIN LATERAL (VALUES (1, pgtandem.owner_step(r.oid)),
+                (2, format('DDELETE FROM ONLY %I.%I', n.nspname, r.relname))) s(k, step)
+            ORDER BY r.oid, s.k;
         RETURN NEXT 'OSET LOCAL session_replication_role = origin';
         RETURN NEXT 'K';
         RETURN NEXT 'OSET LOCAL session_replication_role = replica';

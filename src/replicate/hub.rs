@@ -3,7 +3,7 @@
 //!
 //! Changes of the member set go one at a time: recorded on the agents first, shown to sessions then.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,6 +26,7 @@ use crate::replicate::flight::Decision;
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
 use crate::replicate::marks::MarkPool;
+use crate::replicate::sequences::Sequences;
 
 /// How long a node that is leaving the set may take to be told so.
 const TELL_MS_MAX: u64 = 1000;
@@ -129,8 +130,8 @@ pub struct Hub {
     next_follower_id: AtomicU64,
     /// Why no client is served at the moment.
     trouble: Mutex<Option<String>>,
-    /// Databases with commits since the sequences were last looked at.
-    written: Mutex<HashSet<Arc<str>>>,
+    /// How far the followers' sequences are.
+    pub sequences: Sequences,
 }
 
 impl std::fmt::Debug for Hub {
@@ -165,7 +166,7 @@ impl Hub {
             changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),
             trouble: Mutex::default(),
-            written: Mutex::default(),
+            sequences: Sequences::default(),
         }
     }
 
@@ -203,19 +204,6 @@ impl Hub {
             }
             drop(self.gate.pass().await);
         }
-    }
-
-    /// Remembers that this database was written to.
-    pub fn note_write(&self, database: &Arc<str>) {
-        let mut written = lock(&self.written);
-        if !written.contains(database) {
-            written.insert(Arc::clone(database));
-        }
-    }
-
-    /// The databases that were written to since this was last asked.
-    pub fn take_written(&self) -> HashSet<Arc<str>> {
-        std::mem::take(&mut lock(&self.written))
     }
 
     /// Puts a transaction that is about to be committed into the backlog of every node that is joining. Called inside the

@@ -214,6 +214,8 @@ impl Replication for Hub {
                 ReplicationError::new(Kind::Gate, what, "It is tried again by itself.")
             })?;
         let closed = self.close_gate().await?;
+        // What was given so far is in the WAL before X; from here on the node gets it by its backlog.
+        self.sequences.forget_all();
         // The function gives the end of its record, a record boundary; its commit flushes past it. All commits that
         // passed the gate are finished, so each is before this record or comes after the gate opens.
         build::query(&mut leader.out, b"SELECT pg_logical_emit_message(true, 'pgtandem', 'cut')");

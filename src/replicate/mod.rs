@@ -19,3 +19,4 @@ pub mod nodewise;
 pub mod resolve;
 pub mod rows;
 pub mod schema;
+pub mod sequences;

@@ -22,21 +22,28 @@ const SETTINGS: &str = "SELECT pg_catalog.set_config('datestyle', 'ISO', true), 
      pg_catalog.set_config('search_path', 'pg_catalog', true)";
 
 const FOLLOWERS_DO: &str = "SELECT pgtandem.followers_do($1, $2, $3::pg_catalog.int8::pg_catalog.oid, \
-     COALESCE($4, pg_catalog.current_schema()::pg_catalog.text), $5, $6::pg_catalog.text[])";
+     COALESCE($4, pg_catalog.current_schema()::pg_catalog.text), $5, $6::pg_catalog.text[], $7::pg_catalog.int8[]::pg_catalog.oid[])";
 
 /// Asks the leader's session for one column of text.
 type Answered<T> = Result<Result<T, ClientError>, End>;
 
 impl Session {
     /// Takes the answer of such a statement and keeps its effects. If the server had an error, it is in the results.
-    pub async fn take_carried(&mut self, carried: &Carried, write: &Write, shape: &Shape, text: &str) -> Answered<()> {
+    pub async fn take_carried(
+        &mut self,
+        carried: &Carried,
+        sequences: &[u32],
+        write: &Write,
+        shape: &Shape,
+        text: &str,
+    ) -> Answered<()> {
         self.wire.pump(Until::Answered).await?;
         if self.wire.results.error.is_some() {
             return Ok(Ok(()));
         }
         let results = std::mem::take(&mut self.wire.results);
         let with_rows = results.tag.as_deref().and_then(crate::pg::message::tag_count).is_some();
-        let kept = self.carry(carried, with_rows, write, shape, text).await;
+        let kept = self.carry(carried, sequences, with_rows, write, shape, text).await;
         self.wire.results = results;
         kept
     }
@@ -44,13 +51,16 @@ impl Session {
     async fn carry(
         &mut self,
         carried: &Carried,
+        sequences: &[u32],
         with_rows: bool,
         write: &Write,
         shape: &Shape,
         text: &str,
     ) -> Answered<()> {
         let secret = Arc::clone(&self.secret);
-        let mut values: [Option<String>; 6] = [Some(secret.to_string()), None, None, None, None, None];
+        let mut values: [Option<String>; 7] = [const { None }; 7];
+        values[0] = Some(secret.to_string());
+        values[6] = Some(array(&sequences.iter().map(u32::to_string).collect::<Vec<_>>()));
         match carried {
             // IF NOT EXISTS, and it did exist.
             Carried::New { no_data: false, .. } if !with_rows => return Ok(Ok(())),
@@ -63,6 +73,10 @@ impl Session {
                 values[1] = Some(kind.to_owned());
                 values[3].clone_from(schema);
                 values[4] = Some(name.clone());
+            }
+            Carried::Text { relation } => {
+                values[1] = Some("text".to_owned());
+                values[2] = Some(relation.to_string());
             }
             Carried::Refresh { view } => {
                 values[1] = Some("refresh".to_owned());
@@ -94,6 +108,7 @@ impl Session {
             }
         }
         let mut rows = (Range::default(), 0);
+        let mut owner = EffectRole::Client;
         for step in steps {
             let body = step.get(1..).unwrap_or_default();
             let pushed = match step.as_bytes().first() {
@@ -111,7 +126,12 @@ impl Session {
                     Ok(())
                 }
                 Some(b'F') if rows.1 == 0 => Ok(()),
-                Some(b'F') => self.push_rows(body, rows),
+                Some(b'F') => self.push_rows(owner.clone(), body, rows),
+                Some(b'D') => self.push_step(owner.clone(), body),
+                Some(b'W') => {
+                    owner = if body.is_empty() { EffectRole::Own } else { EffectRole::Named(body.into()) };
+                    Ok(())
+                }
                 Some(b'T') => {
                     self.has_temp_objects = true;
                     self.has_own_catalog = true;
@@ -136,9 +156,9 @@ impl Session {
         Ok(self.log.push(effect)?)
     }
 
-    fn push_rows(&mut self, text: &str, (data, rows): (Range, u64)) -> Result<(), ClientError> {
+    fn push_rows(&mut self, role: EffectRole, text: &str, (data, rows): (Range, u64)) -> Result<(), ClientError> {
         let context = self.effect_context()?;
-        Ok(self.log.push(Effect::Copy { context, role: EffectRole::Own, text: text.into(), data, rows })?)
+        Ok(self.log.push(Effect::Copy { context, role, text: text.into(), data, rows })?)
     }
 
     /// Rows of one column of text, from the client's own session and transaction on the leader.

@@ -39,6 +39,18 @@ impl Session {
     pub async fn commit(&mut self, chain: bool) -> Result<Told, End> {
         // A client that is gone is noticed before followers prepare, not in the middle of the decision.
         self.wire.flush_much_to_client().await?;
+        let mut sequences = None;
+        if self.touched.is_used() {
+            match self.carry_sequences().await? {
+                Ok(reached) => sequences = Some(reached),
+                Err(error) => {
+                    self.hidden_query("ROLLBACK").await?;
+                    return Ok(Err(error));
+                }
+            }
+        } else if self.log.ddl {
+            self.hub.sequences.forget(&self.database);
+        }
         let fresh = EffectLog::new(Arc::clone(&self.hub.spill));
         let log = Arc::new(std::mem::replace(&mut self.log, fresh));
         if log.is_empty() {
@@ -85,7 +97,9 @@ impl Session {
         };
         if matches!(&told, Ok(Ok(_))) {
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
-            self.hub.note_write(&self.database);
+            if let Some((generation, bounds)) = sequences {
+                self.hub.sequences.raise(generation, &self.database, bounds);
+            }
         }
         // If the session ends here a member may still hold this n prepared: the mark stays out of use until the next epoch.
         let told = told?;

@@ -39,6 +39,60 @@ fn effect_role(owner: Option<&Role>) -> EffectRole {
 }
 
 impl Session {
+    /// Takes the answer of a write, for both protocols, and keeps its effect. If the server had an error, it is in the results; an
+    /// error given is ours.
+    pub async fn take_write(
+        &mut self,
+        write: &Write,
+        shape: &Shape,
+        text: &str,
+        parameters: &[u8],
+        types: Arc<[u8]>,
+    ) -> Result<Result<(), ClientError>, End> {
+        match &write.effect {
+            EffectPlan::Copy { dates, .. } => {
+                self.wire.pump(Until::AnsweredOrCopy).await?;
+                if !self.wire.results.copy_in {
+                    return Ok(Ok(()));
+                }
+                let kept = self.keep_copy_data(dates.as_ref()).await?;
+                let done = self.wire.pump(Until::Answered).await;
+                if std::mem::take(&mut self.wire.hide_errors) {
+                    // The COPY was made to fail: the client hears why.
+                    self.wire.results.error = None;
+                }
+                done?;
+                if self.wire.results.error.is_some() {
+                    return Ok(Ok(()));
+                }
+                Ok(kept.and_then(|data| self.copy_effect(write, shape, text, data)))
+            }
+            EffectPlan::Rows { .. } => {
+                let kept = self.keep_rows().await?;
+                if self.wire.results.error.is_some() {
+                    return Ok(Ok(()));
+                }
+                Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
+            }
+            EffectPlan::Carried { rows, sequences } => self.take_carried(rows, sequences, write, shape, text).await,
+            EffectPlan::Text { .. } => {
+                // The session's values are the same in every row.
+                self.wire.rows_kept_max = 1;
+                let done = self.wire.pump(Until::Answered).await;
+                self.wire.rows_kept_max = usize::MAX;
+                done?;
+                if self.wire.results.error.is_some() {
+                    return Ok(Ok(()));
+                }
+                let text = match self.with_verifier(write, text).await? {
+                    Ok(text) => text,
+                    Err(error) => return Ok(Err(error)),
+                };
+                Ok(self.text_effect_with(write, shape, &text, parameters, types))
+            }
+        }
+    }
+
     pub(super) fn effect_context(&self) -> Result<Arc<Context>, ClientError> {
         self.context.clone().ok_or_else(|| {
             ClientError::error(
@@ -165,6 +219,7 @@ impl Session {
         loop {
             self.wire.pump(Until::Rows).await?;
             for row in std::mem::take(&mut self.wire.results.rows) {
+                self.touched.see_row(&row);
                 if let Ok((range, count)) = &mut kept {
                     match self.keep_row(&row) {
                         Ok(added) => {

@@ -17,7 +17,7 @@ use crate::sql::plan::{Control, EffectPlan, Write};
 
 impl Session {
     /// Opens a block of ours inside the client's batch.
-    fn open_block_in_batch(&mut self) {
+    pub(super) fn open_block_in_batch(&mut self) {
         if !self.in_block() {
             self.hidden("pgtandem_p", "pgtandem_begin", &[]);
             self.own_block = true;
@@ -148,6 +148,7 @@ impl Session {
             return Ok(());
         }
         let position = self.log.position();
+        self.touched.begin(&prepared.plan.sequences);
         self.wire.clear_results();
         let mode = mode_of(write);
         let (name, _) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
@@ -272,7 +273,7 @@ impl Session {
                 build::command_complete(&mut self.wire.to_client, "BEGIN");
                 return Ok(());
             }
-            Control::Commit { chain } if !self.log.is_empty() && self.in_block() && self.wire.status != b'E' => {
+            Control::Commit { chain } if self.has_to_decide() && self.in_block() && self.wire.status != b'E' => {
                 self.in_batch = false;
                 let told = self.commit(*chain).await?;
                 self.in_batch = true;

@@ -339,6 +339,10 @@ impl Session {
         let plan = Arc::clone(&prepared.plan);
         match &plan.lane {
             Lane::Read { guard: false, copy_in: false } if !plan.drops_prepared => {
+                if !plan.sequences.is_none() && self.wire.status != b'E' {
+                    self.open_block_in_batch();
+                    self.touched.begin(&plan.sequences);
+                }
                 self.pass(frame, Expect::Execute { mode: Mode::Forward });
                 self.after(&plan, &prepared.text, true);
                 Ok(())

@@ -18,6 +18,7 @@ pub mod password;
 pub mod planning;
 pub mod rewrite;
 pub mod run;
+pub mod sequences;
 pub mod serializable;
 pub mod simple;
 pub mod start;

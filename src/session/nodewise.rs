@@ -125,6 +125,8 @@ impl Session {
             let what = format!("the statement could not be noted down on every member, and was not begun: {e}");
             return Ok(Err(ClientError::error("40001", what, "Try it again; see: pgtandem status")));
         }
+        // A database that is made of another one has the numbers of its sequences.
+        self.hub.sequences.forget_all();
         Ok(Ok(Begun { statement, intent, work, at: Instant::now() }))
     }
 

@@ -14,6 +14,7 @@ use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
 use crate::replicate::schema::{Context, SessionFacts};
 use crate::session::planning::PlanCache;
+use crate::session::sequences::Touched;
 use crate::session::statements::Statements;
 use crate::session::tls::ClientTls;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
@@ -60,6 +61,7 @@ pub struct Session {
     pub held_tag: Option<Bytes>,
     /// Effects of the transaction under way.
     pub log: EffectLog,
+    pub touched: Touched,
     savepoints: Vec<(String, Position)>,
     /// A block of ours is open where the client opened none.
     pub own_block: bool,
@@ -111,6 +113,7 @@ impl Session {
             last_text: None,
             held_tag: None,
             log,
+            touched: Touched::default(),
             savepoints: Vec::new(),
             own_block: false,
             in_batch: false,
@@ -312,6 +315,7 @@ impl Session {
         }
         self.log = EffectLog::new(Arc::clone(&self.hub.spill));
         self.savepoints.clear();
+        self.touched = Touched::default();
         self.statements.forget_portals();
         self.forget_settings();
         self.own_block = false;

@@ -14,7 +14,7 @@ use crate::session::rewrite;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::lex::{Kind, Lexer};
-use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
+use crate::sql::plan::{Admin, Control, Lane, Plan, Refusal, Write};
 use crate::sql::shape::Shape;
 
 /// SQLSTATE of a statement that writes behind the read-only guard.
@@ -79,7 +79,15 @@ impl Session {
                 self.after(plan, text, ok);
                 self.end_simple(own, ok).await
             }
+            Lane::Read { .. } if !plan.sequences.is_none() && !was_block => {
+                // Its values are given once followers can not give them, too.
+                self.open_own_block();
+                let ok = self.run_part(plan, text).await?;
+                self.after(plan, text, ok);
+                self.end_simple(true, ok).await
+            }
             Lane::Read { .. } => {
+                self.touched.begin(&plan.sequences);
                 self.forward(frame).await?;
                 self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
@@ -209,6 +217,7 @@ impl Session {
         };
         let leader_text = write.leader_text(text, shape);
         let position = self.log.position();
+        self.touched.begin(&plan.sequences);
         build::query(&mut self.wire.to_server, leader_text.as_deref().unwrap_or(text).as_bytes());
         self.wire.expects.push_back(Expect::Query { mode });
         self.wire.clear_results();
@@ -248,63 +257,10 @@ impl Session {
         }
     }
 
-    /// The same for both protocols. If the server had an error, it is in the results; an error given is ours.
-    pub async fn take_write(
-        &mut self,
-        write: &Write,
-        shape: &Shape,
-        text: &str,
-        parameters: &[u8],
-        types: Arc<[u8]>,
-    ) -> Result<Result<(), ClientError>, End> {
-        match &write.effect {
-            EffectPlan::Copy { dates, .. } => {
-                self.wire.pump(Until::AnsweredOrCopy).await?;
-                if !self.wire.results.copy_in {
-                    return Ok(Ok(()));
-                }
-                let kept = self.keep_copy_data(dates.as_ref()).await?;
-                let done = self.wire.pump(Until::Answered).await;
-                if std::mem::take(&mut self.wire.hide_errors) {
-                    // The COPY was made to fail: the client hears why.
-                    self.wire.results.error = None;
-                }
-                done?;
-                if self.wire.results.error.is_some() {
-                    return Ok(Ok(()));
-                }
-                Ok(kept.and_then(|data| self.copy_effect(write, shape, text, data)))
-            }
-            EffectPlan::Rows { .. } => {
-                let kept = self.keep_rows().await?;
-                if self.wire.results.error.is_some() {
-                    return Ok(Ok(()));
-                }
-                Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
-            }
-            EffectPlan::Carried(carried) => self.take_carried(carried, write, shape, text).await,
-            EffectPlan::Text { .. } => {
-                // The session's values are the same in every row.
-                self.wire.rows_kept_max = 1;
-                let done = self.wire.pump(Until::Answered).await;
-                self.wire.rows_kept_max = usize::MAX;
-                done?;
-                if self.wire.results.error.is_some() {
-                    return Ok(Ok(()));
-                }
-                let text = match self.with_verifier(write, text).await? {
-                    Ok(text) => text,
-                    Err(error) => return Ok(Err(error)),
-                };
-                Ok(self.text_effect_with(write, shape, &text, parameters, types))
-            }
-        }
-    }
-
     /// BEGIN, COMMIT and the like. The command tag goes to the client, `ReadyForQuery` does not.
     pub async fn control(&mut self, control: &Control, text: &str) -> Result<bool, End> {
         match control {
-            Control::Commit { chain } if !self.log.is_empty() && self.wire.status == b'T' => {
+            Control::Commit { chain } if self.has_to_decide() && self.wire.status == b'T' => {
                 match self.commit(*chain).await? {
                     Ok(()) => build::command_complete(&mut self.wire.to_client, "COMMIT"),
                     Err(error) => {
@@ -467,22 +423,33 @@ impl Session {
             }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
             Lane::Read { .. } | Lane::Maintenance { .. } | Lane::Nodewise | Lane::Control(_) => {
-                self.wire.clear_results();
-                build::query(&mut self.wire.to_server, text.as_bytes());
-                self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
-                self.wire.hold_ready = true;
-                let done = self.pump_with_copy().await;
-                self.wire.hold_ready = false;
-                done?;
-                let ok = self.wire.results.error.is_none();
-                if let (true, Lane::Maintenance { exclusive }) = (ok, &plan.lane) {
-                    self.maintain_followers(&text, *exclusive);
-                }
-                ok
+                self.run_part(&plan, &text).await?
             }
         };
         self.after(&plan, &text, ok);
         Ok(ok)
+    }
+
+    /// A statement that the leader alone runs, without `ReadyForQuery`.
+    async fn run_part(&mut self, plan: &Plan, text: &str) -> Result<bool, End> {
+        self.touched.begin(&plan.sequences);
+        self.wire.clear_results();
+        build::query(&mut self.wire.to_server, text.as_bytes());
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
+        self.wire.hold_ready = true;
+        let done = self.pump_with_copy().await;
+        self.wire.hold_ready = false;
+        done?;
+        let ok = self.wire.results.error.is_none();
+        if let (true, Lane::Maintenance { exclusive }) = (ok, &plan.lane) {
+            self.maintain_followers(text, *exclusive);
+        }
+        Ok(ok)
+    }
+
+    /// Whether the end of the transaction concerns followers.
+    pub fn has_to_decide(&self) -> bool {
+        !self.log.is_empty() || self.touched.is_used()
     }
 
     /// Transaction control inside a text of several statements. BEGIN turns a block of ours into the client's.

@@ -3,8 +3,8 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    AlterTableCmd, AlterTableStmt, AlterTableType, ColumnDef, ConstrType, CreateTableAsStmt, IntoClause, ObjectType,
-    RefreshMatViewStmt, SelectStmt,
+    AlterSeqStmt, AlterTableCmd, AlterTableStmt, AlterTableType, ColumnDef, ConstrType, CreateTableAsStmt, IntoClause,
+    ObjectType, RefreshMatViewStmt, SelectStmt,
 };
 
 use super::classify::{Context, read};
@@ -20,9 +20,14 @@ use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
 use super::text::Edits;
 
 /// A definition whose rows are carried. `ddl`: it changes the schema.
-fn carried(how: Carried, ddl: bool, edits: Edits) -> Lane {
+fn carried(rows: Carried, ddl: bool, edits: Edits) -> Lane {
+    carried_after(rows, Vec::new(), ddl, edits)
+}
+
+/// The same, once these sequences are as the leader's.
+fn carried_after(rows: Carried, sequences: Vec<u32>, ddl: bool, edits: Edits) -> Lane {
     Lane::Write(Box::new(Write {
-        effect: EffectPlan::Carried(how),
+        effect: EffectPlan::Carried { rows, sequences },
         hidden_returning: Vec::new(),
         client_returning: false,
         ddl,
@@ -124,6 +129,22 @@ struct Alter {
     values: Vec<SessionValue>,
     /// Partitions or children come or go.
     moves_tables: bool,
+    /// Sequences that get other limits, within which followers' positions must be, too.
+    sequences: Vec<u32>,
+}
+
+/// ALTER SEQUENCE: followers may be ahead, past limits that the leader is within. None: the text does.
+pub(super) fn alter_sequence(statement: &AlterSeqStmt, context: &Context<'_>) -> Option<Lane> {
+    let sequence = fact(statement.sequence.as_ref(), context)?;
+    let restarts = statement
+        .options
+        .iter()
+        .any(|option| matches!(option.node.as_ref(), Some(NodeEnum::DefElem(option)) if option.defname == "restart"));
+    if sequence.kind != "S" || sequence.is_temporary() || restarts {
+        return None;
+    }
+    let relation = sequence.oid;
+    Some(carried_after(Carried::Text { relation }, vec![relation], true, Edits::default()))
 }
 
 /// ALTER TABLE that gives rows values which are others on another server. None: the text does.
@@ -136,7 +157,7 @@ pub(super) fn alter_table(statement: &AlterTableStmt, table: Option<&Relation>, 
             return Some(lane);
         }
     }
-    if !alter.rows && alter.defaults.is_empty() {
+    if !alter.rows && alter.defaults.is_empty() && alter.sequences.is_empty() {
         return None;
     }
     if alter.rows && (alter.moves_tables || table.foreign) {
@@ -147,12 +168,16 @@ pub(super) fn alter_table(statement: &AlterTableStmt, table: Option<&Relation>, 
     }
     if alter.rows {
         let how = Carried::Rows { table: table.oid, retyped: alter.retyped };
-        return Some(carried(how, true, Edits::default()));
+        return Some(carried_after(how, alter.sequences, true, Edits::default()));
+    }
+    if alter.defaults.is_empty() {
+        return Some(carried_after(Carried::Text { relation: table.oid }, alter.sequences, true, Edits::default()));
     }
     let Some((edits, values)) = Edits::find(context.text, context.shape, &alter.values) else {
         return Some(not_yet("this ALTER TABLE"));
     };
-    Some(carried(Carried::Defaults { table: table.oid, columns: alter.defaults, values }, true, edits))
+    let rows = Carried::Defaults { table: table.oid, columns: alter.defaults, values };
+    Some(carried_after(rows, alter.sequences, true, edits))
 }
 
 fn judge(command: &AlterTableCmd, table: &Relation, context: &Context<'_>, alter: &mut Alter) -> Option<Lane> {
@@ -171,11 +196,13 @@ fn judge(command: &AlterTableCmd, table: &Relation, context: &Context<'_>, alter
             {
                 return Some(functions_write(&what));
             }
+            alter.sequences.extend(sequences_of(table, &command.name));
             if changes_by_node(&command.name, column, table, context) {
                 alter.rows = true;
                 alter.retyped.push(command.name.clone());
             }
         }
+        (AlterTableType::AtSetIdentity, _) => alter.sequences.extend(sequences_of(table, &command.name)),
         (AlterTableType::AtSetUnLogged, _) => {
             return Some(refused(
                 "SET UNLOGGED is not supported: a node that is filled gets unlogged tables empty",
@@ -192,6 +219,10 @@ fn judge(command: &AlterTableCmd, table: &Relation, context: &Context<'_>, alter
         _ => {}
     }
     None
+}
+
+fn sequences_of<'t>(table: &'t Relation, column: &'t str) -> impl Iterator<Item = u32> + 't {
+    table.sequences.iter().filter(move |fact| fact.column == column && fact.oid != 0).map(|fact| fact.oid)
 }
 
 /// Existing rows get the default's value.

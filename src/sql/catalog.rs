@@ -261,7 +261,19 @@ SELECT json_build_object(
       LEFT JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace
       WHERE v.root = c.oid AND w.ev_type = '1' AND v.oid >= 16384::oid), '[]'),
     'view_opaque', EXISTS (SELECT 1 FROM views v JOIN pg_catalog.pg_class k ON k.oid = v.oid
-      WHERE v.root = c.oid AND (k.relkind = 'f' OR k.relrowsecurity)))))
+      WHERE v.root = c.oid AND (k.relkind = 'f' OR k.relrowsecurity)),
+    'sequences', coalesce((SELECT json_agg( json_build_object('column', a.attname, 'oid', coalesce(s.oid, 0::oid)::int8))
+      FROM pg_catalog.pg_attribute a
+      LEFT JOIN pg_catalog.pg_attrdef e ON e.adrelid = a.attrelid AND e.adnum = a.attnum
+      LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+      LEFT JOIN LATERAL (
+        SELECT p.objid AS oid FROM pg_catalog.pg_depend p WHERE a.attidentity <> '' AND p.classid = 1259::oid
+          AND p.refclassid = 1259::oid AND p.refobjid = c.oid AND p.refobjsubid = a.attnum::int4 AND p.deptype = 'i'
+        UNION ALL SELECT p.refobjid FROM pg_catalog.pg_depend p WHERE p.classid = 2604::oid AND p.objid = e.oid
+          AND p.refclassid = 1259::oid AND p.deptype = 'n'
+          AND pg_catalog.pg_get_expr(e.adbin, e.adrelid) ~ '^nextval\(''[^'']*''::regclass\)$' LIMIT 1) s ON true
+      WHERE a.attrelid = c.oid AND a.attnum > 0::int4 AND NOT a.attisdropped AND a.attgenerated = ''
+        AND (a.attidentity <> '' OR coalesce(e.adbin::text, t.typdefaultbin::text) ~ ':funcid (1574|1576|1765|[0-9]{5,})')), '[]'))))
   FROM found f JOIN pg_catalog.pg_class c ON c.oid = f.oid
   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_catalog.pg_roles r ON r.oid = c.relowner),

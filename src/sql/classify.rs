@@ -18,6 +18,7 @@ use super::needs::{Name, Needs};
 use super::parse::{ParseError, Statement, tree};
 use super::plan::{Admin, Control, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
+use super::sequences::{self, SequenceUse};
 use super::shape::Shape;
 use super::{carry, copy, ddl, insert, modify};
 
@@ -63,7 +64,7 @@ pub(super) fn read(guard: bool) -> Lane {
 }
 
 fn plan(lane: Lane) -> Plan {
-    Plan { lane, changes_settings: false, drops_prepared: false }
+    Plan { lane, changes_settings: false, sequences: SequenceUse::None, drops_prepared: false }
 }
 
 /// Classifies the one statement of `text`. `shape` is the text's mask, `facts` the leader's answer to the statement's needs.
@@ -84,19 +85,21 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
         NodeEnum::VariableSetStmt(set) => Plan { changes_settings: true, ..plan(set_variable(set)) },
         NodeEnum::DiscardStmt(discard) => {
             let all = discard.target == pg_query::protobuf::DiscardMode::DiscardAll as i32;
-            Plan { lane: read(false), changes_settings: all, drops_prepared: all }
+            Plan { changes_settings: all, drops_prepared: all, ..plan(read(false)) }
         }
         NodeEnum::DeallocateStmt(deallocate) => Plan { drops_prepared: deallocate.isall, ..plan(read(false)) },
         node => {
             let lane = lane(node, &context);
+            let needs = Needs::of(statement);
             // set_config() and functions with SET-like effects run behind no guard
             let changes_settings = matches!(lane, Lane::Read { guard: true, .. })
-                || Needs::of(statement).functions.iter().any(|name| name.name == "set_config")
+                || needs.functions.iter().any(|name| name.name == "set_config")
                 || matches!(
                     node,
                     NodeEnum::ExecuteStmt(_) | NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_)
                 );
-            Plan { changes_settings, ..plan(lane) }
+            let sequences = sequences::of(node, &needs, &lane, facts);
+            Plan { changes_settings, sequences, ..plan(lane) }
         }
     }
 }

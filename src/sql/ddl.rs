@@ -67,6 +67,11 @@ pub(super) fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
     {
         return lane;
     }
+    if let NodeEnum::AlterSeqStmt(statement) = node
+        && let Some(lane) = carry::alter_sequence(statement, context)
+    {
+        return lane;
+    }
     // WITH NO DATA; the others are carried
     let empties = matches!(node, NodeEnum::RefreshMatViewStmt(_));
     if empties || is_definition(node) { ordered(!empties) } else { not_yet("this statement") }

@@ -71,6 +71,16 @@ pub struct Relation {
     pub view_functions: Vec<Function>,
     /// For a view: a relation behind it is foreign or has row-level security.
     pub view_opaque: bool,
+    /// Columns whose default may take a value of a sequence.
+    pub sequences: Vec<SequenceFact>,
+}
+
+/// A column whose default, or identity, takes values of a sequence.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct SequenceFact {
+    pub column: String,
+    /// The sequence, if the column's value is just its next one; 0: something else that calls nextval, or may.
+    pub oid: u32,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]

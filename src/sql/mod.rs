@@ -25,6 +25,7 @@ pub mod plan;
 pub mod refuse;
 mod roles;
 pub mod rows;
+pub mod sequences;
 pub mod shape;
 pub mod shared;
 mod target;

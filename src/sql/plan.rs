@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::copy_dates::CopyDates;
 use super::rows::RowTexts;
+use super::sequences::SequenceUse;
 use super::text::Edits;
 
 /// What is done with every statement of one shape, under one context and schema number.
@@ -16,6 +17,8 @@ pub struct Plan {
     pub lane: Lane,
     /// The statement may change settings, role or search_path: what is known of them must be read again.
     pub changes_settings: bool,
+    /// What it does with sequences.
+    pub sequences: SequenceUse,
     /// `DISCARD ALL` or `DEALLOCATE ALL`: prepared statements of the session are gone.
     pub drops_prepared: bool,
 }
@@ -128,7 +131,11 @@ pub enum EffectPlan {
         dates: Option<CopyDates>,
     },
     /// A definition that gives rows values: followers get it without them, and the rows as the leader made them.
-    Carried(Carried),
+    Carried {
+        rows: Carried,
+        /// Sequences that followers set exactly as the leader's before the statement. Object identifiers of the leader.
+        sequences: Vec<u32>,
+    },
 }
 
 /// Which rows a definition gives values. Object identifiers are the leader's.
@@ -140,6 +147,10 @@ pub enum Carried {
         name: String,
         view: bool,
         no_data: bool,
+    },
+    /// No rows: the text, once sequences are in place.
+    Text {
+        relation: u32,
     },
     Refresh {
         view: u32,
