@@ -124,3 +124,8 @@ async fn play(file: &str) {
 async fn rows_that_definitions_make_are_the_leaders() {
     play(include_str!("definitions/rows.sql")).await;
 }
+
+#[tokio::test]
+async fn definitions_of_every_kind_are_the_same_or_refused() {
+    play(include_str!("definitions/kinds.sql")).await;
+}

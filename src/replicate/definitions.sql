@@ -202,3 +202,44 @@ BEGIN
         RETURN NEXT 'OSET LOCAL session_replication_role = origin';
     END IF;
 END $$;
+-- Large objects that this transaction made (C) or removed (U), and their numbers. What it may see although it is in progress is its own.
+CREATE OR REPLACE FUNCTION pgtandem.large_objects(given text) RETURNS SETOF text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    own bigint := pg_current_xact_id_if_assigned()::text::bigint;
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.one AND e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.large_objects is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    RETURN QUERY SELECT 'U' || l.objid FROM pg_locks l
+        WHERE l.pid = pg_backend_pid() AND l.locktype = 'object' AND l.classid = 2613 AND l.mode = 'AccessExclusiveLock'
+            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+            AND NOT EXISTS (SELECT FROM pg_largeobject_metadata m WHERE m.oid = l.objid);
+    RETURN QUERY SELECT 'C' || m.oid FROM pg_largeobject_metadata m
+        WHERE own IS NOT NULL AND age(m.xmin) <= 0 AND CASE WHEN age(m.xmin) <= 0 THEN
+            pg_xact_status((own - own % 4294967296 + m.xmin::text::bigint
+                + CASE WHEN m.xmin::text::bigint < own % 4294967296 THEN 4294967296 ELSE 0 END)::text::xid8) = 'in progress' END
+        ORDER BY m.oid;
+END $$;
+-- Bytes of a large object, in hexadecimal, and how many it has.
+CREATE OR REPLACE FUNCTION pgtandem.large_object(given text, object oid, at bigint, bytes integer) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.one AND e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.large_object is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    RETURN encode(lo_get(object, at, bytes), 'hex');
+END $$;
+CREATE OR REPLACE FUNCTION pgtandem.large_object_bytes(given text, object oid) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.one AND e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.large_object_bytes is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    -- A page is a quarter of a block (LOBLKSIZE of large_object.h).
+    RETURN coalesce((SELECT l.pageno * (current_setting('block_size')::bigint / 4) + length(l.data) FROM pg_largeobject l
+        WHERE l.loid = object ORDER BY l.pageno DESC LIMIT 1), 0);
+END $$;

@@ -74,6 +74,7 @@ impl Session {
                 }
                 Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
             }
+            EffectPlan::LargeObject(call) => self.take_large_object(*call, text, parameters).await,
             EffectPlan::Carried { rows, sequences } => self.take_carried(rows, sequences, write, shape, text).await,
             EffectPlan::Text { .. } => {
                 // The session's values are the same in every row.

@@ -147,6 +147,15 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
+        if let EffectPlan::LargeObject(call) = &write.effect {
+            self.catch_up().await?;
+            if self.wire.is_skipping() {
+                return Ok(());
+            }
+            if let Err(error) = self.before_large_object(*call, &prepared.text, parameters).await? {
+                return self.refuse_extended(&error).await;
+            }
+        }
         let position = self.log.position();
         self.touched.begin(&prepared.plan.sequences);
         self.wire.clear_results();

@@ -9,6 +9,8 @@ pub enum Mode {
     Forward,
     /// All answers are ours: first columns are kept in [`Results::values`].
     Hidden,
+    /// As they are, and kept in [`Results::rows`], too.
+    Both,
     /// The data of a COPY are ours: kept in [`Results::rows`], a row each.
     Keep,
     /// The last `hidden` columns are ours; without columns of its own the client sees no rows at all.

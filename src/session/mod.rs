@@ -12,6 +12,7 @@ pub mod execute;
 pub mod expect;
 pub mod extended;
 pub mod greet;
+pub mod large_objects;
 pub mod nodewise;
 pub mod parameters;
 pub mod password;

@@ -55,6 +55,13 @@ pub fn for_text(text: &str, types: &[u8], parameters: &[u8]) -> Result<(BytesMut
     Ok((new_types, formats))
 }
 
+/// One value (0 is `$1`), and whether it is binary. `None` for NULL, and for what is not there.
+#[must_use]
+pub fn value(parameters: &[u8], at: usize) -> Option<(&[u8], bool)> {
+    let (binary, value) = each(parameters).ok()?.into_iter().nth(at)?;
+    Some((value?, binary))
+}
+
 /// Whether there is a type whose number is this server's own.
 #[must_use]
 pub fn has_user_types(types: &[u8]) -> bool {

@@ -326,6 +326,7 @@ fn readable(text: &[u8]) -> Option<Arc<str>> {
 #[must_use]
 pub fn mode_of(write: &Write) -> Mode {
     match write.hidden_returning.len() {
+        0 if matches!(write.effect, EffectPlan::LargeObject(_)) => Mode::Both,
         0 => Mode::Forward,
         hidden => Mode::Strip { hidden, client_returning: write.client_returning },
     }

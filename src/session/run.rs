@@ -13,6 +13,7 @@ use crate::replicate::effects::{EffectLog, Position};
 use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
 use crate::replicate::schema::{Context, SessionFacts};
+use crate::session::large_objects::Objects;
 use crate::session::planning::PlanCache;
 use crate::session::sequences::Touched;
 use crate::session::statements::Statements;
@@ -62,6 +63,7 @@ pub struct Session {
     /// Effects of the transaction under way.
     pub log: EffectLog,
     pub touched: Touched,
+    pub objects: Objects,
     savepoints: Vec<(String, Position)>,
     /// A block of ours is open where the client opened none.
     pub own_block: bool,
@@ -114,6 +116,7 @@ impl Session {
             held_tag: None,
             log,
             touched: Touched::default(),
+            objects: Objects::default(),
             savepoints: Vec::new(),
             own_block: false,
             in_batch: false,
@@ -209,20 +212,6 @@ impl Session {
         }
     }
 
-    async fn function_call(&mut self, frame: Bytes) -> Result<(), End> {
-        if self.hub.replicates() {
-            let error = ClientError::error(
-                "0A000",
-                "pgtandem does not replicate FunctionCall messages (large objects through libpq's lo_* functions)",
-                "Use SQL functions, or store the data in a bytea column.",
-            );
-            return self.refuse_simple(&error).await;
-        }
-        self.wire.to_server.extend_from_slice(&frame);
-        self.wire.expects.push_back(Expect::Function);
-        self.wire.pump(Until::Answered).await
-    }
-
     /// Appends one of our prepared statements and what is expected of it. `portal` empty: the unnamed one, which ends a
     /// portal of the client's; otherwise it is closed again.
     pub fn hidden(&mut self, portal: &str, statement: &str, values: &[Option<&[u8]>]) {
@@ -293,6 +282,7 @@ impl Session {
             let position = self.savepoints[at].1;
             self.savepoints.truncate(at + 1);
             self.log.truncate(position);
+            self.objects.forget_made();
             // What was planned since then may be about a catalog that is gone.
             self.own_plans.clear();
         }
@@ -316,6 +306,7 @@ impl Session {
         self.log = EffectLog::new(Arc::clone(&self.hub.spill));
         self.savepoints.clear();
         self.touched = Touched::default();
+        self.objects = Objects::default();
         self.statements.forget_portals();
         self.forget_settings();
         self.own_block = false;

@@ -9,12 +9,12 @@ use bytes::Bytes;
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
-use crate::session::planning::{Planned, schema_changed};
+use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::rewrite;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::lex::{Kind, Lexer};
-use crate::sql::plan::{Admin, Control, Lane, Plan, Refusal, Write};
+use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
 use crate::sql::shape::Shape;
 
 /// SQLSTATE of a statement that writes behind the read-only guard.
@@ -157,14 +157,14 @@ impl Session {
     }
 
     /// Opens a block of ours; its answer is swallowed together with the next statement's.
-    fn open_own_block(&mut self) {
+    pub(super) fn open_own_block(&mut self) {
         build::query(&mut self.wire.to_server, b"BEGIN");
         self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
         self.own_block = true;
     }
 
     /// Ends a statement or text of the simple protocol: commits or rolls back what was ours, and says ready.
-    async fn end_simple(&mut self, own: bool, ok: bool) -> Result<(), End> {
+    pub(super) async fn end_simple(&mut self, own: bool, ok: bool) -> Result<(), End> {
         if own && self.own_block {
             if ok && self.wire.status == b'T' {
                 if let Err(error) = self.commit(false).await? {
@@ -210,11 +210,12 @@ impl Session {
         if !self.lock_tables(write).await? {
             return Ok(false);
         }
-        let hidden = write.hidden_returning.len();
-        let mode = match hidden {
-            0 => Mode::Forward,
-            _ => Mode::Strip { hidden, client_returning: write.client_returning },
-        };
+        if let EffectPlan::LargeObject(call) = &write.effect
+            && let Err(error) = self.before_large_object(*call, text, &[]).await?
+        {
+            return self.refuse_in_text(&error).await.map(|()| false);
+        }
+        let mode = mode_of(write);
         let leader_text = write.leader_text(text, shape);
         let position = self.log.position();
         self.touched.begin(&plan.sequences);

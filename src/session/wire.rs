@@ -413,7 +413,12 @@ impl Wire {
                 return self.take_result(tag, frame, mode);
             }
             Expect::Query { mode } => return self.take_result(tag, frame, mode),
-            Expect::Function | Expect::Sync { .. } => false,
+            Expect::Function => {
+                let value = Reader::new(b'V', frame::body(frame)).value().map_err(End::ServerProtocol)?;
+                self.results.values.push(value.map(Bytes::copy_from_slice));
+                false
+            }
+            Expect::Sync { .. } => false,
         };
         if !hidden {
             self.to_client.extend_from_slice(frame);
@@ -463,6 +468,9 @@ impl Wire {
                 let value = if columns == 0 { None } else { r.value().map_err(End::ServerProtocol)? };
                 self.results.values.push(value.map(Bytes::copy_from_slice));
                 return Ok(());
+            }
+            (b'D', Mode::Both) if self.results.rows.len() < self.rows_kept_max => {
+                self.results.rows.push(Bytes::copy_from_slice(frame::body(frame).get(2..).unwrap_or_default()));
             }
             (b'd', Mode::Keep) => {
                 let data = frame::body(frame);

@@ -5,14 +5,15 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    CopyStmt, DeclareCursorStmt, ExplainStmt, TransactionStmt, TransactionStmtKind, VacuumStmt, VariableSetKind,
-    VariableSetStmt,
+    CopyStmt, DeclareCursorStmt, ExplainStmt, SelectStmt, TransactionStmt, TransactionStmtKind, VacuumStmt,
+    VariableSetKind, VariableSetStmt,
 };
 use serde_json::Value;
 
 use super::expressions::{Look, OWN_SCHEMA, look};
 use super::facts::{Facts, Relation};
 use super::functions::Effect;
+use super::large_objects;
 use super::lex::{Kind, Lexer};
 use super::needs::{Name, Needs};
 use super::parse::{ParseError, Statement, tree};
@@ -135,7 +136,7 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
     match node {
         NodeEnum::SelectStmt(statement) if statement.into_clause.is_some() => carry::select_into(statement, context),
         NodeEnum::SelectStmt(_) if reloads(&context.tree) => Lane::Maintenance { exclusive: false },
-        NodeEnum::SelectStmt(_) => select(&context.tree, context.facts),
+        NodeEnum::SelectStmt(statement) => select_statement(statement, context),
         NodeEnum::InsertStmt(statement) => insert::lane(statement, context),
         NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
         NodeEnum::DeleteStmt(statement) => modify::delete(statement, context),
@@ -191,6 +192,15 @@ fn reloads(tree: &Value) -> bool {
         && tree.pointer("/SelectStmt/where_clause").is_none_or(Value::is_null)
 }
 
+/// A SELECT as a statement of its own: it may write large objects.
+fn select_statement(statement: &SelectStmt, context: &Context<'_>) -> Lane {
+    let lane = select(&context.tree, context.facts);
+    let writes = matches!(lane, Lane::Refused(_)) && context.look(statement).effect == Some(Effect::Writes);
+    let needs = || Needs::of_tree(&context.tree);
+    let carried = if writes { large_objects::lane(statement, &needs(), context) } else { None };
+    carried.unwrap_or(lane)
+}
+
 /// Judges a query that only reads: SELECT, VALUES, TABLE, WITH, or what EXPLAIN, DECLARE and PREPARE hold.
 fn select(part: &Value, facts: &Facts) -> Lane {
     let found = look_through_views(part, facts);
@@ -204,7 +214,7 @@ fn select(part: &Value, facts: &Facts) -> Lane {
         let what = found.impure.unwrap_or_default();
         refused(
             format!("{what} writes, and that is not replicated by this version of pgtandem"),
-            "Large objects: use a bytea column.",
+            "Large objects: call lo_create, lo_put and the like in a SELECT of their own.",
         )
     } else if found.into {
         refused("SELECT ... INTO inside another statement is not supported", "Send it as a statement of its own.")

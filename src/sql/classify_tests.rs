@@ -181,6 +181,7 @@ fn lane_of(text: &str) -> &'static str {
         Lane::Write(write) => match &write.effect {
             EffectPlan::Rows { .. } => "rows",
             EffectPlan::Copy { .. } => "copy",
+            EffectPlan::LargeObject(_) => "large object",
             EffectPlan::Carried { .. } => "carried",
             EffectPlan::Text { .. } if write.ddl => "ddl",
             EffectPlan::Text { lock_tables, .. } if write.barrier && !lock_tables.is_empty() => "ordered",

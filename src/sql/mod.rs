@@ -15,6 +15,7 @@ mod expressions;
 pub mod facts;
 mod functions;
 mod insert;
+pub mod large_objects;
 pub mod lex;
 mod modify;
 pub mod needs;

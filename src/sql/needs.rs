@@ -52,8 +52,14 @@ pub struct Needs {
 impl Needs {
     #[must_use]
     pub fn of(statement: &Statement) -> Self {
+        Self::of_tree(&tree(&statement.node))
+    }
+
+    /// The same, of a tree that is there already.
+    #[must_use]
+    pub fn of_tree(tree: &Value) -> Self {
         let mut needs = Self::default();
-        walk(&tree(&statement.node), &mut |kind, fields| needs.visit(kind, fields));
+        walk(tree, &mut |kind, fields| needs.visit(kind, fields));
         needs
     }
 

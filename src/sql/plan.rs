@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::copy_dates::CopyDates;
+use super::large_objects::Call;
 use super::rows::RowTexts;
 use super::sequences::SequenceUse;
 use super::text::Edits;
@@ -130,6 +131,8 @@ pub enum EffectPlan {
         /// Data go to date and time columns: if the scanner finds one that is the clock's, the statement is refused.
         dates: Option<CopyDates>,
     },
+    /// A SELECT that calls this function of large objects.
+    LargeObject(Call),
     /// A definition that gives rows values: followers get it without them, and the rows as the leader made them.
     Carried {
         rows: Carried,

@@ -196,7 +196,7 @@ impl Write {
             EffectPlan::Copy { text: CopyText::Instead(instead), .. } => return instead.clone(),
             EffectPlan::Copy { text: CopyText::AsIs, .. } => return text.to_owned(),
             EffectPlan::Text { counted, .. } => *counted,
-            EffectPlan::Carried { .. } => false,
+            EffectPlan::Carried { .. } | EffectPlan::LargeObject(_) => false,
         };
         let end = self.edits.returning.or(self.edits.end).map_or(text.len(), |spot| spot.at(shape));
         let mut edited = String::with_capacity(text.len() + 128);
