@@ -305,3 +305,23 @@ async fn parameters_that_only_returning_uses_do_not_cost_a_follower() {
     let rows: i64 = node.query_one("select count(*) from e", &[]).await.unwrap().get(0);
     assert_eq!(rows, 3);
 }
+
+/// BEGIN is answered before the server has it; the server must have it soon although the client sends nothing more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_begin_reaches_the_server_although_nothing_follows_it() {
+    let cluster = common::cluster();
+    let mut client = Raw::connect(cluster.layout.proxy_port());
+    assert_eq!(client.query("begin"), "C BEGIN\\x00\nZ T\n");
+    let leader = cluster.connect_node(0, "postgres").await;
+    let idle = "select count(*) from pg_stat_activity where state = 'idle in transaction' and usename = 'postgres'";
+    common::wait_for("a session that is idle in a transaction", async || {
+        leader.query_one(idle, &[]).await.is_ok_and(|row| row.get::<_, i64>(0) == 1)
+    })
+    .await;
+    // A second one only warns, and what comes together with a BEGIN is inside its transaction.
+    assert!(client.query("begin").contains("C25001"));
+    assert!(client.query("rollback").ends_with("Z I\n"));
+    let said = client.play("Q begin\nQ create table begun (i int primary key)\nQ nonsense\nQ commit\n> ZZZZ\n");
+    assert!(said.contains("C ROLLBACK") && said.ends_with("Z I\n"), "{said}");
+    assert!(client.query("select 'begun'::regclass").contains("C42P01"));
+}

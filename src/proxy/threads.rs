@@ -1,6 +1,7 @@
 //! The threads that serve clients: each runs many sessions, and a session never leaves its thread.
 
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -11,6 +12,7 @@ use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::replicate::commit::Pool;
 use crate::replicate::hub::Hub;
 use crate::session::run::Thread;
 use crate::session::start;
@@ -49,7 +51,7 @@ pub fn start(hub: &Arc<Hub>, tls: Option<ClientTls>, stop: &CancellationToken) -
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         let (hub, tls, stop) = (Arc::clone(hub), tls.clone(), stop.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let body = move || runtime.block_on(serve(hub, tls, receiver, stop));
+        let body = move || runtime.block_on(serve(hub, tls, count, receiver, stop));
         threads.push((
             sender,
             std::thread::Builder::new().name(format!("clients-{i}")).stack_size(STACK_BYTES).spawn(body)?,
@@ -61,11 +63,12 @@ pub fn start(hub: &Arc<Hub>, tls: Option<ClientTls>, stop: &CancellationToken) -
 async fn serve(
     hub: Arc<Hub>,
     tls: Option<Arc<ClientTls>>,
+    threads: usize,
     mut clients: mpsc::Receiver<std::net::TcpStream>,
     stop: CancellationToken,
 ) {
     let local = LocalSet::new();
-    let thread = Thread { tls, ..Thread::default() };
+    let thread = Thread { pool: Pool::of_one_of(threads), plans: Rc::default(), tls };
     let accept = local.run_until(async {
         while let Some(client) = clients.recv().await {
             match TcpStream::from_std(client) {

@@ -28,20 +28,23 @@ const RETRY_MS: u64 = 500;
 /// A half may take this many times as long as the leader needed for the transaction, on top of the fixed limit.
 pub const SLOWER_MAX: u64 = 4;
 
-/// The share of one thread in the idle connections.
-fn idle_max(hub: &Hub) -> usize {
-    (IDLE_MAX / crate::proxy::threads::count(&hub.config)).max(1)
-}
-
 type Idle = HashMap<(u64, Arc<str>), Vec<Connection>>;
 
 /// Connections to followers that one thread keeps, by follower and database.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Pool {
     idle: Rc<RefCell<Idle>>,
+    /// This thread's share of the idle connections to one follower.
+    idle_max: usize,
 }
 
 impl Pool {
+    /// The pool of one of `threads` threads.
+    #[must_use]
+    pub fn of_one_of(threads: usize) -> Self {
+        Self { idle: Rc::default(), idle_max: (IDLE_MAX / threads.max(1)).max(1) }
+    }
+
     /// A connection, and whether it has been idle.
     async fn take(
         &self,
@@ -71,11 +74,11 @@ impl Pool {
             return;
         }
         let kept: usize = idle.iter().filter(|((id, _), _)| *id == follower.id).map(|(_, list)| list.len()).sum();
-        if kept >= idle_max(hub) {
+        if kept >= self.idle_max {
             // Connections to databases that were dropped or renamed have ended.
             idle.retain(|(_, database), _| hub.marks.knows(database));
         }
-        if kept < idle_max(hub) {
+        if kept < self.idle_max {
             idle.entry((follower.id, Arc::clone(database))).or_default().push(connection);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 
@@ -21,7 +21,7 @@ use crate::session::tls::ClientTls;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
 
 /// What the sessions of one thread share.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Thread {
     pub pool: Pool,
     pub plans: Rc<PlanCache>,
@@ -29,6 +29,9 @@ pub struct Thread {
     pub tls: Option<Arc<ClientTls>>,
 }
 
+/// How long a BEGIN may wait for the client's next message, to leave together with it. The transaction's `now()` is late by
+/// that at most, as if the network had been.
+const BEGIN_MS_MAX: u64 = 1;
 /// Savepoints that are remembered at once.
 const SAVEPOINTS_MAX: usize = 100_000;
 
@@ -185,6 +188,14 @@ impl Session {
     async fn step(&mut self) -> Result<(), End> {
         while let Some(frame) = frame::take(&mut self.wire.from_client, Sender::Client).map_err(End::ClientProtocol)? {
             self.message(frame).await?;
+        }
+        if self.wire.begin_waits {
+            self.wire.flush_client().await?;
+            let next = tokio::time::timeout(Duration::from_millis(BEGIN_MS_MAX), self.wire.fill_either());
+            if let Ok(filled) = next.await {
+                filled?;
+                return self.wire.absorb();
+            }
         }
         self.wire.flush_server().await?;
         self.wire.absorb()?;

@@ -106,6 +106,10 @@ impl Session {
                 Ok(())
             }
             Lane::Refused(refusal) => self.refuse_simple(&refused(refusal)).await,
+            Lane::Control(Control::Begin { with_modes: false }) if self.may_begin_at_once(text) => {
+                self.begin_at_once(frame);
+                Ok(())
+            }
             Lane::Control(control) => {
                 self.wire.hold_ready = true;
                 let done = self.control(control, text).await;
@@ -125,6 +129,23 @@ impl Session {
                 self.end_simple(own, ok).await
             }
         }
+    }
+
+    /// Whether a BEGIN can only succeed, with the tag BEGIN and nothing else to tell.
+    fn may_begin_at_once(&self, text: &str) -> bool {
+        let is_begin = words(text).next().is_some_and(|word| word.eq_ignore_ascii_case("begin"));
+        is_begin && self.wire.status == b'I' && !self.own_block && self.wire.expects.is_empty()
+    }
+
+    /// Tells the client that its transaction has begun. The server gets the BEGIN together with the next message, which
+    /// saves a round trip, or after a moment without it.
+    fn begin_at_once(&mut self, frame: &[u8]) {
+        self.wire.to_server.extend_from_slice(frame);
+        self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
+        self.wire.begin_waits = true;
+        self.wire.status = b'T';
+        build::command_complete(&mut self.wire.to_client, "BEGIN");
+        build::ready_for_query(&mut self.wire.to_client, b'T');
     }
 
     /// What must be known differently after a statement. `ok`: it is not known to have failed.

@@ -83,6 +83,8 @@ pub struct Wire {
     pub hold_rows: bool,
     pub held_rows: VecDeque<BytesMut>,
     held_bytes: usize,
+    /// A BEGIN that the client has been told of waits in `to_server` to leave together with what comes next.
+    pub begin_waits: bool,
     /// Nothing is written to the client now: it must not hold up a commit under way.
     pub mute: bool,
     /// Rows of a statement that are kept at most; the rest are only counted by the server.
@@ -117,6 +119,7 @@ impl Wire {
             hold_rows: false,
             held_rows: VecDeque::new(),
             held_bytes: 0,
+            begin_waits: false,
             mute: false,
             rows_kept_max: usize::MAX,
             secret: Arc::from(""),
@@ -159,6 +162,7 @@ impl Wire {
     /// # Errors
     /// If one of both sides is gone or breaks the protocol.
     pub async fn flush_server(&mut self) -> Result<(), End> {
+        self.begin_waits = false;
         let mut sent = 0;
         while sent < self.to_server.len() {
             if self.from_server.len() > IN_BYTES_MAX {
