@@ -20,7 +20,7 @@ impl Agent {
     pub fn run(self, config: &Path) -> anyhow::Result<ExitCode> {
         self.daemon.begin()?;
         let config = Config::load(config)?;
-        super::runtime()?.block_on(crate::agent::daemon::run(config, self.node))?;
+        super::daemon_runtime()?.block_on(crate::agent::daemon::run(config, self.node))?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -141,9 +141,23 @@ fn start_log() {
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
 }
 
-/// A runtime for a command that waits for something; the daemons make their own.
+/// Threads of a daemon's runtime at most. Files are hashed and clients are served by threads of their own.
+const DAEMON_THREADS_MAX: usize = 4;
+
+/// A runtime for a command that waits for something.
 pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+    runtime_of(2)
+}
+
+/// A daemon's runtime: half of the cores, because PostgreSQL has the rest. On a small host more threads would only wake
+/// each other for every message that passes a tunnel.
+pub(crate) fn daemon_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    runtime_of(cores.div_ceil(2).min(DAEMON_THREADS_MAX))
+}
+
+fn runtime_of(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?)
 }
 
 #[cfg(test)]

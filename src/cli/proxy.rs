@@ -17,7 +17,7 @@ impl Proxy {
     pub fn run(self, config: &Path) -> anyhow::Result<ExitCode> {
         self.daemon.begin()?;
         let config = Config::load(config)?;
-        super::runtime()?.block_on(crate::proxy::run(config))?;
+        super::daemon_runtime()?.block_on(crate::proxy::run(config))?;
         Ok(ExitCode::SUCCESS)
     }
 }
