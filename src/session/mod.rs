@@ -3,6 +3,7 @@
 //! A session lives on one thread. [`wire`] moves frames both ways and knows which answers are the client's and which
 //! are hidden; [`simple`] and [`extended`] are the two protocols; [`commit`] is how a transaction with effects ends.
 
+mod begin;
 pub mod cancel;
 pub mod carry;
 pub mod commit;

@@ -131,23 +131,6 @@ impl Session {
         }
     }
 
-    /// Whether a BEGIN can only succeed, with the tag BEGIN and nothing else to tell.
-    fn may_begin_at_once(&self, text: &str) -> bool {
-        let is_begin = words(text).next().is_some_and(|word| word.eq_ignore_ascii_case("begin"));
-        is_begin && self.wire.status == b'I' && !self.own_block && self.wire.expects.is_empty()
-    }
-
-    /// Tells the client that its transaction has begun. The server gets the BEGIN together with the next message, which
-    /// saves a round trip, or after a moment without it.
-    fn begin_at_once(&mut self, frame: &[u8]) {
-        self.wire.to_server.extend_from_slice(frame);
-        self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
-        self.wire.begin_waits = true;
-        self.wire.status = b'T';
-        build::command_complete(&mut self.wire.to_client, "BEGIN");
-        build::ready_for_query(&mut self.wire.to_client, b'T');
-    }
-
     /// What must be known differently after a statement. `ok`: it is not known to have failed.
     pub fn after(&mut self, plan: &Plan, text: &str, ok: bool) {
         if plan.changes_settings {
@@ -555,7 +538,7 @@ impl Session {
 }
 
 /// The words of a statement, identifiers without their quotes.
-fn words(text: &str) -> impl Iterator<Item = &str> {
+pub(super) fn words(text: &str) -> impl Iterator<Item = &str> {
     let kept = |kind| matches!(kind, Kind::Word | Kind::QuotedIdentifier);
     let tokens = Lexer::new(text).filter(move |token| kept(token.kind));
     tokens.filter_map(|token| text.get(token.range)).map(|word| word.trim_matches('"'))
