@@ -123,7 +123,7 @@ fn ours_unless(natural: bool, situation: Situation) -> Verdict {
 }
 
 /// UPDATE and DELETE by condition still take table locks where the schema stands still, too.
-const TABLE_LOCKS_REMAIN: bool = true;
+const TABLE_LOCKS_REMAIN: bool = false;
 
 /// Whether somebody in a deadlock waited for a table's lock, not for a row.
 fn names_relation(detail: &str) -> bool {
