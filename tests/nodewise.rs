@@ -142,8 +142,7 @@ async fn in_a_block_the_server_says_that_it_can_not_be() {
         "create tablespace fast location '/fast'",
         "alter system set port = 1",
         "alter database postgres rename to x",
-        "prepare transaction 'x'",
-        "commit prepared 'x'",
+        "commit prepared 'pgtandem:x:1:1:1'",
     ] {
         assert_eq!(state(&client, sql).await, "0A000", "{sql}");
     }

@@ -17,6 +17,7 @@ use crate::replicate::follower::ServerError;
 use crate::replicate::hub::{Hub, HubError, Reign, store_on};
 use crate::replicate::nodewise::{self, Intent, Place, Servers};
 use crate::replicate::resolve::{self, Marks, Verdict};
+use crate::replicate::two_phase::{self, Fate, Note, Transaction};
 
 /// How long the leader's agent and its PostgreSQL may take to be there.
 const LEADER_MS_MAX: u64 = 120_000;
@@ -134,10 +135,10 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
         wait_for_start(hub, node).await;
     }
     let secret: Arc<str> = format!("{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>()).into();
-    let (marks, intents) = raise_on_leader(hub, epoch, &secret).await?;
+    let found = raise_on_leader(hub, epoch, &secret).await?;
     let mut staying = Vec::new();
     for follower in promising {
-        match settle_follower(hub, &follower.node, epoch, &secret, &marks, &intents).await {
+        match settle_follower(hub, &follower.node, epoch, &secret, &found).await {
             Ok(None) => staying.push(follower),
             Ok(Some((database, Verdict::Ahead { mark, leader: ours, follower: theirs }))) => {
                 let (leader, follower) = (own.name, follower.node.name);
@@ -178,15 +179,30 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             tracing::info!(node = %member.node.name, error = %e, "could not be told that it is stale; it will be");
         }
     }
+    begin(hub, epoch, secret, found, new).await?;
+    tracing::info!(epoch, "a new epoch serves");
+    Ok(())
+}
+
+/// Every member is settled: from here clients are served, with what was found.
+async fn begin(hub: &Arc<Hub>, epoch: u64, secret: Arc<str>, found: Found, set: MemberSet) -> Result<(), ReignError> {
+    let Found { marks, intents, fates } = found;
+    let servers = Servers { hub, epoch, secret: &secret };
+    two_phase::forget_decided(&servers, Place::Leader, &fates).await?;
     let later: Vec<Intent> = intents.into_iter().filter(nodewise::may_take_long).collect();
     if later.is_empty() {
-        Servers { hub, epoch, secret: &secret }.forget(Place::Leader).await?;
+        servers.forget(Place::Leader).await?;
     }
     hub.marks.begin(epoch, marks);
-    hub.show(new);
+    let open = fates.into_iter().filter(|(_, fate)| *fate == Fate::Open).map(|(note, _)| Transaction {
+        mark: hub.marks.take_known(&note.database, note.mark_id, note.mark_n),
+        hold: hub.nodewise.hold_found(),
+        note,
+    });
+    hub.two_phase.reset(open.collect());
+    hub.show(set);
     nodewise::go_on(hub, epoch, &secret, later).await;
     hub.reign.send_replace(Reign::Serving { epoch, secret });
-    tracing::info!(epoch, "a new epoch serves");
     Ok(())
 }
 
@@ -279,13 +295,17 @@ async fn wait_for_start(hub: &Hub, node: &NodeConfig) {
     }
 }
 
-/// The epoch in every database of the leader, old sessions ended, its share of what was under way outside transactions, then its
-/// marks.
-async fn raise_on_leader(
-    hub: &Hub,
-    epoch: u64,
-    secret: &str,
-) -> Result<(HashMap<String, Marks>, Vec<Intent>), ReignError> {
+/// What the leader has when all older sessions have ended.
+struct Found {
+    marks: HashMap<String, Marks>,
+    /// Statements outside transactions that are not done everywhere.
+    intents: Vec<Intent>,
+    /// Transactions that clients have prepared.
+    fates: Vec<(Note, Fate)>,
+}
+
+/// The epoch in every database of the leader, old sessions ended, its share of what was under way, then its marks.
+async fn raise_on_leader(hub: &Hub, epoch: u64, secret: &str) -> Result<Found, ReignError> {
     let mut first = hub.leader_connection("postgres").await?;
     let databases = resolve::databases(&mut first).await?;
     drop(first);
@@ -296,8 +316,17 @@ async fn raise_on_leader(
     }
     resolve::end_sessions(&mut hub.leader_connection("postgres").await?).await?;
     let servers = Servers { hub, epoch, secret };
+    for database in &databases {
+        let mut connection = hub.leader_connection(database).await?;
+        let marks = resolve::marks(&mut connection).await?;
+        // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
+        let undecided = resolve::resolve(&mut connection, &hub.config.cluster.name, Some(&marks)).await?;
+        if undecided > 0 {
+            tracing::info!(database, undecided, "transactions that the leader had only prepared were rolled back");
+        }
+    }
     let intents = servers.intents().await?;
-    for intent in &intents {
+    for intent in intents.iter().filter(|intent| !nodewise::may_take_long(intent)) {
         tracing::info!(text = intent.text, "a statement outside transactions is gone on with");
         servers.settle_leader(intent, &intent.work()?).await?;
     }
@@ -305,14 +334,10 @@ async fn raise_on_leader(
     for database in resolve::databases(&mut hub.leader_connection("postgres").await?).await? {
         let mut connection = hub.leader_connection(&database).await?;
         let of_database = resolve::marks(&mut connection).await?;
-        // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
-        let undecided = resolve::resolve(&mut connection, &hub.config.cluster.name, Some(&of_database)).await?;
-        if undecided > 0 {
-            tracing::info!(database, undecided, "transactions that the leader had only prepared were rolled back");
-        }
         marks.insert(database, of_database);
     }
-    Ok((marks, intents))
+    let fates = two_phase::fates(&servers, &marks).await?;
+    Ok(Found { marks, intents, fates })
 }
 
 /// The same on a follower, and the fate of what it holds prepared. Gives where it differs from the leader, if it does.
@@ -321,9 +346,9 @@ async fn settle_follower(
     node: &NodeConfig,
     epoch: u64,
     secret: &str,
-    leader: &HashMap<String, Marks>,
-    intents: &[Intent],
+    found: &Found,
 ) -> Result<Option<(String, Verdict)>, HubError> {
+    let Found { marks: leader, intents, fates } = found;
     let mut first = hub.tunnel_connection(node, "postgres", epoch, None).await?;
     let databases = resolve::databases(&mut first).await?;
     drop(first);
@@ -341,6 +366,10 @@ async fn settle_follower(
         if resolved > 0 {
             tracing::info!(node = %node.name, database, resolved, "transactions in doubt were resolved by the leader's marks");
         }
+    }
+    for (note, _) in fates.iter().filter(|(note, _)| databases.contains(&note.database)) {
+        let mut connection = hub.tunnel_connection(node, &note.database, epoch, None).await?;
+        two_phase::resolve(&mut connection, &note.database, fates).await?;
     }
     let servers = Servers { hub, epoch, secret };
     for intent in intents.iter().filter(|intent| !nodewise::may_take_long(intent)) {
@@ -362,6 +391,7 @@ async fn settle_follower(
             return Ok(Some((database.clone(), verdict)));
         }
     }
+    two_phase::forget_decided(&servers, Place::Follower(node), fates).await?;
     servers.forget(Place::Follower(node)).await?;
     Ok(None)
 }

@@ -151,7 +151,7 @@ mod tests {
     fn entry(database: &str, ddl: bool) -> Arc<Entry> {
         let mut log = EffectLog::new(Arc::new(SpillBudget::new(std::env::temp_dir(), 0)));
         log.ddl = ddl;
-        let decision = Decision { mark_id: 1, mark_n: 1, gid: "g".into() };
+        let decision = Decision { mark_id: 1, mark_n: 1, gid: "g".into(), owner: None };
         Arc::new(Entry::new(database.into(), Arc::new(log), decision))
     }
 

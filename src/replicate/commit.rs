@@ -329,16 +329,54 @@ pub async fn finish(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepa
             Ok(()) => pool.give_back(hub, &prepared.follower, database, prepared.connection),
             Err(e) => {
                 let reason = format!("finishing {gid} in database {database} failed: {e}");
-                // It must not stay a member with a half that is decided and not finished, so there is no giving up: nobody waits
-                // for this but the gate, and a new epoch ends it.
-                while let Err(e) = hub.lost(&prepared.follower, NodeState::Stale, &reason).await {
-                    tracing::error!(error = %e, gid, "a member with an unfinished transaction could not be taken out yet");
-                    tokio::time::sleep(Duration::from_millis(RETRY_MS)).await;
-                }
+                take_out(hub, &prepared.follower, &reason, gid).await;
             }
         }
     });
     join_all(finishing).await;
+}
+
+/// Connections whose halves stay prepared.
+pub fn give_back(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepared>) {
+    for prepared in held {
+        pool.give_back(hub, &prepared.follower, database, prepared.connection);
+    }
+}
+
+/// As [`finish`], for what every member holds prepared although no session keeps a connection for it.
+pub async fn finish_on_all(hub: &Hub, pool: &Pool, database: &Arc<str>, gid: &str, commit: bool) {
+    let followers = hub.view().followers.clone();
+    let finishing = followers.into_iter().map(|follower| async move {
+        let work = async {
+            let (mut connection, was_idle) = pool.take(hub, &follower, database).await?;
+            let first = flight::finish(&mut connection, gid, commit).await;
+            if was_idle && first.is_err() {
+                connection = pool.open(hub, &follower, database).await?;
+                flight::finish(&mut connection, gid, commit).await?;
+            } else {
+                first?;
+            }
+            pool.give_back(hub, &follower, database, connection);
+            Ok(())
+        };
+        let result = tokio::select! {
+            result = within(hub.config.proxy.follower_ms_max, work) => result,
+            () = follower.gone.cancelled() => return,
+        };
+        if let Err(e) = result {
+            take_out(hub, &follower, &format!("finishing {gid} in database {database} failed: {e}"), gid).await;
+        }
+    });
+    join_all(finishing).await;
+}
+
+/// A member must not stay one with a half that is decided and not finished, so there is no giving up: nobody waits for this but
+/// the gate, and a new epoch ends it.
+async fn take_out(hub: &Hub, follower: &Follower, reason: &str, gid: &str) {
+    while let Err(e) = hub.lost(follower, NodeState::Stale, reason).await {
+        tracing::error!(error = %e, gid, "a member with an unfinished transaction could not be taken out yet");
+        tokio::time::sleep(Duration::from_millis(RETRY_MS)).await;
+    }
 }
 
 /// What a person understands of a follower's error: counts are asserted by a division, whose error says nothing.

@@ -1,4 +1,4 @@
-//! What must not meet: a statement that runs node by node, DDL commits, and the join of a node.
+//! What must not meet: a statement that runs node by node, DDL commits, clients' prepared transactions, and the join of a node.
 //!
 //! Such a statement is under way in two phases. While the leader works on it, DDL commits go on: those that would disturb it wait
 //! for its locks there. From its end on the leader until every follower has done it, no DDL commit may reach a follower, because
@@ -21,6 +21,8 @@ struct State {
     flights: usize,
     /// Nodes between their cut and their join.
     cuts: usize,
+    /// Prepared transactions of clients that are not finished.
+    holds: usize,
     /// Statements on followers whose locks others may wait for.
     exclusive: usize,
 }
@@ -54,6 +56,10 @@ pub struct Flight(Arc<Exclusion>);
 /// A node between its cut and its join.
 #[derive(Debug)]
 pub struct Cut(Arc<Exclusion>);
+
+/// A prepared transaction of a client, which a node that joins would know nothing about.
+#[derive(Debug)]
+pub struct Hold(Arc<Exclusion>);
 
 /// Locks are held on followers that others may wait for.
 #[derive(Debug)]
@@ -95,10 +101,23 @@ impl Exclusion {
         Statement(Arc::clone(self))
     }
 
-    /// Waits until no statement is under way; none begins until this is dropped.
+    /// Waits until no statement is under way and no client's transaction is prepared; none begins until this is dropped.
     pub async fn cut(self: &Arc<Self>) -> Cut {
-        self.wait_for(|state| state.statement.is_none().then(|| state.cuts += 1)).await;
+        self.wait_for(|state| (state.statement.is_none() && state.holds == 0).then(|| state.cuts += 1)).await;
         Cut(Arc::clone(self))
+    }
+
+    /// Waits until no node is between its cut and its join; none is cut until this is dropped.
+    pub async fn hold(self: &Arc<Self>) -> Hold {
+        self.wait_for(|state| (state.cuts == 0).then(|| state.holds += 1)).await;
+        Hold(Arc::clone(self))
+    }
+
+    /// The same for what a new epoch has found, before anything is cut in it.
+    #[must_use]
+    pub fn hold_found(self: &Arc<Self>) -> Hold {
+        self.state().holds += 1;
+        Hold(Arc::clone(self))
     }
 
     /// Lets a DDL commit reach followers.
@@ -191,6 +210,12 @@ impl Drop for Cut {
     }
 }
 
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.change(|state| state.holds -= 1);
+    }
+}
+
 impl Drop for Exclusive {
     fn drop(&mut self) {
         self.0.change(|state| state.exclusive -= 1);
@@ -212,9 +237,16 @@ mod tests {
         assert!((&mut second).now_or_never().is_none() && (&mut cut).now_or_never().is_none());
         drop(first);
         let cut = cut.await;
+        let mut hold = Box::pin(exclusion.hold());
+        assert!((&mut hold).now_or_never().is_none());
         assert!((&mut second).now_or_never().is_none());
         drop(cut);
         second.await;
+        let held = hold.await;
+        let mut cut = Box::pin(exclusion.cut());
+        assert!((&mut cut).now_or_never().is_none());
+        drop(held);
+        cut.await;
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ use crate::replicate::effects::{Effect, EffectLog, EffectRole, Range, StatementT
 use crate::replicate::follower::{Answer, BATCH_BYTES_MAX, Connection, ServerError};
 use crate::replicate::rows::{Arrays, KeptRows, put_copy_line};
 use crate::replicate::schema::Context;
+use crate::sql::facts::quote_literal;
 use crate::sql::rows::{Many, RowTexts};
 
 /// Bytes of one `CopyData` message to a follower.
@@ -27,6 +28,8 @@ pub struct Decision {
     pub mark_id: i32,
     pub mark_n: i64,
     pub gid: String,
+    /// Whose prepared transaction it is, where that is not the proxy.
+    pub owner: Option<String>,
 }
 
 /// `pgtandem:<cluster>:<epoch>:<mark>:<n>`
@@ -50,11 +53,14 @@ pub fn parse_gid(gid: &str, cluster: &str) -> Option<(i32, i64)> {
 /// # Errors
 /// The follower's answer, or the end of the connection.
 pub async fn prepare(connection: &mut Connection, log: &EffectLog, decision: &Decision) -> Result<(), ServerError> {
-    let text = format!("PREPARE TRANSACTION '{}'", decision.gid);
+    let text = format!("PREPARE TRANSACTION {}", quote_literal(&decision.gid));
     let result = async {
         let mut writer = Writer::begin(connection);
         writer.effects(log).await?;
         writer.mark(decision);
+        if let Some(owner) = &decision.owner {
+            writer.execute("pgtandem_role", &[Some(owner.as_bytes())]);
+        }
         build::parse(&mut writer.connection.out, b"", text.as_bytes(), &[]);
         build::bind_text(&mut writer.connection.out, b"", b"", &[]);
         build::execute(&mut writer.connection.out, b"", 0);
@@ -106,7 +112,7 @@ pub async fn warm_up(connection: &mut Connection, secret: &str) -> Result<(), Se
 /// The follower's answer, or the end of the connection.
 pub async fn finish(connection: &mut Connection, gid: &str, commit: bool) -> Result<(), ServerError> {
     let verb = if commit { "COMMIT" } else { "ROLLBACK" };
-    build::query(&mut connection.out, format!("{verb} PREPARED '{gid}'").as_bytes());
+    build::query(&mut connection.out, format!("{verb} PREPARED {}", quote_literal(gid)).as_bytes());
     match connection.exchange().await?.ok() {
         Ok(_) => Ok(()),
         Err(e) if e.sqlstate() == Some("42704") => Ok(()),

@@ -27,6 +27,7 @@ use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
 use crate::replicate::marks::MarkPool;
 use crate::replicate::sequences::Sequences;
+use crate::replicate::two_phase::TwoPhase;
 
 /// How long a node that is leaving the set may take to be told so.
 const TELL_MS_MAX: u64 = 1000;
@@ -36,7 +37,7 @@ const STORE_MS_MAX: u64 = 60_000;
 const STORE_RETRY_MS: u64 = 200;
 /// Transactions that are flown to one follower, or prepared there, at once: below its `max_connections` and
 /// `max_prepared_transactions` together with the idle connections of all threads.
-const PLACES: usize = 64;
+pub const PLACES: usize = 64;
 /// Limit for opening a connection to a follower's PostgreSQL.
 const OPEN_MS_MAX: u64 = 10_000;
 
@@ -114,6 +115,8 @@ pub struct Hub {
     pub marks: Arc<MarkPool>,
     /// Statements that run node by node, and what must not meet them.
     pub nodewise: Arc<Exclusion>,
+    /// What clients have prepared and not finished.
+    pub two_phase: TwoPhase,
     pub spill: Arc<SpillBudget>,
     /// Grows by two with each DDL commit; odd while one is under way, so that nothing is planned between two catalogs.
     pub schema_number: AtomicU64,
@@ -155,6 +158,7 @@ impl Hub {
             gate: Arc::default(),
             marks: Arc::default(),
             nodewise: Arc::default(),
+            two_phase: TwoPhase::default(),
             spill: Arc::new(spill),
             schema_number: AtomicU64::new(2),
             counters: Counters::default(),

@@ -210,7 +210,8 @@ impl Replication for Hub {
         leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
         let cut =
             tokio::time::timeout(Duration::from_millis(NODEWISE_MS_MAX), self.nodewise.cut()).await.map_err(|_| {
-                let what = "a statement that runs node by node is under way (CREATE INDEX CONCURRENTLY or the like)";
+                let what = "a statement that runs node by node (CREATE INDEX CONCURRENTLY or the like) is under way, or a client has \
+                        prepared a transaction and not finished it";
                 ReplicationError::new(Kind::Gate, what, "It is tried again by itself.")
             })?;
         let closed = self.close_gate().await?;

@@ -128,6 +128,16 @@ impl MarkPool {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner).free.contains_key(database)
     }
 
+    /// Takes the mark of a transaction that a client has prepared, so that nothing else uses it.
+    pub fn take_known(&self, database: &str, id: i32, n: i64) -> Mark {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        marks.last_id = marks.last_id.max(id);
+        if let Some(free) = marks.free.get_mut(database) {
+            free.retain(|(free, _)| *free != id);
+        }
+        Mark { id, n, idle: Arc::new(Semaphore::new(1)), generation: marks.generation }
+    }
+
     /// A mark for a session, or `None` past the limit or for a database that is not known.
     pub fn take(&self, database: &str) -> Option<Mark> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);

@@ -20,3 +20,4 @@ pub mod resolve;
 pub mod rows;
 pub mod schema;
 pub mod sequences;
+pub mod two_phase;

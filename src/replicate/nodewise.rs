@@ -68,7 +68,7 @@ async fn query(connection: &mut Connection, text: &str) -> Result<Vec<String>, S
 }
 
 impl Servers<'_> {
-    async fn open(&self, place: Place<'_>, database: &str) -> Result<Connection, HubError> {
+    pub(crate) async fn open(&self, place: Place<'_>, database: &str) -> Result<Connection, HubError> {
         match place {
             Place::Leader => self.hub.leader_connection(database).await,
             Place::Follower(node) => Ok(self.hub.tunnel_connection(node, database, self.epoch, None).await?),

@@ -2,6 +2,7 @@
 //!
 //! `pgtandem.epoch`: one row, local to the node: the epoch that may use the database and the hash of its secret.
 //! `pgtandem.mark`: a row per mark: the last of its transactions that is decided.
+//! `pgtandem.prepared`, used in database `postgres`: transactions that clients have prepared, and their marks.
 //! `pgtandem.intent`, used in database `postgres`: a statement that runs node by node and is not finished everywhere.
 //! The functions run with the rights of their owner and a fixed `search_path`; they take the secret of the epoch,
 //! always as a bound parameter, so no client can call them although they are callable by everybody.
@@ -28,7 +29,13 @@ CREATE TABLE IF NOT EXISTS pgtandem.intent (
     settings text[] NOT NULL,
     statement text NOT NULL,
     before text[] NOT NULL);
-REVOKE ALL ON pgtandem.epoch, pgtandem.mark, pgtandem.intent FROM PUBLIC;
+CREATE TABLE IF NOT EXISTS pgtandem.prepared (
+    gid text PRIMARY KEY,
+    database text NOT NULL,
+    mark integer NOT NULL,
+    n bigint NOT NULL,
+    ddl boolean NOT NULL);
+REVOKE ALL ON pgtandem.epoch, pgtandem.mark, pgtandem.intent, pgtandem.prepared FROM PUBLIC;
 CREATE OR REPLACE FUNCTION pgtandem.enter(given text, of_epoch bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN

@@ -88,6 +88,7 @@ impl Session {
             mark_id: mark.id,
             mark_n,
             gid: flight::gid(&self.hub.config.cluster.name, self.epoch, mark.id, mark_n),
+            owner: None,
         };
         let mut held = Vec::new();
         let told = if serializable {
@@ -284,7 +285,7 @@ impl Session {
         Ok(())
     }
 
-    fn last_error(&mut self) -> BytesMut {
+    pub(super) fn last_error(&mut self) -> BytesMut {
         error_frame(&self.wire.results.error.take().unwrap_or_default())
     }
 

@@ -296,6 +296,24 @@ impl Session {
                 self.forget_transaction();
                 return Ok(());
             }
+            Control::Prepare { .. } if self.own_block => {
+                let what = "PREPARE TRANSACTION of a transaction that no BEGIN has opened is not supported";
+                return self.refuse_extended(&ClientError::error("0A000", what, "BEGIN first.")).await;
+            }
+            Control::Prepare { gid } if self.in_block() && self.wire.status != b'E' => {
+                self.in_batch = false;
+                let told = self.prepare_transaction(gid).await?;
+                self.in_batch = true;
+                match told {
+                    Ok(()) => build::command_complete(&mut self.wire.to_client, "PREPARE TRANSACTION"),
+                    Err(error) => {
+                        self.wire.to_client.extend_from_slice(&error);
+                        self.skip_until_sync = true;
+                    }
+                }
+                self.forget_transaction();
+                return Ok(());
+            }
             Control::Savepoint { .. } => {
                 if let Err(error) = self.may_savepoint() {
                     return self.refuse_extended(&error).await;
@@ -314,6 +332,7 @@ impl Session {
             self.wire.status = match control {
                 Control::Begin { .. } | Control::RollbackTo { .. } => b'T',
                 Control::Commit { chain } | Control::Rollback { chain } if !chain => b'I',
+                Control::Prepare { .. } => b'I',
                 _ => self.wire.status,
             };
         }

@@ -375,6 +375,7 @@ impl Session {
                 Ok(())
             }
             Lane::Nodewise => self.execute_nodewise(frame, &prepared.text).await,
+            Lane::Finish(finish) => self.execute_finish(frame, finish).await,
             Lane::Admin(Admin::PoolNodes) => {
                 self.catch_up().await?;
                 crate::proxy::admin::pool_node_rows(&self.hub, &mut self.wire.to_client);

@@ -27,4 +27,5 @@ pub mod start;
 pub mod statements;
 pub mod tls;
 pub mod transport;
+pub mod two_phase;
 pub mod wire;

@@ -18,7 +18,7 @@ use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::nodewise::{Work, read};
 
 /// How long a statement waits for its turn: for another one of its kind, or for a node that is joining.
-const TURN_MS_MAX: u64 = 120_000;
+pub const TURN_MS_MAX: u64 = 120_000;
 /// How long a DDL commit waits for a statement that followers are doing.
 const DDL_MS_MAX: u64 = 120_000;
 const LOCKS_POLL_MS: u64 = 1;
@@ -87,7 +87,7 @@ impl Session {
         Ok(())
     }
 
-    fn servers(&self) -> Servers<'_> {
+    pub(super) fn servers(&self) -> Servers<'_> {
         Servers { hub: &self.hub, epoch: self.epoch, secret: &self.secret }
     }
 

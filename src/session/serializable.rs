@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::message::error_field;
@@ -24,6 +24,7 @@ use crate::session::commit::{Entered, OUTCOME_MS_MAX, OUTCOME_POLL_MS, SchemaCha
 use crate::session::effect::client_error_frame;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Until};
+use crate::sql::facts::quote_literal;
 
 impl Session {
     /// Whether the transaction under way is SERIALIZABLE.
@@ -76,7 +77,7 @@ impl Session {
         self.wire.mute = false;
         match prepared {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => return Ok(Err(error)),
+            Ok(Err(error)) => return Ok(Err(Self::not_prepared(&error))),
             Err(end) => {
                 tracing::info!(%end, gid = decision.gid, "the leader's connection ended with a PREPARE under way");
                 self.wire.status = b'I';
@@ -130,11 +131,11 @@ impl Session {
         Ok(String::from_utf8_lossy(&value).into_owned())
     }
 
-    /// Mark and PREPARE TRANSACTION in one flight. After an error the transaction is gone.
-    async fn prepare_leader(&mut self, decision: &Decision) -> Result<Result<(), BytesMut>, End> {
+    /// Mark and PREPARE TRANSACTION in one flight. After an error, whose body is given, the transaction is gone.
+    pub(super) async fn prepare_leader(&mut self, decision: &Decision) -> Result<Result<(), Bytes>, End> {
         let (id, n) = (decision.mark_id.to_string(), decision.mark_n.to_string());
         let secret = Arc::clone(&self.secret);
-        let text = format!("PREPARE TRANSACTION '{}'", decision.gid);
+        let text = format!("PREPARE TRANSACTION {}", quote_literal(&decision.gid));
         self.wire.clear_results();
         self.wire.hide_errors = true;
         self.hidden("", "pgtandem_mark", &[Some(secret.as_bytes()), Some(id.as_bytes()), Some(n.as_bytes())]);
@@ -154,17 +155,20 @@ impl Session {
         if self.wire.status != b'I' {
             self.hidden_query("ROLLBACK").await?;
         }
-        let error = error.unwrap_or_default();
-        if error_field(&error, b'C') == Some(b"0A000") {
-            let why = error_field(&error, b'M').map(|m| String::from_utf8_lossy(m).into_owned()).unwrap_or_default();
-            let error = ClientError::error(
-                "0A000",
-                format!("a SERIALIZABLE transaction that writes is prepared before it is committed: {why}"),
-                "Do this in a transaction of its own, or use REPEATABLE READ or READ COMMITTED.",
-            );
-            return Ok(Err(client_error_frame(&error)));
+        Ok(Err(error.unwrap_or_default()))
+    }
+
+    /// Why a SERIALIZABLE transaction could not be prepared, as the client is told.
+    fn not_prepared(error: &[u8]) -> BytesMut {
+        if error_field(error, b'C') != Some(b"0A000") {
+            return crate::session::simple::error_frame(error);
         }
-        Ok(Err(crate::session::simple::error_frame(&error)))
+        let why = error_field(error, b'M').map(|m| String::from_utf8_lossy(m).into_owned()).unwrap_or_default();
+        client_error_frame(&ClientError::error(
+            "0A000",
+            format!("a SERIALIZABLE transaction that writes is prepared before it is committed: {why}"),
+            "Do this in a transaction of its own, or use REPEATABLE READ or READ COMMITTED.",
+        ))
     }
 
     /// COMMIT PREPARED or ROLLBACK PREPARED on the leader. Gives what became of the transaction.

@@ -100,6 +100,7 @@ impl Session {
                 Ok(())
             }
             Lane::Nodewise => self.simple_nodewise(frame, text).await,
+            Lane::Finish(finish) => self.simple_finish(frame, finish).await,
             Lane::Admin(admin) => {
                 self.answer_admin(*admin);
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
@@ -277,6 +278,20 @@ impl Session {
                 self.forget_transaction();
                 return Ok(true);
             }
+            Control::Prepare { gid } if self.wire.status == b'T' => {
+                let told = self.prepare_transaction(gid).await?;
+                self.forget_transaction();
+                return match told {
+                    Ok(()) => {
+                        build::command_complete(&mut self.wire.to_client, "PREPARE TRANSACTION");
+                        Ok(true)
+                    }
+                    Err(error) => {
+                        self.wire.to_client.extend_from_slice(&error);
+                        Ok(false)
+                    }
+                };
+            }
             Control::Savepoint { .. } if self.wire.status == b'T' => {
                 if let Err(error) = self.may_savepoint() {
                     self.refuse_in_text(&error).await?;
@@ -309,7 +324,9 @@ impl Session {
                 self.facts = None;
                 self.settings_touched = true;
             }
-            Control::Commit { .. } | Control::Rollback { .. } if self.wire.status == b'I' || ok => {
+            Control::Commit { .. } | Control::Rollback { .. } | Control::Prepare { .. }
+                if self.wire.status == b'I' || ok =>
+            {
                 self.forget_transaction();
             }
             Control::Savepoint { name } if ok => self.remember_savepoint(name),
@@ -427,7 +444,7 @@ impl Session {
                 true
             }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
-            Lane::Read { .. } | Lane::Maintenance { .. } | Lane::Nodewise | Lane::Control(_) => {
+            Lane::Read { .. } | Lane::Maintenance { .. } | Lane::Nodewise | Lane::Finish(_) | Lane::Control(_) => {
                 self.run_part(&plan, &text).await?
             }
         };
@@ -472,6 +489,11 @@ impl Session {
                         "BEGIN with transaction modes after other statements in one message is not supported",
                         "Send BEGIN first, or in a message of its own.",
                     );
+                    return self.refuse_in_text(&error).await.map(|()| false);
+                }
+                Control::Prepare { .. } => {
+                    let what = "PREPARE TRANSACTION of a transaction that no BEGIN has opened is not supported";
+                    let error = ClientError::error("0A000", what, "BEGIN first.");
                     return self.refuse_in_text(&error).await.map(|()| false);
                 }
                 Control::Commit { .. } | Control::Rollback { .. } => {

@@ -17,7 +17,7 @@ use super::large_objects;
 use super::lex::{Kind, Lexer};
 use super::needs::{Name, Needs};
 use super::parse::{ParseError, Statement, tree};
-use super::plan::{Admin, Control, Lane, Plan};
+use super::plan::{Admin, Control, Finish, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
 use super::sequences::{self, SequenceUse};
 use super::shape::Shape;
@@ -304,6 +304,9 @@ fn vacuum(statement: &VacuumStmt, context: &Context<'_>) -> Lane {
     if temporary { read(false) } else { Lane::Maintenance { exclusive } }
 }
 
+/// How the names of the proxy's own prepared transactions begin.
+const OWN_GID: &str = "pgtandem:";
+
 fn transaction(statement: &TransactionStmt) -> Lane {
     use TransactionStmtKind as Kind;
     let name = statement.savepoint_name.clone();
@@ -315,11 +318,18 @@ fn transaction(statement: &TransactionStmt) -> Lane {
         Ok(Kind::TransStmtSavepoint) => Control::Savepoint { name },
         Ok(Kind::TransStmtRelease) => Control::Release { name },
         Ok(Kind::TransStmtRollbackTo) => Control::RollbackTo { name },
-        Ok(Kind::TransStmtPrepare | Kind::TransStmtCommitPrepared | Kind::TransStmtRollbackPrepared) => {
+        Ok(Kind::TransStmtPrepare | Kind::TransStmtCommitPrepared | Kind::TransStmtRollbackPrepared)
+            if statement.gid.starts_with(OWN_GID) =>
+        {
             return refused(
-                "two-phase commit by clients is not supported: pgtandem uses it itself to keep the servers identical",
-                "Use COMMIT.",
+                format!("names of prepared transactions that begin with {OWN_GID} belong to pgtandem itself"),
+                "Use other names.",
             );
+        }
+        Ok(Kind::TransStmtPrepare) => Control::Prepare { gid: statement.gid.clone() },
+        Ok(kind @ (Kind::TransStmtCommitPrepared | Kind::TransStmtRollbackPrepared)) => {
+            let commit = kind == Kind::TransStmtCommitPrepared;
+            return Lane::Finish(Finish { gid: statement.gid.clone(), commit });
         }
         Ok(Kind::Undefined) | Err(_) => return not_yet("this statement"),
     })

@@ -45,6 +45,8 @@ pub enum Lane {
     },
     /// Outside transactions too, but it changes something: [`super::nodewise`].
     Nodewise,
+    /// COMMIT or ROLLBACK PREPARED
+    Finish(Finish),
     Refused(Refusal),
 }
 
@@ -75,10 +77,21 @@ pub enum Control {
     RollbackTo {
         name: String,
     },
+    /// PREPARE TRANSACTION
+    Prepare {
+        gid: String,
+    },
     /// SET CONSTRAINTS: forwarded, and part of the effects, because what followers apply after it may break a constraint for a while.
     SetConstraints,
     /// SET TRANSACTION, SET SESSION CHARACTERISTICS: forwarded
     Other,
+}
+
+/// The end of a transaction that a client has prepared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finish {
+    pub gid: String,
+    pub commit: bool,
 }
 
 /// 0A000 with a sentence, and what to do instead.
