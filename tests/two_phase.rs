@@ -99,6 +99,16 @@ async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
     ])
     .await;
     assert_eq!(same(&cluster, PREPARED).await.lines().count(), 3);
+    run(
+        &client,
+        &[
+            "create table n (id serial primary key)",
+            "begin; insert into n select from generate_series(1, 5); prepare transaction 'n'",
+            "rollback prepared 'n'",
+            "insert into n default values",
+        ],
+    )
+    .await;
     assert_eq!(state(&client, "select * from u").await, "42P01");
     run(
         &client,

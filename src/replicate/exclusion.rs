@@ -181,13 +181,18 @@ impl Exclusion {
 }
 
 impl Statement {
-    /// The leader is done: no DDL commit starts to fly from here on; waits for those that do.
-    pub async fn follow(&self) {
+    /// The leader is done: no DDL commit starts to fly from here on.
+    pub fn begin_to_follow(&self) {
         self.0.change(|state| {
             if let Some(running) = &mut state.statement {
                 running.following = true;
             }
         });
+    }
+
+    /// The same, and waits for those that fly.
+    pub async fn follow(&self) {
+        self.begin_to_follow();
         self.0.wait_for(|state| (state.flights == 0).then_some(())).await;
     }
 }

@@ -199,6 +199,17 @@ impl Hub {
         self.epoch_and_secret().map(|(epoch, _)| epoch)
     }
 
+    /// Waits for `work` for as long as this epoch serves. `None`: it is over, and nothing may be waited for: what waits for the next
+    /// one would wait for ever.
+    pub async fn while_serving<T>(&self, epoch: u64, work: impl Future<Output = T>) -> Option<T> {
+        let mut reign = self.reign.subscribe();
+        let over = reign.wait_for(|reign| !matches!(reign, Reign::Serving { epoch: now, .. } if *now == epoch));
+        tokio::select! {
+            done = work => Some(done),
+            _ = over => None,
+        }
+    }
+
     /// The schema number, once no DDL commit is under way: those hold the gate.
     pub async fn settled_schema(&self) -> u64 {
         loop {

@@ -67,6 +67,25 @@ async fn query(connection: &mut Connection, text: &str) -> Result<Vec<String>, S
     Ok(answer.values.into_iter().flatten().map(|v| String::from_utf8_lossy(&v).into_owned()).collect())
 }
 
+/// Brings a session of ours on a follower into the settings of a client's.
+///
+/// # Errors
+/// The server's answer.
+pub async fn enter(connection: &mut Connection, context: &Context) -> Result<(), ServerError> {
+    if context.settings.len() == MIRRORED.len() {
+        let values: Vec<Option<&[u8]>> = context.settings.iter().map(|s| Some(s.as_bytes())).collect();
+        build::bind_text(&mut connection.out, b"", b"pgtandem_apply", &values);
+        build::execute(&mut connection.out, b"", 0);
+        build::sync(&mut connection.out);
+        connection.exchange().await.and_then(Answer::ok)?;
+    } else if let Some(path) = context.settings.first() {
+        // An intent of another version of pgtandem: names mean the same all the same.
+        let text = format!("SELECT pg_catalog.set_config('search_path', {}, false)", quote_literal(path));
+        query(connection, &text).await?;
+    }
+    Ok(())
+}
+
 impl Servers<'_> {
     pub(crate) async fn open(&self, place: Place<'_>, database: &str) -> Result<Connection, HubError> {
         match place {
@@ -93,7 +112,10 @@ impl Servers<'_> {
     /// The intents of the leader.
     pub async fn intents(&self) -> Result<Vec<Intent>, HubError> {
         let rows = query(&mut self.open(Place::Leader, HOME).await?, INTENTS).await?;
-        Ok(rows.iter().filter_map(|row| Intent::parse(row)).collect())
+        let read = |row: &String| {
+            Intent::parse(row).ok_or_else(|| HubError::Other(format!("an intent can not be read: {row}")))
+        };
+        rows.iter().map(read).collect()
     }
 
     /// What of [`Intent::before`] there is on the leader.
@@ -167,11 +189,7 @@ impl Servers<'_> {
     async fn run(&self, node: &NodeConfig, intent: &Intent, work: &Work) -> Result<(), HubError> {
         let database = if work.is_index() { &intent.database } else { HOME };
         let mut connection = self.hub.tunnel_connection(node, database, self.epoch, Some(self.secret)).await?;
-        let values: Vec<Option<&[u8]>> = intent.context.settings.iter().map(|s| Some(s.as_bytes())).collect();
-        build::bind_text(&mut connection.out, b"", b"pgtandem_apply", &values);
-        build::execute(&mut connection.out, b"", 0);
-        build::sync(&mut connection.out);
-        connection.exchange().await.and_then(Answer::ok)?;
+        enter(&mut connection, &intent.context).await?;
         query(&mut connection, &format!("SET ROLE {}", quote_identifier(&intent.context.role))).await?;
         query(&mut connection, &intent.text).await?;
         Ok(())
@@ -260,13 +278,7 @@ impl Intent {
     fn parse(row: &str) -> Option<Self> {
         let (id, database, role, settings, text, before): (String, String, String, Vec<String>, String, Vec<String>) =
             serde_json::from_str(row).ok()?;
-        (settings.len() == MIRRORED.len()).then_some(Self {
-            id,
-            database,
-            context: Context { role, settings },
-            text,
-            before,
-        })
+        Some(Self { id, database, context: Context { role, settings }, text, before })
     }
 }
 
@@ -318,7 +330,8 @@ pub async fn finish(servers: &Servers<'_>, intent: &Intent, work: &Work, leader:
     let hub = servers.hub;
     servers.settle_leader(intent, work).await?;
     // What followers have not finished yet may hold what the statement needs.
-    hub.gate.barrier(hub.gate.next_number()).await;
+    let earlier = hub.while_serving(servers.epoch, hub.gate.barrier(hub.gate.next_number()));
+    earlier.await.ok_or_else(epoch_is_over)?;
     let limit_ms = FOLLOW_MS_MAX + SLOWER_MAX * leader.ms;
     let limit = Duration::from_millis(limit_ms);
     let mut leaving = Vec::new();
@@ -337,7 +350,7 @@ pub async fn finish(servers: &Servers<'_>, intent: &Intent, work: &Work, leader:
     }
     // Whoever was passed over has left by itself, unless the epoch is over and nobody is known any more.
     if hub.reign_epoch() != Some(servers.epoch) {
-        return Err(HubError::Other("the epoch is over".to_owned()));
+        return Err(epoch_is_over());
     }
     for (follower, error) in leaving {
         let reason = format!("it could not do what the leader did, {}: {error}", intent.in_short());
@@ -347,7 +360,14 @@ pub async fn finish(servers: &Servers<'_>, intent: &Intent, work: &Work, leader:
     servers.forget(Place::Leader).await?;
     let there = query(&mut servers.open(Place::Leader, HOME).await?, crate::replicate::schema::DATABASES).await?;
     hub.marks.rename(work, &there, &intent.before);
+    for database in work.databases() {
+        hub.sequences.forget(database);
+    }
     Ok(())
+}
+
+fn epoch_is_over() -> HubError {
+    HubError::Other("the epoch is over".to_owned())
 }
 
 /// Whether clients are served before it is done on followers, after a crash.
@@ -373,15 +393,16 @@ pub async fn go_on(hub: &Arc<Hub>, epoch: u64, secret: &str, intents: Vec<Intent
         return;
     }
     let statement = hub.nodewise.begin(0, &[]).await;
-    statement.follow().await;
+    statement.begin_to_follow();
     let (hub, secret) = (Arc::clone(hub), secret.to_owned());
     tokio::spawn(async move {
-        let _statement = statement;
         let mut reign = hub.reign.subscribe();
         if reign.wait_for(|reign| *reign != Reign::Starting).await.is_err() {
             return;
         }
         drop(reign);
+        // Those of the old epoch end by themselves now.
+        statement.follow().await;
         let servers = Servers { hub: &hub, epoch, secret: &secret };
         if let Err(error) = finish_all(&servers, &intents).await {
             tracing::error!(%error, "a statement outside transactions is not done everywhere yet");

@@ -153,10 +153,12 @@ impl Session {
         }
         let ok = self.wire.results.error.is_none();
         let tag = self.wire.results.tag.take();
-        statement.follow().await;
         self.hub.schema_number.fetch_add(2, Ordering::AcqRel);
         let leader = Leader { ms, again: ok && work == Work::Reindex };
-        let finished = nodewise::finish(&self.servers(), &intent, &work, leader).await;
+        let finished = match self.hub.while_serving(self.epoch, statement.follow()).await {
+            Some(()) => nodewise::finish(&self.servers(), &intent, &work, leader).await,
+            None => Err(HubError::Other("a new epoch began".to_owned())),
+        };
         drop(statement);
         self.own_plans.clear();
         match finished {
@@ -183,7 +185,8 @@ impl Session {
             let Begun { statement, intent, work, .. } = begun;
             let finish = async {
                 resolve::backend_gone(&mut hub.leader_connection(nodewise::HOME).await?, pid).await?;
-                statement.follow().await;
+                let followed = hub.while_serving(epoch, statement.follow()).await;
+                followed.ok_or_else(|| HubError::Other("a new epoch began".to_owned()))?;
                 let servers = Servers { hub: &hub, epoch, secret: &secret };
                 nodewise::finish(&servers, &intent, &work, Leader::default()).await
             };

@@ -550,12 +550,13 @@ impl Session {
         }
     }
 
-    /// VACUUM and ANALYZE on the followers, off the client's path: they change no content, so nothing waits for them.
+    /// VACUUM and the like on the followers, off the client's path: they change no content, so nothing waits for them.
     pub fn maintain_followers(&self, text: &str, exclusive: bool) {
         let (hub, database, text) = (Arc::clone(&self.hub), Arc::clone(&self.database), text.to_owned());
-        tokio::task::spawn_local(
-            async move { crate::replicate::maintain::run(&hub, &database, &text, exclusive).await },
-        );
+        let context = self.context.clone();
+        tokio::task::spawn_local(async move {
+            crate::replicate::maintain::run(&hub, &database, context.as_deref(), &text, exclusive).await;
+        });
     }
 }
 

@@ -28,6 +28,16 @@ impl Session {
     /// PREPARE TRANSACTION in a block of the client's. After an error the transaction is gone everywhere.
     pub async fn prepare_transaction(&mut self, gid: &str) -> Result<Told, End> {
         self.wire.flush_much_to_client().await?;
+        let mut sequences = None;
+        if self.touched.is_used() {
+            match self.carry_sequences().await? {
+                Ok(reached) => sequences = Some(reached),
+                Err(error) => {
+                    self.hidden_query("ROLLBACK").await?;
+                    return Ok(Err(error));
+                }
+            }
+        }
         let fresh = EffectLog::new(Arc::clone(&self.hub.spill));
         let log = Arc::new(std::mem::replace(&mut self.log, fresh));
         if log.deferrable_constraints && !self.hidden_query("SET CONSTRAINTS ALL IMMEDIATE").await? {
@@ -56,6 +66,10 @@ impl Session {
             Ok(Ok(())) => {
                 commit::give_back(&self.hub, &self.thread.pool, &self.database, held);
                 self.hub.two_phase.put(transaction);
+                if let Some((generation, bounds)) = sequences {
+                    // Sequences are moved at once, whatever becomes of the transaction.
+                    self.hub.sequences.raise(generation, &self.database, bounds);
+                }
                 Ok(Ok(()))
             }
             Ok(Err(error)) => {
@@ -215,7 +229,14 @@ impl Session {
             Found::None => return self.finish_unknown(frame, expect, gid).await,
         };
         let ddl = transaction.note.ddl && *commit;
-        let flight = if ddl { Some(self.ddl_flight().await?) } else { None };
+        let flight = if ddl { Some(self.ddl_flight().await) } else { None };
+        let flight = match flight.transpose() {
+            Ok(flight) => flight,
+            Err(end) => {
+                self.look_later(transaction, None);
+                return Err(end);
+            }
+        };
         let mut closed: Option<Closed<'_>> = None;
         let pass = match flight {
             Some(Err(error)) => Err(error),
@@ -246,7 +267,9 @@ impl Session {
         self.forget_transaction_of_client(*transaction).await;
         if *commit {
             hub.counters.commits.fetch_add(1, Ordering::Relaxed);
-            hub.note_write(&self.database);
+            if ddl {
+                hub.sequences.forget(&self.database);
+            }
         }
         put_tag(&mut self.wire.to_client, &tag);
         Ok(Ok(()))
@@ -281,6 +304,10 @@ impl Session {
     /// It is finished everywhere, or was never prepared.
     async fn forget_transaction_of_client(&self, transaction: Transaction) {
         let Transaction { note, mark, hold } = transaction;
+        if self.hub.reign_epoch() != Some(self.epoch) {
+            // Followers that were not told are by the next epoch, which needs the note.
+            return;
+        }
         if let Err(error) = two_phase::forget(&self.servers(), &note.gid).await {
             // Decided all the same: the next epoch takes the note away.
             tracing::info!(gid = note.gid, %error, "the note of a prepared transaction was not taken away");
@@ -307,10 +334,16 @@ impl Session {
                 // A new epoch finds out by itself.
                 match found {
                     _ if hub.reign_epoch().is_some_and(|now| now != epoch) => return,
+                    _ if hub.reign_epoch().is_none() => {
+                        tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;
+                    }
                     Ok(Fate::Open) => return hub.two_phase.put(transaction),
                     Ok(fate) => {
                         let gid = &transaction.note.gid;
                         commit::finish_on_all(&hub, &pool, &database, gid, fate == Fate::Committed).await;
+                        if hub.reign_epoch() != Some(epoch) {
+                            return;
+                        }
                         if let Err(error) = two_phase::forget(&servers, gid).await {
                             tracing::info!(gid, %error, "the note of a prepared transaction was not taken away");
                         }
