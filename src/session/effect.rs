@@ -50,6 +50,9 @@ impl Session {
         types: Arc<[u8]>,
     ) -> Result<Result<(), ClientError>, End> {
         match &write.effect {
+            EffectPlan::Copy { dates, fill: Some(fill), .. } => {
+                self.take_filled_copy(write, fill, dates.as_ref(), shape, text).await
+            }
             EffectPlan::Copy { dates, .. } => {
                 self.wire.pump(Until::AnsweredOrCopy).await?;
                 if !self.wire.results.copy_in {

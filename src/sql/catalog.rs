@@ -191,9 +191,18 @@ SELECT json_build_object(
           WHEN t.typarray <> 0::oid AND t.typdelim = ',' AND NOT (t.typcategory = 'A' AND t.typtype = 'b') THEN 'a'
           ELSE 'n' END,
         'dates', coalesce(x.dates, true), 'floats', coalesce(x.floats, true), 'text', coalesce(x.text, true),
+        'may_insert', pg_catalog.has_column_privilege(c.oid, a.attnum, 'INSERT'),
+        'default_sql', CASE
+          WHEN a.attidentity <> '' THEN CASE WHEN pg_catalog.has_sequence_privilege(d.sequence, 'USAGE')
+            THEN pg_catalog.format('pg_catalog.nextval(%L::pg_catalog.regclass)', d.sequence) END
+          WHEN a.attgenerated <> '' THEN NULL
+          ELSE coalesce(pg_catalog.pg_get_expr(e.adbin, e.adrelid), pg_catalog.pg_get_expr(t.typdefaultbin, 0::oid)) END,
         'default', CASE
           WHEN a.attidentity <> '' THEN 'o'
           WHEN d.tree IS NULL THEN 'n'
+          WHEN EXISTS (SELECT 1 FROM pg_catalog.regexp_matches(d.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) ([0-9]+)', 'g') AS m(m)
+            JOIN pg_catalog.pg_proc p ON p.oid = m.m[1]::oid
+            WHERE p.oid >= 16384::oid AND p.prolang > 13::oid AND (p.provolatile <> 'i' OR p.prokind <> 'f')) THEN 'u'
           WHEN d.tree ~ '\{(SQLVALUEFUNCTION|NEXTVALUEEXPR|COERCEVIAIO)' THEN 'o'
           WHEN EXISTS (SELECT 1 FROM pg_catalog.regexp_matches(d.tree, ':(?:funcid|opfuncid|aggfnoid|winfnoid) ([0-9]+)', 'g') AS m(m)
             LEFT JOIN pg_catalog.pg_proc p ON p.oid = m.m[1]::oid WHERE p.oid IS NULL OR p.provolatile <> 'i') THEN 'o'
@@ -202,7 +211,9 @@ SELECT json_build_object(
       LEFT JOIN pg_catalog.pg_attrdef e ON e.adrelid = a.attrelid AND e.adnum = a.attnum
       LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
       LEFT JOIN traits x ON x.top = a.atttypid
-      CROSS JOIN LATERAL (SELECT CASE WHEN a.attgenerated <> '' THEN NULL ELSE coalesce(e.adbin::text, t.typdefaultbin::text) END) d(tree)
+      CROSS JOIN LATERAL (SELECT CASE WHEN a.attgenerated <> '' THEN NULL ELSE coalesce(e.adbin::text, t.typdefaultbin::text) END,
+        CASE WHEN a.attidentity <> '' THEN pg_catalog.pg_get_serial_sequence(pg_catalog.format('%I.%I', n.nspname, c.relname), a.attname::text) END)
+        d(tree, sequence)
       WHERE a.attrelid = c.oid AND a.attnum > 0::int4 AND NOT a.attisdropped), '[]'),
     'key', coalesce((SELECT json_agg(a.attname ORDER BY k.pos)
       FROM pg_catalog.pg_index i CROSS JOIN LATERAL pg_catalog.unnest(i.indkey) WITH ORDINALITY AS k(num, pos)

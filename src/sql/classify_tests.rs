@@ -15,6 +15,7 @@ fn column(name: &str, sql_type: &str) -> Column {
         floats: sql_type == "double precision",
         text: sql_type == "text",
         may_select: true,
+        may_insert: true,
         bulk: Bulk::Array,
         ..Column::default()
     }
@@ -67,11 +68,10 @@ fn facts() -> Facts {
     add(table(20002, "two", &["a", "b"], &[("a", "integer"), ("b", "integer"), ("v", "integer")]), |_| ());
     add(table(20003, "keyless", &[], &[("v", "integer"), ("w", "text")]), |_| ());
     add(table(20004, "serials", &["id"], &[("id", "integer"), ("v", "integer")]), |relation| {
-        relation
-            .columns
-            .iter_mut()
-            .filter(|column| column.name == "id")
-            .for_each(|column| column.default = DefaultKind::Other);
+        relation.columns.iter_mut().filter(|column| column.name == "id").for_each(|column| {
+            column.default = DefaultKind::Other;
+            column.default_sql = Some("nextval('s')".to_owned());
+        });
     });
     add(table(20005, "triggered", &["id"], &plain), |relation| relation.triggers = 4 | 16 | 1);
     add(table(20006, "ruled", &["id"], &plain), |relation| relation.rules = true);
@@ -89,6 +89,9 @@ fn facts() -> Facts {
     add(table(20016, "twice", &["id"], &[("id", "integer"), ("v", "integer"), ("code", "text")]), |relation| {
         relation.unique_columns = vec!["code".to_owned(), "v".to_owned()];
         relation.referenced = vec!["code".to_owned(), "id".to_owned()];
+    });
+    add(table(20017, "counted", &["id"], &[("id", "integer"), ("v", "integer")]), |relation| {
+        relation.columns.iter_mut().for_each(|column| column.default = DefaultKind::Opaque);
     });
     add(table(20014, "hidden", &["id"], &plain), |relation| {
         relation.columns.iter_mut().for_each(|column| column.may_select = false);
@@ -320,7 +323,16 @@ const LANES: &[(&str, &[&str])] = &[
         ],
     ),
     ("copy in", &["COPY scratch FROM STDIN"]),
-    ("copy", &["COPY t FROM STDIN", "COPY t (id, v) FROM STDIN WITH (FORMAT csv, FREEZE)", "COPY serials FROM STDIN"]),
+    (
+        "copy",
+        &[
+            "COPY t FROM STDIN",
+            "COPY t (id, v) FROM STDIN WITH (FORMAT csv, FREEZE)",
+            "COPY serials FROM STDIN",
+            "COPY t FROM STDIN WHERE id > 1",
+            "COPY serials (v) FROM STDIN",
+        ],
+    ),
     (
         "point",
         &[
@@ -573,8 +585,15 @@ const LANES: &[(&str, &[&str])] = &[
             "UPDATE serials SET id = DEFAULT WHERE id = 1",
             "COPY t FROM '/etc/passwd'",
             "COPY t FROM PROGRAM 'true'",
-            "COPY t FROM STDIN WHERE id > 1",
-            "COPY serials (v) FROM STDIN",
+            "COPY t FROM STDIN WHERE v > random()",
+            "COPY t FROM STDIN WHERE at < now()",
+            "COPY t FROM STDIN WHERE at < 'today'",
+            "COPY serials (v) FROM STDIN (ENCODING 'LATIN1')",
+            "INSERT INTO counted (v) VALUES (1)",
+            "INSERT INTO counted VALUES (DEFAULT, 1)",
+            "INSERT INTO counted SELECT 1",
+            "UPDATE counted SET v = DEFAULT",
+            "COPY counted (v) FROM STDIN",
             "COPY triggered FROM STDIN",
             "ALTER TABLE t ADD COLUMN x timestamptz DEFAULT 'now'",
             "CREATE TABLE x (a timestamptz DEFAULT 'now')",
@@ -809,4 +828,16 @@ fn nothing_that_is_called_is_overlooked() {
             Context { text, shape: &mask(text), facts: &facts(), tree: Value::Null }.look(&statement.node);
         assert_eq!(found.effect, Some(Effect::Unknown), "{text}");
     }
+}
+
+#[test]
+fn left_out_columns_are_added_to_a_copy() {
+    let text = "COPY serials (v) FROM STDIN WITH (FORMAT csv, FREEZE)";
+    let EffectPlan::Copy { text: CopyText::Instead(follower), fill: Some(fill), .. } = written(text).effect else {
+        panic!("{text}")
+    };
+    assert_eq!(follower, "COPY serials (v, \"id\") FROM STDIN WITH (FORMAT csv, FREEZE off)");
+    assert_eq!(fill.leader, "COPY serials (v, \"id\") FROM STDIN WITH (FORMAT csv, FREEZE)");
+    assert!(fill.values.starts_with("SELECT (nextval('s'))::integer FROM "), "{}", fill.values);
+    assert_eq!((fill.filled, fill.given), (1, 1));
 }

@@ -1,11 +1,12 @@
-//! COPY FROM STDIN: the client's data go to the followers as they are, if every column that is left out has the same default
-//! everywhere.
+//! COPY FROM STDIN: the client's data go to the followers as they are, or with values of the leader's for the columns whose defaults
+//! vary.
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{CopyStmt, DefElem};
 
 use super::classify::Context;
 use super::copy_dates::CopyDates;
+use super::copy_fill;
 use super::ddl::is_on;
 use super::facts::{Column, DefaultKind, Relation};
 use super::lex::{Kind, Lexer, Token};
@@ -28,41 +29,66 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         Target::Table(relation) => relation,
     };
     if statement.where_clause.is_some() {
-        return refused(
-            "COPY ... WHERE is not replicated by this version of pgtandem",
-            "Copy into a temporary table, then INSERT ... SELECT.",
-        );
+        let condition = context.look(&statement.where_clause);
+        if condition.missing {
+            return Lane::Read { guard: true, copy_in: false };
+        }
+        // the same rows everywhere, by their own values alone
+        let clock = condition.dates && !condition.strings.is_empty() || !condition.session_values.is_empty();
+        if !condition.is_pure() || clock || condition.text_to_date || condition.system_column.is_some() {
+            return refused(
+                "COPY ... WHERE is replicated only with a condition that is the same at every time and on every server",
+                "Compare columns with constants, or copy into a temporary table, then INSERT ... SELECT.",
+            );
+        }
     }
     let options = options(statement);
     let listed = node_names(&statement.attlist);
     let given = |column: &Column| listed.is_empty() || listed.contains(&column.name.as_str());
     // COPY's own option DEFAULT (PostgreSQL 16) puts defaults in place of a marker in the data
     let markers = options.iter().any(|option| option.defname == "default");
-    let differs = relation.columns.iter().find(|column| {
-        !column.generated && (markers || !given(column)) && (column.identity || column.default == DefaultKind::Other)
-    });
-    if let Some(column) = differs {
+    let varies = |column: &&Column| (markers || !given(column)) && !column.has_same_default();
+    let left_out: Vec<&Column> = relation.columns.iter().filter(varies).collect();
+    if let Some(column) = left_out.iter().find(|column| column.default == DefaultKind::Opaque) {
         return refused(
             format!(
-                "COPY that leaves the column {} to its default is not replicated by this version of pgtandem: the default is another value on another server",
+                "the default of {}.{} calls a function that may write, and what functions write is not replicated by this version of pgtandem",
+                relation.qualified(),
                 column.name
             ),
-            "Put the column into the data, or copy into a temporary table and INSERT ... SELECT from it.",
+            "Put the column into the data.",
         );
+    }
+    let mut text = context.text.to_owned();
+    let mut fill = None;
+    if !left_out.is_empty() {
+        match copy_fill::fill(relation, &left_out, &listed, &options, context.text) {
+            Ok(made) => {
+                text.clone_from(&made.leader);
+                fill = Some(Box::new(made));
+            }
+            Err(refusal) => return Lane::Refused(refusal),
+        }
     }
     let freeze = options.iter().find(|option| option.defname == "freeze");
     let text = match freeze {
-        None => CopyText::AsIs,
-        Some(option) => match without_freeze(context.text, option) {
-            Some(text) => CopyText::Instead(text),
-            None => return not_yet("this COPY"),
-        },
+        None if fill.is_none() => CopyText::AsIs,
+        None => CopyText::Instead(text),
+        Some(option) => {
+            // the option comes after the list of columns
+            let moved = i32::try_from(text.len() - context.text.len()).unwrap_or(0);
+            match without_freeze(&text, option, option.location + moved) {
+                Some(text) => CopyText::Instead(text),
+                None => return not_yet("this COPY"),
+            }
+        }
     };
     Lane::Write(Box::new(Write {
         effect: EffectPlan::Copy {
             owner: Some(relation.owner_role()),
             text,
             dates: dates(relation, &listed, &options),
+            fill,
         },
         hidden_returning: Vec::new(),
         client_returning: false,
@@ -114,8 +140,8 @@ fn options(statement: &CopyStmt) -> Vec<&DefElem> {
 }
 
 /// FREEZE needs a table that was made in the same transaction, which a follower may see otherwise; it changes no content.
-fn without_freeze(text: &str, option: &DefElem) -> Option<String> {
-    let start = usize::try_from(option.location).ok()?;
+fn without_freeze(text: &str, option: &DefElem, location: i32) -> Option<String> {
+    let start = usize::try_from(location).ok()?;
     let mut tokens = Lexer::new(text)
         .filter(|token| token.kind.is_significant())
         .skip_while(|token| token.range.start < start)

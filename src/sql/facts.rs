@@ -100,6 +100,10 @@ pub struct Column {
     /// How many values of it go to a follower at once.
     pub bulk: Bulk,
     pub default: DefaultKind,
+    /// A default that varies, as an expression; None if the role may not evaluate it.
+    pub default_sql: Option<String>,
+    /// The current role may INSERT it.
+    pub may_insert: bool,
     /// The type is or contains a date or time type.
     pub dates: bool,
     /// The type is or contains real or double precision.
@@ -129,6 +133,14 @@ pub struct Operator {
     pub name: String,
 }
 
+impl Column {
+    /// Left to its default it is the same on every node.
+    #[must_use]
+    pub fn has_same_default(&self) -> bool {
+        self.generated || !self.identity && matches!(self.default, DefaultKind::None | DefaultKind::Immutable)
+    }
+}
+
 impl Operator {
     /// `OPERATOR(pg_catalog.=)`
     #[must_use]
@@ -147,6 +159,9 @@ pub enum DefaultKind {
     Immutable,
     #[serde(rename = "o")]
     Other,
+    /// Calls somebody's function, in another language than C, that may do anything.
+    #[serde(rename = "u")]
+    Opaque,
 }
 
 /// A function that a name can mean.

@@ -7,6 +7,7 @@ use super::classify::{Context, read};
 use super::expressions::{Look, SessionValue};
 use super::facts::{Column, DefaultKind, Relation};
 use super::functions::Effect;
+use super::parse::{tree, walk};
 use super::pinned;
 use super::plan::{EffectPlan, Lane, Refusal, Write};
 use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
@@ -37,6 +38,15 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
         return refused(
             format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
             "Call the function in a statement of its own and insert its result.",
+        );
+    }
+    if let Some(column) = opaque_default(statement, relation) {
+        return refused(
+            format!(
+                "the default of {}.{column} calls a function that may write, and what functions write is not replicated by this version of pgtandem",
+                relation.qualified()
+            ),
+            "Give the column a value, or let its default call a function that is IMMUTABLE, or PostgreSQL's own.",
         );
     }
     let values = values(statement);
@@ -75,6 +85,22 @@ fn is_upsert(statement: &InsertStmt) -> bool {
         .on_conflict_clause
         .as_ref()
         .is_some_and(|clause| clause.action == OnConflictAction::OnconflictUpdate as i32)
+}
+
+/// A column that may be left to a default of which nothing is known.
+fn opaque_default<'r>(statement: &InsertStmt, relation: &'r Relation) -> Option<&'r str> {
+    let mut named = false;
+    walk(&tree(&statement.select_stmt), &mut |kind, _| named |= kind == "SetToDefault");
+    let given = columns(statement, relation).filter(|_| !statement.cols.is_empty()).unwrap_or_default();
+    let count = values(statement).map(|rows| rows.iter().map(|row| row.len()).min().unwrap_or(0));
+    let is_given = |at: usize, column: &Column| match &count {
+        _ if !statement.cols.is_empty() => given.iter().any(|given| given.name == column.name),
+        Some(count) => at < *count,
+        None => false,
+    };
+    let opaque =
+        |(at, column): &(usize, &Column)| column.default == DefaultKind::Opaque && (named || !is_given(*at, column));
+    relation.columns.iter().enumerate().find(opaque).map(|(_, column)| column.name.as_str())
 }
 
 /// The rows of VALUES, or one row without values for DEFAULT VALUES. None: a query gives the rows.
@@ -122,11 +148,10 @@ fn certainty(
         return None;
     }
     let columns = columns(statement, relation)?;
-    let same_default = |column: &Column| column.default != DefaultKind::Other && !column.identity;
     let given = rows.iter().map(|row| row.len()).max().unwrap_or(0);
     let filled = columns.get(..given.min(columns.len()))?;
     let omitted = relation.columns.iter().filter(|column| !filled.iter().any(|filled| filled.name == column.name));
-    if !omitted.filter(|column| !column.generated).all(same_default) {
+    if !omitted.into_iter().all(Column::has_same_default) {
         return None;
     }
     let mut session_values = Vec::new();
@@ -134,7 +159,7 @@ fn certainty(
     for row in rows {
         for (node, column) in row.iter().zip(&columns) {
             if matches!(node.node, Some(NodeEnum::SetToDefault(_))) {
-                if !column.generated && !same_default(column) {
+                if !column.has_same_default() {
                     return None;
                 }
                 continue;

@@ -9,6 +9,8 @@ pub mod catalog;
 pub mod classify;
 mod copy;
 pub mod copy_dates;
+pub mod copy_fill;
+pub mod copy_rows;
 pub mod dates;
 mod ddl;
 mod expressions;

@@ -87,6 +87,16 @@ fn lane(modify: &Modify<'_>, context: &Context<'_>) -> Lane {
         // the server says so, and better before it meets the hidden RETURNING
         return read(true);
     }
+    let opaque = |name: &str| relation.column(name).is_some_and(|column| column.default == DefaultKind::Opaque);
+    if let Some(column) = impure_default(modify.sets, relation).filter(|name| opaque(name)) {
+        return refused(
+            format!(
+                "the default of {}.{column} calls a function that may write, and what functions write is not replicated by this version of pgtandem",
+                relation.qualified()
+            ),
+            "Give the column a value.",
+        );
+    }
     let varies = what_varies(modify, &inner, relation);
     let made = if varies.is_none() && is_point(modify, &inner, relation) {
         text(modify, &inner, relation, None, context)
@@ -204,9 +214,7 @@ pub(super) fn impure_default<'r>(sets: &[Node], relation: &'r Relation) -> Optio
         let mut default = false;
         walk(&tree(&target.val), &mut |kind, _| default |= kind == "SetToDefault");
         let column = relation.column(&target.name);
-        if let Some(column) = column
-            .filter(|column| default && !column.generated && (column.identity || column.default == DefaultKind::Other))
-        {
+        if let Some(column) = column.filter(|column| default && !column.has_same_default()) {
             return Some(&column.name);
         }
     }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::copy_dates::CopyDates;
+use super::copy_fill::CopyFill;
 use super::large_objects::Call;
 use super::rows::RowTexts;
 use super::sequences::SequenceUse;
@@ -143,6 +144,8 @@ pub enum EffectPlan {
         text: CopyText,
         /// Data go to date and time columns: if the scanner finds one that is the clock's, the statement is refused.
         dates: Option<CopyDates>,
+        /// Columns that are left out have defaults that vary: both sides get the leader's values in the data.
+        fill: Option<Box<CopyFill>>,
     },
     /// A SELECT that calls this function of large objects.
     LargeObject(Call),
