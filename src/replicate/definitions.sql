@@ -243,3 +243,36 @@ BEGIN
     RETURN coalesce((SELECT l.pageno * (current_setting('block_size')::bigint / 4) + length(l.data) FROM pg_largeobject l
         WHERE l.loid = object ORDER BY l.pageno DESC LIMIT 1), 0);
 END $$;
+-- SHARE ROW EXCLUSIVE on tables, before a statement that must come in one order with everything else that writes them. Whoever
+-- writes them has a transaction open; while this waits, new writers wait behind it, so it steps aside now and then. Long enough for
+-- PostgreSQL to find deadlocks; at most 15 times, or as long as the client's own lock_timeout says.
+CREATE OR REPLACE FUNCTION pgtandem.lock(given text, tables oid[]) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    name text;
+    asked text := current_setting('lock_timeout');
+    asked_ms bigint := extract(epoch FROM asked::interval) * 1000;
+    step_ms bigint := extract(epoch FROM current_setting('deadlock_timeout')::interval) * 1000 + 1000;
+    left_ms bigint := CASE asked_ms WHEN 0 THEN 15 * step_ms ELSE asked_ms END;
+BEGIN
+    PERFORM 1 FROM pgtandem.epoch e WHERE e.secret_hash = sha256(convert_to(given, 'UTF8'));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pgtandem.lock is for the proxy alone' USING ERRCODE = '42501';
+    END IF;
+    LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', least(step_ms, left_ms)::text, true);
+            FOR name IN SELECT DISTINCT t::regclass::text FROM unnest(tables) t ORDER BY 1 LOOP
+                EXECUTE 'LOCK TABLE ' || name || ' IN SHARE ROW EXCLUSIVE MODE';
+            END LOOP;
+            PERFORM set_config('lock_timeout', asked, true);
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            left_ms := left_ms - step_ms;
+            IF left_ms <= 0 THEN
+                RAISE EXCEPTION 'the tables of the statement could not be locked: other transactions that wrote to them are still open'
+                    USING ERRCODE = '55P03', HINT = 'Try the transaction again; the open ones are in pg_stat_activity.';
+            END IF;
+        END;
+    END LOOP;
+END $$;

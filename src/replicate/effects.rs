@@ -63,6 +63,8 @@ pub enum Effect {
     /// The rows that one statement changed, whose values are in text format: for each row four bytes of length and the
     /// parameter section of a `Bind`, one row after the other.
     Rows { context: Arc<Context>, role: EffectRole, texts: Arc<RowTexts>, data: Range, rows: u64 },
+    /// The statement before this changed that many rows, by its command tag.
+    Changed { rows: u64 },
     /// `COPY ... FROM STDIN` with its data: the bytes of the `CopyData` messages, one after the other.
     Copy { context: Arc<Context>, role: EffectRole, text: Arc<str>, data: Range, rows: u64 },
 }

@@ -176,6 +176,7 @@ impl<'c> Writer<'c> {
                     self.enter(context, role);
                     self.rows(log, texts, *data, *rows).await?;
                 }
+                Effect::Changed { rows } => self.changed(*rows).await?,
                 Effect::Copy { context, role, text, data, rows } => {
                     self.enter(context, role);
                     self.copy(log, text, *data, *rows).await?;
@@ -332,6 +333,18 @@ impl<'c> Writer<'c> {
             Some(error) => Err(error),
             None => answer.ok(),
         }
+    }
+
+    /// Compares the number of rows of the last statement, before anything is prepared.
+    async fn changed(&mut self, rows: u64) -> Result<(), ServerError> {
+        let answer = self.end().await?;
+        let tag = answer.tags.last().or(self.answer.tags.last());
+        let changed = tag.and_then(|tag| crate::pg::message::tag_count(tag));
+        if changed == Some(rows) {
+            return Ok(());
+        }
+        let message = format!("a statement that changed {rows} rows changed {changed:?} on the follower");
+        Err(ServerError::Answer { sqlstate: "22012".into(), message })
     }
 
     async fn copy(&mut self, log: &EffectLog, text: &str, data: Range, rows: u64) -> Result<(), ServerError> {

@@ -69,18 +69,6 @@ BEGIN
         PERFORM set_config('synchronous_commit', 'local', true);
     END IF;
 END $$;
-CREATE OR REPLACE FUNCTION pgtandem.lock(given text, tables oid[]) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE name text;
-BEGIN
-    PERFORM 1 FROM pgtandem.epoch e WHERE e.secret_hash = sha256(convert_to(given, 'UTF8'));
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'pgtandem.lock is for the proxy alone' USING ERRCODE = '42501';
-    END IF;
-    FOR name IN SELECT DISTINCT t::regclass::text FROM unnest(tables) t ORDER BY 1 LOOP
-        EXECUTE 'LOCK TABLE ' || name || ' IN SHARE ROW EXCLUSIVE MODE';
-    END LOOP;
-END $$;
 CREATE OR REPLACE FUNCTION pgtandem.catalog(query text) RETURNS text
 LANGUAGE plpgsql STABLE SET jit = off SET max_parallel_workers_per_gather = 0 SET enable_seqscan = on
 SET enable_indexscan = on SET enable_bitmapscan = on SET enable_nestloop = on SET enable_hashjoin = on SET enable_sort = on

@@ -25,7 +25,7 @@ const FOLLOWERS_DO: &str = "SELECT pgtandem.followers_do($1, $2, $3::pg_catalog.
      COALESCE($4, pg_catalog.current_schema()::pg_catalog.text), $5, $6::pg_catalog.text[], $7::pg_catalog.int8[]::pg_catalog.oid[])";
 
 /// Asks the leader's session for one column of text.
-type Answered<T> = Result<Result<T, ClientError>, End>;
+pub(super) type Answered<T> = Result<Result<T, ClientError>, End>;
 
 impl Session {
     /// Takes the answer of such a statement and keeps its effects. If the server had an error, it is in the results.
@@ -100,9 +100,7 @@ impl Session {
         };
         let mut literals = Vec::new();
         if let Carried::Defaults { values, .. } = carried {
-            let list: Vec<String> = values.iter().enumerate().map(|(at, value)| format!("({at}, {value})")).collect();
-            let query = format!("SELECT v FROM (VALUES {}) AS x(at, v) ORDER BY at", list.join(", "));
-            match self.ask_leader(&query, &[]).await? {
+            match self.ask_session(values).await? {
                 Ok(given) => literals = given.into_iter().map(Some).collect(),
                 Err(error) => return Ok(Err(error)),
             }
@@ -159,6 +157,13 @@ impl Session {
     fn push_rows(&mut self, role: EffectRole, text: &str, (data, rows): (Range, u64)) -> Result<(), ClientError> {
         let context = self.effect_context()?;
         Ok(self.log.push(Effect::Copy { context, role, text: text.into(), data, rows })?)
+    }
+
+    /// Texts of these expressions, as the client's transaction on the leader has them.
+    pub async fn ask_session(&mut self, expressions: &[String]) -> Answered<Vec<String>> {
+        let rows: Vec<String> = expressions.iter().enumerate().map(|(at, value)| format!("({at}, {value})")).collect();
+        let query = format!("SELECT v FROM (VALUES {}) AS x(at, v) ORDER BY at", rows.join(", "));
+        self.ask_leader(&query, &[]).await
     }
 
     /// Rows of one column of text, from the client's own session and transaction on the leader.

@@ -92,6 +92,9 @@ impl Session {
                     Ok(text) => text,
                     Err(error) => return Ok(Err(error)),
                 };
+                if let Err(error) = self.ask_values(write).await? {
+                    return Ok(Err(error));
+                }
                 Ok(self.text_effect_with(write, shape, &text, parameters, types))
             }
         }
@@ -189,6 +192,9 @@ impl Session {
         };
         let effect = Effect::Statement { context, role: effect_role(owner.as_ref()), text, types, parameters };
         self.log.push(effect)?;
+        if let Some(rows) = count.filter(|_| write.edits.compare_count) {
+            self.log.push(Effect::Changed { rows })?;
+        }
         self.note(write);
         Ok(())
     }
@@ -204,6 +210,24 @@ impl Session {
         self.log.push(Effect::Statement { context, role: EffectRole::Own, text, types, parameters })?;
         self.effects_since.get_or_insert_with(Instant::now);
         Ok(())
+    }
+
+    /// The session's values of a statement that can not return them: put where a RETURNING would have brought them.
+    async fn ask_values(&mut self, write: &Write) -> Result<Result<(), ClientError>, End> {
+        if write.edits.asked.is_empty() {
+            return Ok(Ok(()));
+        }
+        let results = std::mem::take(&mut self.wire.results);
+        let given = self.ask_session(&write.edits.asked).await;
+        self.wire.results = results;
+        Ok(given?.map(|values| {
+            let mut row = Vec::new();
+            for value in values {
+                row.extend_from_slice(&u32::try_from(value.len()).unwrap_or(0).to_be_bytes());
+                row.extend_from_slice(value.as_bytes());
+            }
+            self.wire.results.rows = vec![row.into()];
+        }))
     }
 
     /// The same text for many executions is kept once.

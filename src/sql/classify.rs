@@ -21,7 +21,7 @@ use super::plan::{Admin, Control, Finish, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
 use super::sequences::{self, SequenceUse};
 use super::shape::Shape;
-use super::{carry, copy, ddl, insert, modify};
+use super::{carry, copy, ddl, insert, merge, modify};
 
 /// What a statement is classified from.
 pub(super) struct Context<'a> {
@@ -119,7 +119,11 @@ fn names_ours(node: &NodeEnum) -> bool {
 fn is_query(node: &NodeEnum) -> bool {
     matches!(
         node,
-        NodeEnum::SelectStmt(_) | NodeEnum::InsertStmt(_) | NodeEnum::UpdateStmt(_) | NodeEnum::DeleteStmt(_)
+        NodeEnum::SelectStmt(_)
+            | NodeEnum::InsertStmt(_)
+            | NodeEnum::UpdateStmt(_)
+            | NodeEnum::DeleteStmt(_)
+            | NodeEnum::MergeStmt(_)
     )
 }
 
@@ -140,10 +144,7 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         NodeEnum::InsertStmt(statement) => insert::lane(statement, context),
         NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
         NodeEnum::DeleteStmt(statement) => modify::delete(statement, context),
-        NodeEnum::MergeStmt(_) => refused(
-            "MERGE is not replicated by this version of pgtandem",
-            "Use INSERT ... ON CONFLICT, or UPDATE and INSERT in one transaction.",
-        ),
+        NodeEnum::MergeStmt(statement) => merge::lane(statement, context),
         NodeEnum::CopyStmt(statement) => copy_lane(statement, context),
         NodeEnum::TransactionStmt(statement) => transaction(statement),
         NodeEnum::ConstraintsSetStmt(_) => Lane::Control(Control::SetConstraints),

@@ -435,6 +435,8 @@ const LANES: &[(&str, &[&str])] = &[
     (
         "ordered",
         &[
+            "MERGE INTO t USING keyless k ON t.v = k.v WHEN MATCHED THEN DELETE",
+            "MERGE INTO t USING keyless k ON t.v = k.v WHEN MATCHED THEN UPDATE SET at = now() WHEN NOT MATCHED THEN INSERT (id, v) VALUES (k.v, 1)",
             "UPDATE t SET id = 2 WHERE id = 1",
             "DELETE FROM keyless",
             "UPDATE old SET v = 1 WHERE id = 1",
@@ -529,7 +531,10 @@ const LANES: &[(&str, &[&str])] = &[
         &[
             "DO 'BEGIN END'",
             "CALL p()",
-            "MERGE INTO t USING keyless k ON t.v = k.v WHEN MATCHED THEN DELETE",
+            "MERGE INTO t USING keyless k ON t.v = k.v WHEN MATCHED THEN UPDATE SET v = random()",
+            "MERGE INTO serials s USING keyless k ON s.v = k.v WHEN NOT MATCHED THEN INSERT (v) VALUES (k.v)",
+            "MERGE INTO t USING scratch k ON t.v = k.v WHEN MATCHED THEN DELETE",
+            "MERGE INTO triggered t USING keyless k ON t.id = k.v WHEN NOT MATCHED THEN INSERT VALUES (1)",
             "PREPARE TRANSACTION 'pgtandem:shop:1:2:3'",
             "COMMIT PREPARED 'pgtandem:shop:1:2:3'",
             "CREATE TABLESPACE x LOCATION '/x'",

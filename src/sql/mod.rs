@@ -19,6 +19,7 @@ mod functions;
 mod insert;
 pub mod large_objects;
 pub mod lex;
+mod merge;
 mod modify;
 pub mod needs;
 pub mod nodewise;

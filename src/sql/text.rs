@@ -27,6 +27,10 @@ pub struct Edits {
     pub shared: Option<SharedText>,
     /// A password, in whose place followers get the leader's verifier.
     pub password: Option<Password>,
+    /// Values of the session for the splices that the leader is asked for after the statement, which can not return them.
+    pub asked: Vec<String>,
+    /// The number of rows is compared by its command tag.
+    pub compare_count: bool,
     /// A literal that is not masked, so the same in all texts of the shape, depends on the clock.
     pub clock: bool,
 }
