@@ -115,7 +115,8 @@ impl std::fmt::Debug for Connection {
 
 impl Connection {
     /// Logs in as `pgtandem` (no password: `peer` on the other end). With a secret and an epoch: enters it and prepares what
-    /// effects need; without, the database may not even have the schema `pgtandem` yet.
+    /// effects need; without, the database may not even have the schema `pgtandem` yet. Bodies of functions are checked by the leader
+    /// alone: they may name temporary tables of the client's.
     ///
     /// # Errors
     /// If the server refuses, or the connection ends.
@@ -134,7 +135,8 @@ impl Connection {
                 "options",
                 "-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 \
                  -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
-                 -c synchronous_commit=on -c session_replication_role=origin",
+                 -c synchronous_commit=on -c session_replication_role=origin \
+                 -c check_function_bodies=off",
             ),
         ]);
         let mut connection =

@@ -155,7 +155,6 @@ pub const MIRRORED: &[&str] = &[
     "default_tablespace",
     "default_table_access_method",
     "default_toast_compression",
-    "check_function_bodies",
     "default_text_search_config",
     "backslash_quote",
     "quote_all_identifiers",
@@ -176,7 +175,7 @@ const CONTEXT_QUERY: &str = "SELECT pg_catalog.concat_ws(E'\\x1f', current_user,
      pg_catalog.current_setting('lc_time'), pg_catalog.current_setting('timezone_abbreviations'), \
      pg_catalog.current_setting('default_tablespace'), pg_catalog.current_setting('default_table_access_method'), \
      COALESCE(pg_catalog.current_setting('default_toast_compression', true), ''), \
-     pg_catalog.current_setting('check_function_bodies'), pg_catalog.current_setting('default_text_search_config'), \
+     pg_catalog.current_setting('default_text_search_config'), \
      pg_catalog.current_setting('backslash_quote'), pg_catalog.current_setting('quote_all_identifiers'), \
      pg_catalog.current_setting('xmlbinary'))";
 

@@ -21,7 +21,16 @@ pub struct CopyKeeper {
 }
 
 impl CopyKeeper {
-    fn keep(&mut self, log: &mut EffectLog, data: &[u8]) {
+    pub(super) fn new(dates: Option<&CopyDates>) -> Self {
+        Self { kept: Ok(Range::default()), dates: dates.map(CopyDates::scanner), reads_clock: false }
+    }
+
+    /// The COPY must fail with this.
+    pub(super) fn fail(&mut self, error: ClientError) {
+        self.kept = Err(error);
+    }
+
+    pub(super) fn keep(&mut self, log: &mut EffectLog, data: &[u8]) {
         self.reads_clock = self.reads_clock || self.dates.as_mut().is_some_and(|dates| dates.feed(data));
         if let (Ok(range), false) = (&mut self.kept, self.reads_clock) {
             match log.append(data) {
@@ -32,13 +41,13 @@ impl CopyKeeper {
         }
     }
 
-    /// True if the COPY must fail because of its dates.
-    fn finish(&mut self) -> bool {
+    /// True if the COPY must fail: because of its dates, or because its data are not all there.
+    pub(super) fn finish(&mut self) -> bool {
         self.reads_clock = self.reads_clock || self.dates.as_mut().is_some_and(CopyScanner::finish);
         if self.reads_clock {
             self.kept = Err(refused(&clock_literal()));
         }
-        self.reads_clock
+        self.kept.is_err()
     }
 }
 
@@ -48,9 +57,11 @@ impl Session {
     /// Dates that are the clock's, such as `now`, would differ on followers: then the COPY is made to fail, `hide_errors` is left
     /// on for the server's error, and the refusal is given.
     pub async fn keep_copy_data(&mut self, dates: Option<&CopyDates>) -> Result<Kept, End> {
-        let mut data =
-            CopyKeeper { kept: Ok(Range::default()), dates: dates.map(CopyDates::scanner), reads_clock: false };
-        self.pass_copy_data(Some(&mut data)).await?;
+        let mut data = CopyKeeper::new(dates);
+        match self.server_file.take() {
+            Some(file) => self.pass_file(file, &mut data).await?,
+            None => self.pass_copy_data(Some(&mut data)).await?,
+        }
         Ok(data.kept.map(|range| Some((range, 0))))
     }
 

@@ -249,6 +249,14 @@ impl Session {
         if let Some(refusal) = self.refuses_write(write) {
             return Ok(Some(refusal));
         }
+        if let EffectPlan::Copy { server_file: true, .. } = &write.effect {
+            let hint = "Send it as a simple query, without parameters, or use COPY ... FROM STDIN.";
+            return Ok(Some(ClientError::error(
+                "0A000",
+                "COPY FROM a file of the server by the extended protocol is not replicated",
+                hint,
+            )));
+        }
         if let EffectPlan::Text { dates_matter: true, .. } = &write.effect {
             let texts = parameters::texts(&prepared.types, parameters).map_err(End::ClientProtocol)?;
             if write.reads_clock(&prepared.text, &prepared.shape, &texts) {

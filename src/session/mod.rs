@@ -8,6 +8,7 @@ pub mod cancel;
 pub mod carry;
 pub mod commit;
 pub mod copy;
+mod copy_file;
 pub mod copy_fill;
 pub mod effect;
 pub mod execute;

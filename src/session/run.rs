@@ -13,6 +13,7 @@ use crate::replicate::effects::{EffectLog, Position};
 use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
 use crate::replicate::schema::{Context, SessionFacts};
+use crate::session::copy_file::OpenFile;
 use crate::session::large_objects::Objects;
 use crate::session::planning::PlanCache;
 use crate::session::sequences::Touched;
@@ -63,6 +64,8 @@ pub struct Session {
     pub last_text: Option<Arc<str>>,
     /// The tag of a write whose commit is not decided yet.
     pub held_tag: Option<Bytes>,
+    /// Where the data of the COPY under way are read, if the client does not send them.
+    pub server_file: Option<OpenFile>,
     /// Effects of the transaction under way.
     pub log: EffectLog,
     pub touched: Touched,
@@ -117,6 +120,7 @@ impl Session {
             synced_early: false,
             last_text: None,
             held_tag: None,
+            server_file: None,
             log,
             touched: Touched::default(),
             objects: Objects::default(),

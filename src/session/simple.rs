@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
+use crate::session::copy_file::FromFile;
 use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::rewrite;
 use crate::session::run::Session;
@@ -221,7 +222,11 @@ impl Session {
             return self.refuse_in_text(&error).await.map(|()| false);
         }
         let mode = mode_of(write);
-        let leader_text = write.leader_text(text, shape);
+        let mut leader_text = write.leader_text(text, shape);
+        let file = self.server_file_of(write, text).await?;
+        if let FromFile::Read(text) = &file {
+            leader_text = Some(text.clone());
+        }
         let position = self.log.position();
         self.touched.begin(&plan.sequences);
         build::query(&mut self.wire.to_server, leader_text.as_deref().unwrap_or(text).as_bytes());
@@ -232,7 +237,7 @@ impl Session {
         let done = self.run_write(write, shape, text).await;
         self.wire.hold_ready = false;
         self.wire.hold_tag = false;
-        let mut ok = done?;
+        let mut ok = self.end_server_file(&file, done?).await?;
         if ok && !self.still_planned(text, plan, planned_at).await? {
             self.refuse_in_text(&schema_changed()).await?;
             ok = false;

@@ -74,6 +74,8 @@ pub struct Wire {
     pub hold_tag: bool,
     /// Added to positions in errors: the statement was cut out of a longer text that many characters in.
     pub position_offset: usize,
+    /// The data of the COPY under way are not the client's: it is not asked for them.
+    pub hide_copy: bool,
     /// Errors of the statement under way are kept in `results` alone, not shown.
     pub hide_errors: bool,
     /// Whether each `Parse`, `Bind` and `Close` of the client's was done (or lost to an error before it), in order. Taken by
@@ -114,6 +116,7 @@ impl Wire {
             hold_ready: false,
             hold_tag: false,
             position_offset: 0,
+            hide_copy: false,
             hide_errors: false,
             outcomes: VecDeque::new(),
             hold_rows: false,
@@ -502,6 +505,9 @@ impl Wire {
                 // The Sync that the client sent with its Execute is ignored by a server that copies.
                 if matches!(self.expects.get(1), Some(Expect::Sync { .. })) {
                     self.expects.remove(1);
+                }
+                if self.hide_copy {
+                    return Ok(());
                 }
             }
             _ => {}

@@ -380,10 +380,6 @@ pub(super) fn refused_setting(set: &VariableSetStmt) -> Option<Lane> {
                 "Disable single triggers with ALTER TABLE ... DISABLE TRIGGER.",
             )
         }),
-        "session_authorization" => Some(refused(
-            "SET SESSION AUTHORIZATION is not supported: the servers would run the session under different users",
-            "Use SET ROLE, or connect as that user.",
-        )),
         "client_encoding" => {
             let plain: Vec<String> = values.iter().map(|value| value.replace(['_', '-', ' '], "")).collect();
             plain.iter().find(|value| REFUSED_ENCODINGS.contains(&value.as_str())).map(|value| {

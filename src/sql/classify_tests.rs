@@ -112,6 +112,7 @@ fn facts() -> Facts {
         ("concat", "s"),
         ("current_setting", "s"),
         ("lo_create", "v"),
+        ("brin_summarize_new_values", "v"),
         ("set_config", "v"),
         ("gen_random_uuid", "v"),
         ("generate_series", "i"),
@@ -225,6 +226,9 @@ const LANES: &[(&str, &[&str])] = &[
             "SET LOCAL work_mem = '1MB'",
             "RESET ALL",
             "SET ROLE bob",
+            "SET SESSION AUTHORIZATION bob",
+            "RESET SESSION AUTHORIZATION",
+            "SELECT brin_summarize_new_values('i')",
             "DISCARD ALL",
             "DISCARD PLANS",
             "PREPARE p AS SELECT 1",
@@ -331,6 +335,7 @@ const LANES: &[(&str, &[&str])] = &[
             "COPY serials FROM STDIN",
             "COPY t FROM STDIN WHERE id > 1",
             "COPY serials (v) FROM STDIN",
+            "COPY t FROM '/etc/passwd'",
         ],
     ),
     (
@@ -561,7 +566,6 @@ const LANES: &[(&str, &[&str])] = &[
             "LOAD 'x'",
             "SET standard_conforming_strings = off",
             "SET session_replication_role = replica",
-            "SET SESSION AUTHORIZATION bob",
             "SET client_encoding = 'SJIS'",
             "SELECT * FROM pgtandem.mark",
             "SELECT pgtandem.mark(1, 2)",
@@ -588,7 +592,6 @@ const LANES: &[(&str, &[&str])] = &[
             "UPDATE hidden SET v = random()",
             "UPDATE keyless SET w = (SELECT sum(v::float8) FROM keyless)",
             "UPDATE serials SET id = DEFAULT WHERE id = 1",
-            "COPY t FROM '/etc/passwd'",
             "COPY t FROM PROGRAM 'true'",
             "COPY t FROM STDIN WHERE v > random()",
             "COPY t FROM STDIN WHERE at < now()",
@@ -756,6 +759,8 @@ fn freeze_is_dropped_for_followers() {
         ("COPY t FROM STDIN FREEZE", "COPY t FROM STDIN "),
         ("COPY t FROM STDIN FREEZE CSV", "COPY t FROM STDIN  CSV"),
         ("COPY t FROM STDIN (FREEZE off)", "COPY t FROM STDIN (FREEZE off)"),
+        ("COPY t (id, v) FROM '/a' (FREEZE)", "COPY t (id, v) FROM STDIN (FREEZE off)"),
+        ("COPY t FROM E'/äb/\\x41'  CSV", "COPY t FROM STDIN        CSV"),
     ] {
         let EffectPlan::Copy { text: CopyText::Instead(found), .. } = written(text).effect else { panic!("{text}") };
         assert_eq!(found, expected);

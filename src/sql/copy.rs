@@ -1,5 +1,7 @@
-//! COPY FROM STDIN: the client's data go to the followers as they are, or with values of the leader's for the columns whose defaults
-//! vary.
+//! COPY FROM: the data go to the followers as they are, or with values of the leader's for the columns whose defaults vary. Those
+//! of a file of the server are read by the proxy, so that all get the same.
+
+use std::ops::Range;
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{CopyStmt, DefElem};
@@ -17,15 +19,16 @@ use super::target::{ON_INSERT, Target, target};
 use super::text::Edits;
 
 pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
-    if statement.is_program || !statement.filename.is_empty() {
+    if statement.is_program {
         return refused(
-            "COPY FROM a file or program of the server is not replicated: the other servers do not have it",
+            "COPY FROM a program of the server is not replicated: the other servers would get what it prints there",
             "Use COPY ... FROM STDIN, or \\copy in psql.",
         );
     }
+    let server_file = !statement.filename.is_empty();
     let relation = match target(statement.relation.as_ref(), ON_INSERT, context) {
         Target::Decided(lane) => return lane,
-        Target::Temporary => return Lane::Read { guard: false, copy_in: true },
+        Target::Temporary => return Lane::Read { guard: false, copy_in: !server_file },
         Target::Table(relation) => relation,
     };
     if statement.where_clause.is_some() {
@@ -59,6 +62,15 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
             "Put the column into the data.",
         );
     }
+    if let Some(column) = left_out.first().filter(|_| server_file) {
+        return refused(
+            format!(
+                "COPY from a file of the server that leaves the column {} to a default which varies is not replicated by this version of pgtandem",
+                column.name
+            ),
+            "Use COPY ... FROM STDIN, or \\copy in psql; or put the column into the data.",
+        );
+    }
     let mut text = context.text.to_owned();
     let mut fill = None;
     if !left_out.is_empty() {
@@ -71,22 +83,32 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         }
     }
     let freeze = options.iter().find(|option| option.defname == "freeze");
-    let text = match freeze {
-        None if fill.is_none() => CopyText::AsIs,
-        None => CopyText::Instead(text),
+    let thawed = match freeze {
+        None if fill.is_none() => None,
+        None => Some(text),
         Some(option) => {
             // the option comes after the list of columns
             let moved = i32::try_from(text.len() - context.text.len()).unwrap_or(0);
             match without_freeze(&text, option, option.location + moved) {
-                Some(text) => CopyText::Instead(text),
+                Some(text) => Some(text),
                 None => return not_yet("this COPY"),
             }
         }
+    };
+    let text = if server_file {
+        let text = thawed.as_deref().unwrap_or(context.text);
+        match file_token(text) {
+            Some(file) => CopyText::Instead(from_stdin(text, &file)),
+            None => return not_yet("this COPY"),
+        }
+    } else {
+        thawed.map_or(CopyText::AsIs, CopyText::Instead)
     };
     Lane::Write(Box::new(Write {
         effect: EffectPlan::Copy {
             owner: Some(relation.owner_role()),
             text,
+            server_file,
             dates: dates(relation, &listed, &options),
             fill,
         },
@@ -97,6 +119,46 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         deferrable_constraints: relation.deferrable,
         edits: Edits::default(),
     }))
+}
+
+/// A file of the server that COPY FROM names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerFile {
+    pub path: String,
+    /// The statement with STDIN in its place, and as many blanks as keep the positions of what follows.
+    pub text: String,
+}
+
+/// The file of a COPY FROM. `None`: there is none.
+#[must_use]
+pub fn server_file(text: &str) -> Option<ServerFile> {
+    let statement = super::parse::parse(text).ok()?.pop()?;
+    let NodeEnum::CopyStmt(copy) = statement.node else { return None };
+    let path = Some(copy.filename).filter(|path| !path.is_empty())?;
+    Some(ServerFile { path, text: from_stdin(text, &file_token(text)?) })
+}
+
+/// The name of the file stands behind the first FROM outside of parentheses.
+fn file_token(text: &str) -> Option<Range<usize>> {
+    let mut depth = 0_i32;
+    let mut tokens = Lexer::new(text).filter(|token| token.kind.is_significant());
+    loop {
+        let token = tokens.next()?;
+        match (token.kind, text.get(token.range)?) {
+            (Kind::Symbol, "(") => depth += 1,
+            (Kind::Symbol, ")") => depth -= 1,
+            (Kind::Word, word) if depth == 0 && word.eq_ignore_ascii_case("from") => {
+                return tokens.next().map(|token| token.range);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn from_stdin(text: &str, file: &Range<usize>) -> String {
+    let length = text.get(file.clone()).map_or(0, |file| file.chars().count());
+    let (before, after) = (text.get(..file.start).unwrap_or_default(), text.get(file.end..).unwrap_or_default());
+    format!("{before}{:length$}{after}", "STDIN")
 }
 
 /// Where dates are in the data. The binary form has no words.

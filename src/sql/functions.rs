@@ -5,6 +5,11 @@ use super::facts::Function;
 /// Volatile functions of PostgreSQL that write nothing permanent that followers must have: they run on the leader without
 /// the guard. Sequences are among them, followers' sequences are kept ahead by other means.
 const HARMLESS_VOLATILE: &[&str] = &[
+    // they tidy an index and change no content
+    "brin_desummarize_range",
+    "brin_summarize_new_values",
+    "brin_summarize_range",
+    "gin_clean_pending_list",
     "clock_timestamp",
     "currval",
     "gen_random_uuid",
@@ -310,10 +315,6 @@ fn effect_of(function: &Function, arguments: Option<usize>) -> Effect {
 
 /// Large objects and the like: servers before 16 let them write in a read-only transaction.
 const WRITERS: &[&str] = &[
-    "brin_desummarize_range",
-    "brin_summarize_new_values",
-    "brin_summarize_range",
-    "gin_clean_pending_list",
     "lo_creat",
     "lo_create",
     "lo_export",

@@ -7,7 +7,7 @@
 mod carry;
 pub mod catalog;
 pub mod classify;
-mod copy;
+pub mod copy;
 pub mod copy_dates;
 pub mod copy_fill;
 pub mod copy_rows;

@@ -138,10 +138,12 @@ pub enum EffectPlan {
     },
     /// Rows by value, from the hidden RETURNING.
     Rows { owner: Option<Role>, texts: Arc<RowTexts> },
-    /// `COPY ... FROM STDIN`: the client's data, under this text (FREEZE dropped).
+    /// `COPY ... FROM STDIN`: the data, under this text (FREEZE dropped).
     Copy {
         owner: Option<Role>,
         text: CopyText,
+        /// The data are in a file of the server: [`super::copy::server_file`].
+        server_file: bool,
         /// Data go to date and time columns: if the scanner finds one that is the clock's, the statement is refused.
         dates: Option<CopyDates>,
         /// Columns that are left out have defaults that vary: both sides get the leader's values in the data.

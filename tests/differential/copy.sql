@@ -79,5 +79,37 @@ truncate goods;
 truncate goods;
 \copy goods from results/goods.bin (format binary)
 select * from goods order by id;
+-- files of the server
+\getenv abs_builddir PG_ABS_BUILDDIR
+\set served :abs_builddir '/results/served.data'
+copy goods to :'served';
+truncate goods;
+copy goods from :'served';
+copy goods from :'served';
+copy goods (id, name) from :'served';
+copy goods (nix) from :'served';
+copy goods from :'served' (format nix);
+copy goods from '/nowhere/at/all';
+copy goods from '/';
+copy goods from 'relative';
+copy nowhere from '/nowhere/at/all';
+create role d_copier;
+grant insert, select on goods to d_copier;
+set role d_copier;
+copy goods from :'served';
+reset role;
+grant pg_read_server_files to d_copier;
+begin;
+delete from goods;
+set local role d_copier;
+copy goods from :'served';
+commit;
+revoke all on goods from d_copier;
+drop role d_copier;
+select count(*) from goods;
+copy (select g, 'row ' || g from generate_series(1, 50000) g) to :'served' (format csv);
+create table much (id int primary key, t text);
+copy much from :'served' csv;
+select count(*), sum(id), max(t) from much;
 -- several statements, one of them COPY
 copy (select 1) to stdout \; select 2 as two \; copy (select 3) to stdout;

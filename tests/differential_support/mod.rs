@@ -146,9 +146,10 @@ impl Run {
             std::fs::write(&path, bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             path
         };
+        let logs = self.cluster.logs();
         let nodes = self.nodes().await;
         if !nodes.is_empty() {
-            write("nodes", nodes.join("\n").as_bytes());
+            write("nodes", format!("{}\n{logs}", nodes.join("\n")).as_bytes());
         }
         let (lone_file, found_file) = (write("lone", &lone), write("proxy", &found));
         let diff = dump::diff(&lone_file, &found_file);
