@@ -57,6 +57,9 @@ pub struct ProxyConfig {
     /// Effects in memory for a node that is joining, bytes.
     #[serde(default = "default_backlog_bytes_max")]
     pub backlog_bytes_max: u64,
+    /// What becomes of statements whose code is not proven to do the same on every server.
+    #[serde(default)]
+    pub unproven: Unproven,
     /// Client connections at once; one more is refused with SQLSTATE 53300.
     #[serde(default = "default_clients_max")]
     pub clients_max: usize,
@@ -69,6 +72,16 @@ pub struct ProxyConfig {
     /// Clients without TLS are refused.
     #[serde(default)]
     pub tls_required: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unproven {
+    /// They run on every server, are compared by counts, and shown in the status.
+    Allow,
+    /// They are refused with SQLSTATE 0A000.
+    #[default]
+    Refuse,
 }
 
 fn default_gate_ms_max() -> u64 {

@@ -22,10 +22,31 @@ pub struct ProxyCounters {
     pub statements_refused: u64,
 }
 
+/// A shape of statements that ran on every server, because they call or fire code. Field names are stable.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnceShape {
+    pub database: String,
+    /// The text, literals as `?`.
+    pub shape: String,
+    /// How often it ran since the proxy started.
+    pub runs: u64,
+    /// How often it was undone and tried again, because a lock was not free or it took too long.
+    pub again: u64,
+    /// Why it is not proven to do the same on every server.
+    pub unproven: Option<String>,
+    /// Why it is refused from now on.
+    pub refused: Option<String>,
+}
+
 /// What the running proxy adds to the status. Both have defaults, so that a proxy can start with an empty `impl`.
 pub trait StatusSource: Send + Sync + 'static {
     fn counters(&self) -> ProxyCounters {
         ProxyCounters::default()
+    }
+
+    /// What ran on every server, by shape.
+    fn once(&self) -> Vec<OnceShape> {
+        Vec::new()
     }
 
     /// Why no client is served at the moment, if so: one sentence.
@@ -56,6 +77,9 @@ pub struct ClusterStatus {
     pub redundant: bool,
     pub counters: Option<ProxyCounters>,
     pub nodes: Vec<NodeView>,
+    /// Statements that call or fire code, by shape: those that are refused first, then by how often they ran.
+    #[serde(default)]
+    pub once: Vec<OnceShape>,
     /// What is not as it should be with the cluster as a whole, a sentence each.
     pub problems: Vec<Problem>,
 }
@@ -138,6 +162,7 @@ impl ClusterStatus {
             redundant: set.is_some_and(|set| set.nodes.len() > 1),
             counters,
             nodes,
+            once: Vec::new(),
             problems: Vec::new(),
         };
         status.problems = explain::cluster_problems(&status);

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use super::explain::{postgres_name, state_name};
-use super::status::{ClusterStatus, NodeView, Problem, Role};
+use super::status::{ClusterStatus, NodeView, OnceShape, Problem, Role};
 
 /// The whole text; ends with a newline.
 #[must_use]
@@ -19,6 +19,7 @@ pub fn render(status: &ClusterStatus) -> String {
             counters.clients, counters.gate_closed_count, counters.gate_closed_ms_max, counters.statements_refused
         );
     }
+    text.push_str(&shapes(&status.once));
     text.push('\n');
     if status.is_healthy() {
         let _ = writeln!(text, "All is well: every write is on {}.", status.members.join(", "));
@@ -27,6 +28,34 @@ pub fn render(status: &ClusterStatus) -> String {
     let of_nodes = status.nodes.iter().filter_map(|node| node.problem.as_ref());
     for Problem { what, hint } in status.problems.iter().chain(of_nodes) {
         let _ = writeln!(text, "! {what}.\n  next: {hint}");
+    }
+    text
+}
+
+/// Shapes that are listed; the others are counted.
+const SHAPES_SHOWN_MAX: usize = 10;
+
+/// Statements whose sameness is not proven, and those that were found to differ.
+fn shapes(once: &[OnceShape]) -> String {
+    let mut text = String::new();
+    let open: Vec<&OnceShape> =
+        once.iter().filter(|shape| shape.unproven.is_some() || shape.refused.is_some()).collect();
+    if open.is_empty() {
+        return text;
+    }
+    text.push_str("\nStatements with code that is not proven to do the same on every server:\n");
+    for shape in open.iter().take(SHAPES_SHOWN_MAX) {
+        let shown: String = shape.shape.split_whitespace().collect::<Vec<_>>().join(" ");
+        let _ = match &shape.refused {
+            Some(why) => writeln!(text, "! REFUSED in {}: {shown}\n    {why}", shape.database),
+            None => {
+                let why = shape.unproven.as_deref().unwrap_or_default();
+                writeln!(text, "  {} times in {}: {shown}\n    {why}", shape.runs, shape.database)
+            }
+        };
+    }
+    if open.len() > SHAPES_SHOWN_MAX {
+        let _ = writeln!(text, "  and {} more: pgtandem status --json", open.len() - SHAPES_SHOWN_MAX);
     }
     text
 }

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::replicate::cuts::Cutting;
 use crate::replicate::effects::EffectLog;
 use crate::replicate::exclusion::Cut;
 use crate::replicate::flight::Decision;
@@ -51,8 +52,8 @@ impl Entry {
 pub struct Backlog {
     state: Mutex<State>,
     bytes_max: u64,
-    /// No statement runs node by node while there is a backlog: it could not be put into it.
-    _cut: Option<Cut>,
+    /// While there is a backlog nothing begins that could not be in it: no statement that runs node by node, no code.
+    _cuts: Option<(Cut, Cutting)>,
 }
 
 #[derive(Debug, Default)]
@@ -80,8 +81,8 @@ pub enum Next {
 
 impl Backlog {
     #[must_use]
-    pub fn new(bytes_max: u64, cut: Option<Cut>) -> Self {
-        Self { state: Mutex::default(), bytes_max, _cut: cut }
+    pub fn new(bytes_max: u64, cuts: Option<(Cut, Cutting)>) -> Self {
+        Self { state: Mutex::default(), bytes_max, _cuts: cuts }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

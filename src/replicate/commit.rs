@@ -18,6 +18,7 @@ use crate::replicate::effects::{EffectLog, EffectsError};
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, within};
+use crate::replicate::once::{Half, Halves};
 
 /// Idle connections to one follower, over all databases and threads.
 const IDLE_MAX: usize = 64;
@@ -89,6 +90,8 @@ impl Pool {
 pub struct Prepared {
     follower: Arc<Follower>,
     connection: Connection,
+    /// It may serve other transactions afterwards.
+    reusable: bool,
     /// Its place among the transactions that one follower works on at once.
     _place: OwnedSemaphorePermit,
 }
@@ -124,6 +127,8 @@ pub struct Commit<'a> {
     pub leader_ms: u64,
     /// What it holds if it passed the gate before its halves are made.
     pub inside: Option<Inside>,
+    /// The halves of a transaction that can not be applied again: a follower without one leaves.
+    pub open: &'a RefCell<Option<Halves>>,
 }
 
 /// Taken before the gate by a transaction whose halves are made behind it, so that nobody who waits for it to come out can be
@@ -179,6 +184,10 @@ impl Commit<'_> {
     /// # Errors
     /// If a follower refuses what the transaction did, or the smaller set can not be recorded.
     pub async fn prepare(&self, held: &mut Vec<Prepared>) -> Result<(u64, u64), PrepareError> {
+        let lost = self.open.borrow_mut().as_mut().map(Halves::lost).unwrap_or_default();
+        for lost in lost {
+            self.hub.lost(&lost.follower, lost.state, &lost.reason).await?;
+        }
         loop {
             let view = self.hub.view();
             // Looked at after the view: a new reign says so before it forgets the followers.
@@ -192,12 +201,22 @@ impl Commit<'_> {
                 return Ok((view.set.epoch, view.set.version));
             }
             let places = self.places(&missing).await?;
-            let flights = missing.iter().zip(places).map(|(follower, place)| self.half(follower, place));
+            let flights = missing.iter().zip(places).map(|(follower, place)| {
+                let half = self.open.borrow_mut().as_mut().map(|open| open.take(follower));
+                async move {
+                    match half {
+                        None => self.half(follower, place).await,
+                        Some(half) => self.open_half(follower, half, place).await,
+                    }
+                }
+            });
+            let flights: Vec<_> = flights.collect();
+            let reusable = self.open.borrow().is_none();
             let mut failed = Vec::new();
             for (follower, result) in missing.iter().zip(join_all(flights).await) {
                 match result {
                     Ok((connection, place)) => {
-                        held.push(Prepared { follower: Arc::clone(follower), connection, _place: place });
+                        held.push(Prepared { follower: Arc::clone(follower), connection, reusable, _place: place });
                     }
                     Err(e) => failed.push((follower, e)),
                 }
@@ -284,6 +303,21 @@ impl Commit<'_> {
         }
     }
 
+    /// A half that is open already.
+    async fn open_half(
+        &self,
+        follower: &Arc<Follower>,
+        half: Option<Half>,
+        place: OwnedSemaphorePermit,
+    ) -> Result<(Connection, OwnedSemaphorePermit), ServerError> {
+        let Some(half) = half else { return Err(ServerError::Other("its open half was lost".into())) };
+        let limit_ms = self.hub.config.proxy.follower_ms_max + SLOWER_MAX * self.leader_ms;
+        tokio::select! {
+            result = self.within(limit_ms, half.prepare(self.hub, self.log, self.decision)) => Ok((result?, place)),
+            () = follower.gone.cancelled() => Err(ServerError::Other("it left the member set".into())),
+        }
+    }
+
     /// One follower's half. What only differs because earlier commits are not finished there yet is made once more.
     async fn half(
         &self,
@@ -326,7 +360,8 @@ pub async fn finish(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepa
             () = prepared.follower.gone.cancelled() => return,
         };
         match result {
-            Ok(()) => pool.give_back(hub, &prepared.follower, database, prepared.connection),
+            Ok(()) if prepared.reusable => pool.give_back(hub, &prepared.follower, database, prepared.connection),
+            Ok(()) => {}
             Err(e) => {
                 let reason = format!("finishing {gid} in database {database} failed: {e}");
                 take_out(hub, &prepared.follower, &reason, gid).await;

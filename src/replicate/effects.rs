@@ -67,6 +67,8 @@ pub enum Effect {
     Changed { rows: u64 },
     /// `COPY ... FROM STDIN` with its data: the bytes of the `CopyData` messages, one after the other.
     Copy { context: Arc<Context>, role: EffectRole, text: Arc<str>, data: Range, rows: u64 },
+    /// A statement that ran once on every member, in the halves that were open then: it can not be applied again.
+    Once,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +115,14 @@ pub struct EffectLog {
     pub barrier: Option<u64>,
     pub ddl: bool,
     pub deferrable_constraints: bool,
+}
+
+impl Position {
+    /// How many effects are before it.
+    #[must_use]
+    pub fn effects(self) -> usize {
+        self.effects
+    }
 }
 
 impl EffectLog {

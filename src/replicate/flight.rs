@@ -21,6 +21,7 @@ const COPY_PIECE_BYTES: u64 = 64 * 1024;
 /// Rows of one set, unless it has to be whole: its values are together in memory on both sides.
 const SET_BYTES: usize = 256 * 1024;
 const SET_ROWS: u64 = 5000;
+const ONCE: &str = "a statement that runs once on every server can not be applied again";
 
 /// What decides a half: its mark, and the name under which it is prepared.
 #[derive(Clone, Debug)]
@@ -53,22 +54,10 @@ pub fn parse_gid(gid: &str, cluster: &str) -> Option<(i32, i64)> {
 /// # Errors
 /// The follower's answer, or the end of the connection.
 pub async fn prepare(connection: &mut Connection, log: &EffectLog, decision: &Decision) -> Result<(), ServerError> {
-    let text = format!("PREPARE TRANSACTION {}", quote_literal(&decision.gid));
     let result = async {
         let mut writer = Writer::begin(connection);
         writer.effects(log).await?;
-        writer.mark(decision);
-        if let Some(owner) = &decision.owner {
-            writer.execute("pgtandem_role", &[Some(owner.as_bytes())]);
-        }
-        build::parse(&mut writer.connection.out, b"", text.as_bytes(), &[]);
-        build::bind_text(&mut writer.connection.out, b"", b"", &[]);
-        build::execute(&mut writer.connection.out, b"", 0);
-        let answer = writer.end().await?;
-        match answer.tags.last() {
-            Some(tag) if &tag[..] == b"PREPARE TRANSACTION" => Ok(()),
-            tag => Err(ServerError::Other(format!("PREPARE TRANSACTION was answered with {tag:?}"))),
-        }
+        writer.prepare(decision).await
     }
     .await;
     settle(connection, result).await
@@ -133,8 +122,9 @@ async fn settle(connection: &mut Connection, result: Result<(), ServerError>) ->
     Err(error)
 }
 
-struct Writer<'c> {
-    connection: &'c mut Connection,
+/// Writes a batch for one follower; what it sends early, because the batch is large, it answers for at the end.
+pub(super) struct Writer<'c> {
+    pub(super) connection: &'c mut Connection,
     answer: Answer,
     role: Option<Arc<str>>,
     buffer: Vec<u8>,
@@ -142,19 +132,40 @@ struct Writer<'c> {
 
 impl<'c> Writer<'c> {
     fn begin(connection: &'c mut Connection) -> Self {
-        let mut writer = Self { connection, answer: Answer::default(), role: None, buffer: Vec::new() };
+        let mut writer = Self::resume(connection);
         writer.execute("pgtandem_begin", &[]);
         writer
     }
 
-    fn execute(&mut self, statement: &str, values: &[Option<&[u8]>]) {
+    /// In a transaction that is open already, under the proxy's own role.
+    pub(super) fn resume(connection: &'c mut Connection) -> Self {
+        Self { connection, answer: Answer::default(), role: None, buffer: Vec::new() }
+    }
+
+    /// A text of ours without parameters.
+    pub(super) fn statement(&mut self, text: &str) {
+        build::parse(&mut self.connection.out, b"", text.as_bytes(), &[]);
+        self.execute("", &[]);
+    }
+
+    pub(super) fn execute(&mut self, statement: &str, values: &[Option<&[u8]>]) {
         build::bind_text(&mut self.connection.out, b"", statement.as_bytes(), values);
         build::execute(&mut self.connection.out, b"", 0);
     }
 
     async fn effects(&mut self, log: &EffectLog) -> Result<(), ServerError> {
-        for effect in log.effects() {
+        self.some_effects(log, 0..log.effects().len()).await
+    }
+
+    /// The effects with these numbers.
+    pub(super) async fn some_effects(
+        &mut self,
+        log: &EffectLog,
+        which: std::ops::Range<usize>,
+    ) -> Result<(), ServerError> {
+        for effect in log.effects().get(which).unwrap_or_default() {
             match effect {
+                Effect::Once => return Err(ServerError::Other(ONCE.into())),
                 Effect::Statement { context, role, text, types, parameters } => {
                     self.enter(context, role);
                     let out_name = match text {
@@ -277,7 +288,7 @@ impl<'c> Writer<'c> {
     }
 
     /// Brings the session into the context and role of the next effect, if it is not in them.
-    fn enter(&mut self, context: &Arc<Context>, role: &EffectRole) {
+    pub(super) fn enter(&mut self, context: &Arc<Context>, role: &EffectRole) {
         if self.connection.context.as_ref().is_none_or(|c| **c != **context) {
             self.leave_role();
             let values: Vec<Option<&[u8]>> = context.settings.iter().map(|s| Some(s.as_bytes())).collect();
@@ -304,9 +315,23 @@ impl<'c> Writer<'c> {
         }
     }
 
-    fn mark(&mut self, decision: &Decision) {
+    pub(super) fn mark(&mut self, decision: &Decision) {
         let (id, n) = (decision.mark_id.to_string(), decision.mark_n.to_string());
         self.execute("pgtandem_mark_here", &[Some(id.as_bytes()), Some(n.as_bytes())]);
+    }
+
+    /// Ends the half: mark and PREPARE.
+    pub(super) async fn prepare(mut self, decision: &Decision) -> Result<(), ServerError> {
+        self.mark(decision);
+        if let Some(owner) = &decision.owner {
+            self.execute("pgtandem_role", &[Some(owner.as_bytes())]);
+        }
+        self.statement(&format!("PREPARE TRANSACTION {}", quote_literal(&decision.gid)));
+        let answer = self.end().await?;
+        match answer.tags.last() {
+            Some(tag) if &tag[..] == b"PREPARE TRANSACTION" => Ok(()),
+            tag => Err(ServerError::Other(format!("PREPARE TRANSACTION was answered with {tag:?}"))),
+        }
     }
 
     async fn send_part(&mut self) -> Result<(), ServerError> {
@@ -323,7 +348,7 @@ impl<'c> Writer<'c> {
     }
 
     /// Ends the batch and reads all its answers.
-    async fn end(&mut self) -> Result<Answer, ServerError> {
+    pub(super) async fn end(&mut self) -> Result<Answer, ServerError> {
         build::sync(&mut self.connection.out);
         if self.connection.out.len() >= BATCH_BYTES_MAX {
             self.connection.send_large(&mut self.answer).await?;

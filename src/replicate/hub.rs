@@ -20,6 +20,7 @@ use crate::agent::tls::Identity;
 use crate::cluster::members::{self, MembersError};
 use crate::config::{Config, NodeConfig};
 use crate::replicate::backlog::{Backlog, Entry};
+use crate::replicate::cuts::Cuts;
 use crate::replicate::effects::{EffectLog, SpillBudget};
 use crate::replicate::exclusion::Exclusion;
 use crate::replicate::flight::Decision;
@@ -27,6 +28,7 @@ use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
 use crate::replicate::marks::MarkPool;
 use crate::replicate::sequences::Sequences;
+use crate::replicate::shapes::Shapes;
 use crate::replicate::two_phase::TwoPhase;
 
 /// How long a node that is leaving the set may take to be told so.
@@ -38,6 +40,8 @@ const STORE_RETRY_MS: u64 = 200;
 /// Transactions that are flown to one follower, or prepared there, at once: below its `max_connections` and
 /// `max_prepared_transactions` together with the idle connections of all threads.
 pub const PLACES: usize = 64;
+/// Halves that are open on one follower before their COMMIT, on top of [`PLACES`].
+const OPEN_PLACES: usize = PLACES / 4;
 /// Limit for opening a connection to a follower's PostgreSQL.
 const OPEN_MS_MAX: u64 = 10_000;
 
@@ -73,6 +77,8 @@ pub struct Follower {
     pub gone: CancellationToken,
     /// How many transactions may be flown to it, or be prepared there, at once.
     pub places: Arc<Semaphore>,
+    /// How many halves may be open there before their COMMIT.
+    pub open_places: Arc<Semaphore>,
     /// Connections that were opened before it became a member, by database, so that no commit waits for one then.
     spares: Mutex<HashMap<Arc<str>, Vec<Connection>>>,
 }
@@ -112,9 +118,13 @@ pub struct Hub {
     pub config: Arc<Config>,
     pub identity: Identity,
     pub gate: Arc<Gate>,
+    /// Work that can not be applied again, against the cut of a recovery.
+    pub cuts: Arc<Cuts>,
     pub marks: Arc<MarkPool>,
     /// Statements that run node by node, and what must not meet them.
     pub nodewise: Arc<Exclusion>,
+    /// What ran once on every server, by shape.
+    pub once: Shapes,
     /// What clients have prepared and not finished.
     pub two_phase: TwoPhase,
     pub spill: Arc<SpillBudget>,
@@ -156,8 +166,10 @@ impl Hub {
             config,
             identity,
             gate: Arc::default(),
+            cuts: Arc::default(),
             marks: Arc::default(),
             nodewise: Arc::default(),
+            once: Shapes::default(),
             two_phase: TwoPhase::default(),
             spill: Arc::new(spill),
             schema_number: AtomicU64::new(2),
@@ -347,12 +359,14 @@ impl Hub {
                     if let Ok(node) = self.node(name) {
                         let id = self.next_follower_id.fetch_add(1, Ordering::Relaxed);
                         let places = Arc::new(Semaphore::new(PLACES));
+                        let open_places = Arc::new(Semaphore::new(OPEN_PLACES));
                         let gone = CancellationToken::new();
                         followers.push(Arc::new(Follower {
                             id,
                             node: node.clone(),
                             gone,
                             places,
+                            open_places,
                             spares: Mutex::default(),
                         }));
                         lock(&self.reasons).remove(name);

@@ -33,6 +33,8 @@ const NODEWISE_MS_MAX: u64 = 50_000;
 const STORE_MS_MAX: u64 = 2000;
 /// What a batch under way may take past the limit of the gate.
 const GRACE_MS: u64 = 500;
+/// How long one attempt at the cut waits for work that it must not fall into (transactions with a `once` statement, mostly).
+const UNCUT_MS_MAX: u64 = 20_000;
 /// How long the backlog may stand still before the recovery fails.
 const STANDSTILL_MS_MAX: u64 = 60_000;
 
@@ -214,6 +216,11 @@ impl Replication for Hub {
                         prepared a transaction and not finished it";
                 ReplicationError::new(Kind::Gate, what, "It is tried again by itself.")
             })?;
+        let Some(cutting) = self.cuts.cut(Duration::from_millis(UNCUT_MS_MAX)).await else {
+            let what =
+                "a transaction that calls or fires code (CALL, triggers) was still open when the cut was to be made";
+            return Err(ReplicationError::new(Kind::Gate, what, "It is tried again by itself; end such transactions."));
+        };
         let closed = self.close_gate().await?;
         // What was given so far is in the WAL before X; from here on the node gets it by its backlog.
         self.sequences.forget_all();
@@ -224,7 +231,7 @@ impl Replication for Hub {
             leader.exchange().await.and_then(crate::replicate::follower::Answer::ok).map_err(|e| leader_error(&e))?;
         let x = answer.values.first().and_then(Option::as_ref).and_then(|v| parse_lsn(v));
         let x = x.ok_or_else(|| leader_error(&"no position of the marker record"))?;
-        let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max, Some(cut)));
+        let backlog = Arc::new(Backlog::new(self.config.proxy.backlog_bytes_max, Some((cut, cutting))));
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(node.to_owned(), backlog);
         Ok(CutDone { x, gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms() })
     }

@@ -6,6 +6,8 @@
 
 pub mod backlog;
 pub mod commit;
+pub mod cuts;
+pub mod deltas;
 pub mod effects;
 pub mod exclusion;
 pub mod flight;
@@ -16,8 +18,10 @@ pub mod join;
 pub mod maintain;
 pub mod marks;
 pub mod nodewise;
+pub mod once;
 pub mod resolve;
 pub mod rows;
 pub mod schema;
 pub mod sequences;
+pub mod shapes;
 pub mod two_phase;

@@ -128,6 +128,22 @@ pub const PREPARED: &[(&str, &str)] = &[
     ("pgtandem_guard_off", "RELEASE SAVEPOINT pgtandem_guard"),
     ("pgtandem_immediate", "SET CONSTRAINTS ALL IMMEDIATE"),
     ("pgtandem_context", CONTEXT_QUERY),
+    ("pgtandem_deltas", crate::replicate::deltas::QUERY),
+    ("pgtandem_once", "SAVEPOINT pgtandem_once"),
+    ("pgtandem_once_undo", "ROLLBACK TO SAVEPOINT pgtandem_once"),
+    ("pgtandem_once_keep", "RELEASE SAVEPOINT pgtandem_once"),
+    ("pgtandem_guard_undo", "ROLLBACK TO SAVEPOINT pgtandem_guard"),
+    ("pgtandem_chain", "ROLLBACK AND CHAIN"),
+    (
+        "pgtandem_limits",
+        "SELECT pg_catalog.concat_ws(E'\\x1f', pg_catalog.current_setting('statement_timeout'), \
+         pg_catalog.current_setting('lock_timeout'))",
+    ),
+    (
+        "pgtandem_limit",
+        "SELECT pg_catalog.concat(pg_catalog.set_config('statement_timeout', $1, true), \
+         pg_catalog.set_config('lock_timeout', $2, true))",
+    ),
 ];
 
 /// The mark of a half: followers' sessions are the proxy's own role, so they need no function and no secret for it.

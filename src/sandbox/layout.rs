@@ -208,6 +208,7 @@ impl Layout {
                 follower_ms_max: 30_000,
                 effects_disk_max: 16 << 30,
                 backlog_bytes_max: 256 << 20,
+                unproven: crate::config::Unproven::default(),
                 clients_max: CLIENTS_MAX,
                 tls_certificate: self.plan.tls.then(|| self.proxy_dir().join(CLIENTS_CERTIFICATE_FILE)),
                 tls_key: self.plan.tls.then(|| self.proxy_dir().join(CLIENTS_KEY_FILE)),

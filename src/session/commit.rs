@@ -3,6 +3,7 @@
 //! `replication.md` calls the steps 1 to 5. If the leader's connection ends while its COMMIT is under way, only its mark says
 //! what became of it.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use crate::replicate::effects::EffectLog;
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::gate::{Closed, Pass};
 use crate::replicate::hub::{Hub, HubError};
+use crate::replicate::once::Halves;
 use crate::replicate::resolve;
 use crate::session::effect::client_error_frame;
 use crate::session::run::Session;
@@ -53,12 +55,17 @@ impl Session {
         }
         let fresh = EffectLog::new(Arc::clone(&self.hub.spill));
         let log = Arc::new(std::mem::replace(&mut self.log, fresh));
+        let open = RefCell::new(self.halves.take());
         if log.is_empty() {
+            // What ran in the halves was rolled back to a savepoint, or wrote nothing.
+            drop(open);
             let ok = self.hidden_query(if chain { "COMMIT AND CHAIN" } else { "COMMIT" }).await?;
             return Ok(if ok { Ok(()) } else { Err(self.last_error()) });
         }
         if log.deferrable_constraints && !self.hidden_query("SET CONSTRAINTS ALL IMMEDIATE").await? {
             let error = self.last_error();
+            self.halves = open.into_inner();
+            self.roll_halves_back().await;
             self.hidden_query("ROLLBACK").await?;
             return Ok(Err(error));
         }
@@ -92,9 +99,9 @@ impl Session {
         };
         let mut held = Vec::new();
         let told = if serializable {
-            self.decide_serializable(&log, &decision, &mut held, chain).await
+            self.decide_serializable(&log, &decision, &mut held, &open, chain).await
         } else {
-            self.decide(&log, &decision, &mut held, chain).await
+            self.decide(&log, &decision, &mut held, &open, chain).await
         };
         if matches!(&told, Ok(Ok(_))) {
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
@@ -123,6 +130,7 @@ impl Session {
         log: &Arc<EffectLog>,
         decision: &Decision,
         held: &mut Vec<Prepared>,
+        open: &RefCell<Option<Halves>>,
         chain: bool,
     ) -> Result<Result<Pass, BytesMut>, End> {
         let hub = Arc::clone(&self.hub);
@@ -131,7 +139,7 @@ impl Session {
         let pass: Pass = loop {
             // The gate is not held while followers work.
             closed = None;
-            let version = match self.followers(&hub, log, decision).prepare(held).await {
+            let version = match self.followers(&hub, log, decision, open).prepare(held).await {
                 Ok(version) => version,
                 // The COMMIT was never sent. What is prepared is rolled back by the marks before the next epoch serves.
                 Err(PrepareError::ReignOver) => {
@@ -157,7 +165,13 @@ impl Session {
     }
 
     /// The followers' side of a commit.
-    pub(super) fn followers<'a>(&'a self, hub: &'a Hub, log: &'a EffectLog, decision: &'a Decision) -> Commit<'a> {
+    pub(super) fn followers<'a>(
+        &'a self,
+        hub: &'a Hub,
+        log: &'a EffectLog,
+        decision: &'a Decision,
+        open: &'a RefCell<Option<Halves>>,
+    ) -> Commit<'a> {
         let leader_ms = self.effects_since.map_or(0, |t| u64::try_from(t.elapsed().as_millis()).unwrap_or(u64::MAX));
         Commit {
             hub,
@@ -168,6 +182,7 @@ impl Session {
             epoch: self.epoch,
             leader_ms: leader_ms.min(24 * 3_600_000),
             inside: None,
+            open,
         }
     }
 

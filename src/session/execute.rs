@@ -7,13 +7,26 @@ use bytes::{Buf, Bytes};
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::pg::message;
+use crate::session::guard::is_write;
+use crate::session::once::{Ended, How, OnceCall};
 use crate::session::parameters;
-use crate::session::planning::{mode_of, schema_changed};
+use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::statements::{Prepared, Rest};
 use crate::session::wire::{End, Expect, Mode, Until};
-use crate::sql::plan::{Control, EffectPlan, Write};
+use crate::sql::plan::{Control, EffectPlan, Lane, Once, Plan, Write};
+use crate::sql::shape::Shape;
+
+/// What the client bound to the portal that it executes.
+#[derive(Clone, Copy)]
+pub struct Sent<'a> {
+    pub prepared: &'a Arc<Prepared>,
+    pub parameters: &'a Bytes,
+    pub formats: &'a Bytes,
+    pub name: &'a [u8],
+    pub rows_max: u32,
+}
 
 impl Session {
     /// Opens a block of ours inside the client's batch.
@@ -21,10 +34,12 @@ impl Session {
         if !self.in_block() {
             self.hidden("pgtandem_p", "pgtandem_begin", &[]);
             self.own_block = true;
+            self.is_first = true;
         }
     }
 
-    pub async fn execute_guarded(&mut self, frame: &Bytes) -> Result<(), End> {
+    /// `sent`: `None` for a portal that is not known.
+    pub async fn execute_guarded(&mut self, frame: &Bytes, sent: Option<&Sent<'_>>) -> Result<(), End> {
         self.open_block_in_batch();
         if self.needs_snapshot_first() {
             self.hidden("pgtandem_p", "pgtandem_snapshot", &[]);
@@ -35,6 +50,7 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
+        let (answered, flushes) = (self.wire.to_client.len(), self.wire.flushes);
         self.wire.clear_results();
         self.wire.hide_errors = true;
         self.pass(frame, Expect::Execute { mode: Mode::Forward });
@@ -42,11 +58,78 @@ impl Session {
         self.wire.hide_errors = false;
         done?;
         if let Some(error) = self.wire.results.error.take() {
+            if let Some(sent) = sent.filter(|_| is_write(&error) && self.wire.flushes == flushes) {
+                self.wire.to_client.truncate(answered);
+                return self.execute_writing(sent).await;
+            }
             self.tell_guard_error(&error);
             return Ok(());
         }
         self.hidden("pgtandem_p", "pgtandem_guard_off", &[]);
         self.catch_up().await
+    }
+
+    /// A query that wrote behind the guard, once more in its own lane.
+    async fn execute_writing(&mut self, sent: &Sent<'_>) -> Result<(), End> {
+        if !self.leave_guard().await? {
+            return Ok(());
+        }
+        let text = Arc::clone(&sent.prepared.text);
+        match self.plan_writing(&text).await? {
+            Planned::One { plan, shape, .. } => match &plan.lane {
+                Lane::Once(once) => {
+                    let planned_at = self.planned_at;
+                    self.execute_once(sent, &plan, once, &shape, planned_at).await
+                }
+                Lane::Refused(refusal) => self.refuse_extended(&refused(refusal)).await,
+                _ => self.refuse_extended(&refused(&crate::sql::refuse::guarded_write())).await,
+            },
+            Planned::Refused(refusal) => self.refuse_extended(&refused(&refusal)).await,
+            Planned::Failed(error) => {
+                self.wire.to_client.extend_from_slice(&error_frame(&error));
+                self.skip_until_sync = true;
+                Ok(())
+            }
+            Planned::Several(_) | Planned::Nothing | Planned::Skipped => Ok(()),
+        }
+    }
+
+    /// A statement of the `once` lane.
+    pub async fn execute_once(
+        &mut self,
+        sent: &Sent<'_>,
+        plan: &Plan,
+        once: &Once,
+        shape: &Shape,
+        planned_at: u64,
+    ) -> Result<(), End> {
+        if !self.end_earlier_batches().await? {
+            return Ok(());
+        }
+        self.open_block_in_batch();
+        let how = How::Extended {
+            types: &sent.prepared.types,
+            parameters: sent.parameters,
+            formats: sent.formats,
+            in_parts: sent.rows_max > 0,
+        };
+        let text = Arc::clone(&sent.prepared.text);
+        let call = OnceCall { plan, once, shape, text: &text, planned_at, how, hold_tag: false };
+        match self.run_once(&call).await? {
+            Ended::Done => {
+                let rows = self.wire.take_held_rows().unwrap_or_default();
+                let rest = Rest { rows, tag: self.last_tag.clone().unwrap_or_default() };
+                if let Some(portal) = self.statements.portal_mut(sent.name) {
+                    portal.rest = Some(rest);
+                }
+                if sent.rows_max > 0 { self.give_part(sent.name, sent.rows_max).await } else { Ok(()) }
+            }
+            Ended::Failed => {
+                self.skip_until_sync = true;
+                Ok(())
+            }
+            Ended::Refused(error) => self.refuse_extended(&error).await,
+        }
     }
 
     /// Waits for the answers to batches before this one: an error there is not this statement's, nor is their `ReadyForQuery`.
@@ -328,6 +411,11 @@ impl Session {
                 }
             }
             Control::SetConstraints if !self.know_context().await? => return Ok(()),
+            _ => {}
+        }
+        match control {
+            Control::Rollback { .. } => self.roll_halves_back().await,
+            Control::RollbackTo { name } => self.roll_halves_back_to(name).await,
             _ => {}
         }
         self.wire.clear_results();

@@ -59,6 +59,8 @@ pub struct Results {
     pub suspended: bool,
     /// The server wants the data of a COPY.
     pub copy_in: bool,
+    /// Types of the parameters of the last statement that was described for us.
+    pub parameter_types: Vec<u32>,
     /// Number of columns of the last hidden row description.
     pub columns: usize,
 }

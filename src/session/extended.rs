@@ -12,6 +12,7 @@ use bytes::Bytes;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::pg::message::{self, Bind, Parse};
+use crate::session::execute::Sent;
 use crate::session::planning::{Planned, mode_of};
 use crate::session::rewrite;
 use crate::session::run::Session;
@@ -201,7 +202,7 @@ impl Session {
             self.catch_up().await?;
             build::frame(&mut self.wire.to_client, b'2', |_| {});
             let parameters = frame.slice_ref(bind.parameters);
-            self.statements.set_portal(portal, Portal { prepared, parameters, rest: None });
+            self.statements.set_portal(portal, Portal { prepared, parameters, formats: Bytes::new(), rest: None });
             return Ok(());
         } else if let Mode::Strip { hidden, client_returning } = mode {
             let formats = rewrite::result_formats(bind.result_formats, client_returning, prepared.own_columns, hidden);
@@ -211,7 +212,8 @@ impl Session {
             self.pass(frame, Expect::Bind { hidden: false });
         }
         let parameters = frame.slice_ref(bind.parameters);
-        self.statements.send_portal(portal, Some(Portal { prepared, parameters, rest: None }));
+        let formats = frame.slice_ref(bind.result_formats);
+        self.statements.send_portal(portal, Some(Portal { prepared, parameters, formats, rest: None }));
         Ok(())
     }
 
@@ -323,6 +325,7 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
+        let is_first = std::mem::take(&mut self.is_first);
         let Some(portal) = self.statements.portal(name) else {
             if !self.hub.replicates() || self.wire.status == b'E' {
                 self.pass(frame, Expect::Execute { mode: Mode::Forward });
@@ -330,12 +333,13 @@ impl Session {
             }
             // A cursor of SQL, or nothing that we know: whatever it is, it must not write.
             self.facts = None;
-            return self.execute_guarded(frame).await;
+            return self.execute_guarded(frame, None).await;
         };
         if portal.rest.is_some() {
             return self.give_part(name, rows_max).await;
         }
         let (prepared, parameters) = (Arc::clone(&portal.prepared), portal.parameters.clone());
+        let formats = portal.formats.clone();
         let plan = Arc::clone(&prepared.plan);
         match &plan.lane {
             Lane::Read { guard: false, copy_in: false } if !plan.drops_prepared => {
@@ -348,7 +352,9 @@ impl Session {
                 Ok(())
             }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => {
-                let done = self.execute_guarded(frame).await;
+                self.is_first = is_first;
+                let sent = Sent { prepared: &prepared, parameters: &parameters, formats: &formats, name, rows_max };
+                let done = self.execute_guarded(frame, Some(&sent)).await;
                 self.after(&plan, &prepared.text, true);
                 done
             }
@@ -382,7 +388,19 @@ impl Session {
                 Ok(())
             }
             Lane::Control(control) => {
+                self.is_first = is_first;
                 let done = self.execute_control(frame, control, &prepared.text).await;
+                self.after(&plan, &prepared.text, true);
+                done
+            }
+            Lane::Once(_) if self.wire.status == b'E' => {
+                self.pass(frame, Expect::Execute { mode: Mode::Forward });
+                Ok(())
+            }
+            Lane::Once(once) => {
+                self.is_first = is_first;
+                let sent = Sent { prepared: &prepared, parameters: &parameters, formats: &formats, name, rows_max };
+                let done = self.execute_once(&sent, &plan, once, &prepared.shape, prepared.schema_number).await;
                 self.after(&plan, &prepared.text, true);
                 done
             }

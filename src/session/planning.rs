@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
+use crate::config::Unproven;
 use crate::pg::build;
 use crate::pg::frame::HEADER_BYTES;
 use crate::replicate::schema::{self, SessionFacts};
@@ -21,7 +22,9 @@ use crate::session::run::Session;
 use crate::session::simple::error_frame;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::lex::{Kind, Lexer};
-use crate::sql::plan::{EffectPlan, Lane, Plan, Refusal, Write};
+use crate::sql::parse::Statement;
+use crate::sql::plan::{EffectPlan, Lane, Once, Plan, Proof, Refusal, Write};
+use crate::sql::reach::{Reach, Verdict};
 use crate::sql::shape::{self, Shape};
 use crate::sql::{catalog, classify, facts::Facts, needs::Needs, parse};
 
@@ -153,7 +156,11 @@ impl Session {
                 Err(error) => return Ok(Planned::Failed(error)),
             }
         };
-        let plan = Arc::new(classify::classify(&statement, &text, &shape, &facts));
+        let plan = classify::classify(&statement, &text, &shape, &facts);
+        let plan = match self.prove(plan, &statement, &text).await? {
+            Ok(plan) => Arc::new(plan),
+            Err(error) => return Ok(Planned::Failed(error)),
+        };
         if failed {
             // Only what ends the failed block is known without a catalog; the server refuses the rest.
             let plan = match plan.lane {
@@ -168,6 +175,64 @@ impl Session {
             cache.put(key, &plan);
         }
         Ok(Planned::One { plan, shape, text })
+    }
+
+    /// The plan for a query that wrote behind the guard. From now on the shape has this plan.
+    ///
+    /// # Errors
+    /// If the connection to the leader ends.
+    pub async fn plan_writing(&mut self, text: &str) -> Result<Planned, End> {
+        if self.facts.is_none()
+            && let Some(error) = self.read_context().await?
+        {
+            return Ok(Planned::Failed(error));
+        }
+        self.planned_at = self.hub.settled_schema().await;
+        let shape = shape::mask(text);
+        let Ok(statement) = parse::parse_one(text) else {
+            return Ok(Planned::Refused(crate::sql::refuse::guarded_write()));
+        };
+        let facts = match self.catalog_query(&catalog::query(&Needs::of(&statement))).await? {
+            Ok(json) => Facts::parse(&json).unwrap_or_default(),
+            Err(error) => return Ok(Planned::Failed(error)),
+        };
+        let plan = classify::writing(&statement, text, &shape, &facts);
+        let plan = match self.prove(plan, &statement, text).await? {
+            Ok(plan) => Arc::new(plan),
+            Err(error) => return Ok(Planned::Failed(error)),
+        };
+        let key = self.key(&shape.key);
+        let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
+        cache.put(key, &plan);
+        Ok(Planned::One { plan, shape, text: text.into() })
+    }
+
+    /// Looks at all that a statement of the `once` lane can reach.
+    async fn prove(&mut self, plan: Plan, statement: &Statement, text: &str) -> Result<Result<Plan, Bytes>, End> {
+        let Lane::Once(once) = plan.lane else { return Ok(Ok(plan)) };
+        let mut reach = Reach::of(statement, text, once.single);
+        while let Some(query) = reach.query() {
+            let json = match self.catalog_query(&query).await? {
+                Ok(json) => json,
+                Err(error) => return Ok(Err(error)),
+            };
+            if let Err(error) = reach.answer(&json) {
+                tracing::error!(%error, "the catalog's answer about code can not be read");
+                let lane = Lane::Refused(refusal(
+                    "the leader's catalog gave an answer that pgtandem can not read",
+                    "Report this as a bug of pgtandem.",
+                ));
+                return Ok(Ok(Plan { lane, ..plan }));
+            }
+        }
+        let lane = match reach.verdict() {
+            Verdict::Varies(why) => Lane::Refused(crate::sql::refuse::varying_code(&why)),
+            Verdict::Known(Proof { unproven: Some(why), .. }) if self.hub.config.proxy.unproven == Unproven::Refuse => {
+                Lane::Refused(crate::sql::refuse::unproven_code(&why))
+            }
+            Verdict::Known(proof) => Lane::Once(Box::new(Once { proof, ..*once })),
+        };
+        Ok(Ok(Plan { lane, ..plan }))
     }
 
     /// Whether a plan made under the schema number `made_at` is still what would be made now. Asked after the leader ran the
@@ -245,7 +310,22 @@ impl Session {
     /// Why this session may not write, whatever the statement.
     pub fn refuses_write(&self, write: &Write) -> Option<build::ClientError> {
         let facts = self.facts.as_ref()?;
+        if let Some(refusal) = self.refuses_session(facts) {
+            return Some(refusal);
+        }
         let ordered = matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty());
+        (ordered && matches!(facts.isolation.as_str(), "repeatable read" | "serializable")).then(|| {
+            build::ClientError::error(
+                "0A000",
+                "this statement must order itself by table locks, which REPEATABLE READ and SERIALIZABLE do not allow after \
+                 their snapshot",
+                "Use READ COMMITTED for it, or name every primary-key column in its WHERE clause.",
+            )
+        })
+    }
+
+    /// Why this session may not write in any lane.
+    pub fn refuses_session(&self, facts: &SessionFacts) -> Option<build::ClientError> {
         let encoding = facts.context.settings.get(CLIENT_ENCODING).map_or("", String::as_str);
         let error = |message: &str, hint: &str| Some(build::ClientError::error("0A000", message, hint));
         if !facts.standard_conforming_strings {
@@ -258,13 +338,6 @@ impl Session {
             return error(
                 "session_replication_role must be origin: triggers and constraints would differ on the followers",
                 "RESET session_replication_role.",
-            );
-        }
-        if ordered && matches!(facts.isolation.as_str(), "repeatable read" | "serializable") {
-            return error(
-                "this statement must order itself by table locks, which REPEATABLE READ and SERIALIZABLE do not allow after \
-                 their snapshot",
-                "Use READ COMMITTED for it, or name every primary-key column in its WHERE clause.",
             );
         }
         if encoding == "SQL_ASCII" {

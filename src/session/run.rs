@@ -12,6 +12,7 @@ use crate::replicate::commit::Pool;
 use crate::replicate::effects::{EffectLog, Position};
 use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
+use crate::replicate::once::Halves;
 use crate::replicate::schema::{Context, SessionFacts};
 use crate::session::copy_file::OpenFile;
 use crate::session::large_objects::Objects;
@@ -33,6 +34,14 @@ pub struct Thread {
 /// How long a BEGIN may wait for the client's next message, to leave together with it. The transaction's `now()` is late by
 /// that at most, as if the network had been.
 const BEGIN_MS_MAX: u64 = 1;
+/// A savepoint of the client's.
+struct Savepoint {
+    /// Never used twice.
+    number: u64,
+    name: String,
+    position: Position,
+}
+
 /// Savepoints that are remembered at once.
 const SAVEPOINTS_MAX: usize = 100_000;
 
@@ -70,7 +79,16 @@ pub struct Session {
     pub log: EffectLog,
     pub touched: Touched,
     pub objects: Objects,
-    savepoints: Vec<(String, Position)>,
+    savepoints: Vec<Savepoint>,
+    last_savepoint: u64,
+    /// Open on followers since the transaction's first statement of the `once` lane, to its end.
+    pub halves: Option<Halves>,
+    /// No other such statement runs before the block of ours around this one is committed.
+    pub once_turn: Option<tokio::sync::OwnedMutexGuard<()>>,
+    /// Nothing was done in the block yet but to open it.
+    pub is_first: bool,
+    /// The command tag of the last statement of the `once` lane.
+    pub last_tag: Option<Bytes>,
     /// A block of ours is open where the client opened none.
     pub own_block: bool,
     /// Messages of the extended protocol were sent since the last Sync.
@@ -125,6 +143,11 @@ impl Session {
             touched: Touched::default(),
             objects: Objects::default(),
             savepoints: Vec::new(),
+            last_savepoint: 0,
+            halves: None,
+            once_turn: None,
+            is_first: false,
+            last_tag: None,
             own_block: false,
             in_batch: false,
             skip_until_sync: false,
@@ -203,6 +226,9 @@ impl Session {
         }
         self.wire.flush_server().await?;
         self.wire.absorb()?;
+        if self.halves.is_some() {
+            self.fail_halves().await;
+        }
         self.wire.flush_client().await?;
         self.wire.fill_either().await?;
         self.wire.absorb()
@@ -281,25 +307,65 @@ impl Session {
 
     /// SAVEPOINT, done by the server.
     pub fn remember_savepoint(&mut self, name: &str) {
-        self.savepoints.push((name.to_owned(), self.log.position()));
+        self.last_savepoint += 1;
+        let (number, position) = (self.last_savepoint, self.log.position());
+        self.savepoints.push(Savepoint { number, name: name.to_owned(), position });
     }
 
     /// RELEASE: this savepoint and those after it are gone.
     pub fn release(&mut self, name: &str) {
-        if let Some(at) = self.savepoints.iter().rposition(|(n, _)| n == name) {
+        if let Some(at) = self.savepoints.iter().rposition(|s| s.name == name) {
             self.savepoints.truncate(at);
         }
     }
 
     /// ROLLBACK TO: effects since then are gone.
     pub fn roll_back_to(&mut self, name: &str) {
-        if let Some(at) = self.savepoints.iter().rposition(|(n, _)| n == name) {
-            let position = self.savepoints[at].1;
+        if let Some(at) = self.savepoints.iter().rposition(|s| s.name == name) {
+            let position = self.savepoints[at].position;
             self.savepoints.truncate(at + 1);
             self.log.truncate(position);
             self.objects.forget_made();
             // What was planned since then may be about a catalog that is gone.
             self.own_plans.clear();
+        }
+    }
+
+    /// The savepoints as open halves need them: their numbers, and how many effects are before each.
+    #[must_use]
+    pub fn savepoint_numbers(&self) -> Vec<(u64, usize)> {
+        self.savepoints.iter().map(|s| (s.number, s.position.effects())).collect()
+    }
+
+    /// ROLLBACK TO reaches open halves before the leader, so that no follower holds a lock which the leader has given up.
+    pub async fn roll_halves_back_to(&mut self, name: &str) {
+        let savepoint = self.savepoints.iter().rfind(|s| s.name == name);
+        let savepoint = savepoint.map(|s| (s.number, s.position.effects()));
+        if let (Some((number, effects)), Some(halves)) = (savepoint, &mut self.halves) {
+            halves.roll_back_to(&self.hub, number, effects).await;
+        }
+    }
+
+    /// ROLLBACK reaches open halves before the leader.
+    pub async fn roll_halves_back(&mut self) {
+        let Some(halves) = self.halves.take() else { return };
+        for lost in halves.roll_back(&self.hub).await {
+            tracing::info!(node = %lost.follower.node.name, reason = lost.reason, "an open half ended with its connection");
+        }
+    }
+
+    /// The leader's transaction failed, which gave up its locks back to the last savepoint: so do its halves.
+    async fn fail_halves(&mut self) {
+        if self.wire.status != b'E' || self.halves.is_none() {
+            return;
+        }
+        match self.savepoints.last().map(|s| (s.number, s.position.effects())) {
+            Some((number, effects)) => {
+                if let Some(halves) = &mut self.halves {
+                    halves.roll_back_to(&self.hub, number, effects).await;
+                }
+            }
+            None => self.roll_halves_back().await,
         }
     }
 
@@ -322,6 +388,7 @@ impl Session {
         self.savepoints.clear();
         self.touched = Touched::default();
         self.objects = Objects::default();
+        (self.halves, self.once_turn, self.is_first) = (None, None, false);
         self.statements.forget_portals();
         self.forget_settings();
         self.own_block = false;

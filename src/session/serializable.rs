@@ -7,6 +7,7 @@
 //!
 //! All of it happens inside the gate, so no cut finds such a transaction prepared on the leader.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use crate::replicate::effects::EffectLog;
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::gate::{Closed, Pass};
 use crate::replicate::hub::HubError;
+use crate::replicate::once::Halves;
 use crate::replicate::resolve;
 use crate::session::commit::{Entered, OUTCOME_MS_MAX, OUTCOME_POLL_MS, SchemaChange, prepare_error};
 use crate::session::effect::client_error_frame;
@@ -46,13 +48,14 @@ impl Session {
         log: &Arc<EffectLog>,
         decision: &Decision,
         held: &mut Vec<Prepared>,
+        open: &RefCell<Option<Halves>>,
         chain: bool,
     ) -> Result<Result<Pass, BytesMut>, End> {
         let hub = Arc::clone(&self.hub);
         let mut closed: Option<Closed<'_>>;
         let (reserved, pass) = loop {
             closed = None;
-            let reserved = match self.followers(&hub, log, decision).reserve().await {
+            let reserved = match self.followers(&hub, log, decision, open).reserve().await {
                 Ok(reserved) => reserved,
                 Err(PrepareError::ReignOver) => return Err(self.tell_rolled_back().await),
                 Err(error) => return self.abort(Vec::new(), decision, prepare_error(&error)).await.map(Err),
@@ -85,7 +88,7 @@ impl Session {
                 return Err(self.tell_rolled_back().await);
             }
         }
-        let followers = self.followers(&hub, log, decision);
+        let followers = self.followers(&hub, log, decision, open);
         let followers = commit::Commit { inside: Some(reserved.inside(pass.number)), ..followers };
         let halves = followers.prepare(held).await;
         drop(followers);

@@ -10,16 +10,13 @@ use bytes::Bytes;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::session::copy_file::FromFile;
+use crate::session::once::{How, OnceCall};
 use crate::session::planning::{Planned, mode_of, schema_changed};
-use crate::session::rewrite;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::lex::{Kind, Lexer};
 use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
 use crate::sql::shape::Shape;
-
-/// SQLSTATE of a statement that writes behind the read-only guard.
-const READ_ONLY_VIOLATION: &[u8] = b"25006";
 
 impl Session {
     pub async fn simple_query(&mut self, frame: Bytes) -> Result<(), End> {
@@ -62,7 +59,7 @@ impl Session {
     }
 
     /// Passes answers, and the client's data where the server asks for it.
-    async fn pump_with_copy(&mut self) -> Result<(), End> {
+    pub(super) async fn pump_with_copy(&mut self) -> Result<(), End> {
         self.wire.pump(Until::AnsweredOrCopy).await?;
         while self.wire.results.copy_in {
             self.pass_copy_data(None).await?;
@@ -76,7 +73,7 @@ impl Session {
         match &plan.lane {
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => {
                 let own = !was_block;
-                let ok = self.guarded_simple(text).await?;
+                let ok = self.guarded_simple(text, own).await?;
                 self.after(plan, text, ok);
                 self.end_simple(own, ok).await
             }
@@ -121,6 +118,19 @@ impl Session {
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
                 Ok(())
             }
+            Lane::Once(_) if self.wire.status == b'E' => self.forward(frame).await,
+            Lane::Once(once) => {
+                let own = !was_block;
+                if own {
+                    self.open_own_block();
+                }
+                let planned_at = self.planned_at;
+                let how = How::Simple;
+                let call = OnceCall { plan, once, shape, text, planned_at, how, hold_tag: own };
+                let ok = self.once_simple(&call).await?;
+                self.after(plan, text, ok);
+                self.end_simple(own, ok).await
+            }
             Lane::Write(write) => {
                 let own = !was_block;
                 if own {
@@ -135,6 +145,7 @@ impl Session {
 
     /// What must be known differently after a statement. `ok`: it is not known to have failed.
     pub fn after(&mut self, plan: &Plan, text: &str, ok: bool) {
+        self.is_first &= matches!(plan.lane, Lane::Control(Control::Begin { .. } | Control::Other));
         if plan.changes_settings {
             self.facts = None;
             self.settings_touched = true;
@@ -167,6 +178,7 @@ impl Session {
         build::query(&mut self.wire.to_server, b"BEGIN");
         self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
         self.own_block = true;
+        self.is_first = true;
     }
 
     /// Ends a statement or text of the simple protocol: commits or rolls back what was ours, and says ready.
@@ -305,6 +317,11 @@ impl Session {
             }
             _ => {}
         }
+        match control {
+            Control::Rollback { .. } => self.roll_halves_back().await,
+            Control::RollbackTo { name } => self.roll_halves_back_to(name).await,
+            _ => {}
+        }
         self.wire.clear_results();
         build::query(&mut self.wire.to_server, text.as_bytes());
         self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
@@ -325,10 +342,12 @@ impl Session {
     pub fn after_control(&mut self, control: &Control, ok: bool) {
         match control {
             Control::Begin { with_modes: true } | Control::Other => {
+                self.is_first |= ok && matches!(control, Control::Begin { .. });
                 // The modes are of this transaction alone: its end brings back the session's own.
                 self.facts = None;
                 self.settings_touched = true;
             }
+            Control::Begin { .. } => self.is_first = ok,
             Control::Commit { .. } | Control::Rollback { .. } | Control::Prepare { .. }
                 if self.wire.status == b'I' || ok =>
             {
@@ -344,57 +363,7 @@ impl Session {
         }
     }
 
-    /// Runs a read that calls functions that are not known, behind the server's read-only guard.
-    /// False: it failed, and the client has the error.
-    async fn guarded_simple(&mut self, text: &str) -> Result<bool, End> {
-        if self.wire.status == b'I' {
-            self.open_own_block();
-        }
-        let guard = if self.needs_snapshot_first() {
-            "SELECT 1; SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY"
-        } else {
-            "SAVEPOINT pgtandem_guard; SET TRANSACTION READ ONLY"
-        };
-        if !self.hidden_query(guard).await? {
-            self.tell_hidden_error();
-            return Ok(false);
-        }
-        self.wire.clear_results();
-        build::query(&mut self.wire.to_server, text.as_bytes());
-        self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
-        self.wire.hold_ready = true;
-        self.wire.hide_errors = true;
-        let done = self.pump_with_copy().await;
-        self.wire.hold_ready = false;
-        self.wire.hide_errors = false;
-        done?;
-        if let Some(error) = self.wire.results.error.take() {
-            self.tell_guard_error(&error);
-            return Ok(false);
-        }
-        let released = self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await?;
-        if !released {
-            self.tell_hidden_error();
-        }
-        Ok(released)
-    }
-
-    /// The error of a guarded statement; one that tells of a write becomes a refusal.
-    pub fn tell_guard_error(&mut self, error: &Bytes) {
-        if crate::pg::message::error_field(error, b'C') == Some(READ_ONLY_VIOLATION) {
-            let function_writes = ClientError::error(
-                "0A000",
-                "the statement calls a function that writes, which pgtandem does not replicate yet",
-                "Write with plain INSERT, UPDATE and DELETE statements, or mark the function STABLE if it only reads.",
-            );
-            function_writes.write(&mut self.wire.to_client);
-        } else {
-            let shifted = rewrite::shift_position(&error_frame(error), self.wire.position_offset);
-            self.wire.to_client.extend_from_slice(&shifted);
-        }
-    }
-
-    fn tell_hidden_error(&mut self) {
+    pub(super) fn tell_hidden_error(&mut self) {
         if let Some(error) = self.wire.results.error.take() {
             self.wire.to_client.extend_from_slice(&error_frame(&error));
         }
@@ -448,10 +417,19 @@ impl Session {
                 self.answer_admin(*admin);
                 true
             }
-            Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text).await?,
-            Lane::Read { .. } | Lane::Maintenance { .. } | Lane::Nodewise | Lane::Finish(_) | Lane::Control(_) => {
-                self.run_part(&plan, &text).await?
+            Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text, false).await?,
+            Lane::Once(once) if self.wire.status != b'E' => {
+                let planned_at = self.planned_at;
+                let how = How::Simple;
+                let call = OnceCall { plan: &plan, once, shape: &shape, text: &text, planned_at, how, hold_tag: false };
+                self.once_simple(&call).await?
             }
+            Lane::Read { .. }
+            | Lane::Maintenance { .. }
+            | Lane::Nodewise
+            | Lane::Finish(_)
+            | Lane::Control(_)
+            | Lane::Once(_) => self.run_part(&plan, &text).await?,
         };
         self.after(&plan, &text, ok);
         Ok(ok)

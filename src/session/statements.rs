@@ -36,6 +36,8 @@ pub struct Portal {
     pub prepared: Arc<Prepared>,
     /// As in `Bind`.
     pub parameters: Bytes,
+    /// As in `Bind`.
+    pub formats: Bytes,
     /// It has run, and the client fetches its rows in parts.
     pub rest: Option<Rest>,
 }

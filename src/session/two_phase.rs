@@ -1,5 +1,6 @@
 //! Two-phase commit by clients: PREPARE TRANSACTION, COMMIT PREPARED, ROLLBACK PREPARED.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -28,6 +29,16 @@ impl Session {
     /// PREPARE TRANSACTION in a block of the client's. After an error the transaction is gone everywhere.
     pub async fn prepare_transaction(&mut self, gid: &str) -> Result<Told, End> {
         self.wire.flush_much_to_client().await?;
+        if self.halves.is_some() {
+            // A half that is open on a follower has a connection of its own and ends with its session.
+            self.roll_halves_back().await;
+            self.hidden_query("ROLLBACK").await?;
+            return Ok(Err(client_error_frame(&ClientError::error(
+                "0A000",
+                "PREPARE TRANSACTION of a transaction that has called or fired code is not supported",
+                "Use COMMIT.",
+            ))));
+        }
         let mut sequences = None;
         if self.touched.is_used() {
             match self.carry_sequences().await? {
@@ -157,7 +168,7 @@ impl Session {
         } else {
             None
         };
-        match self.followers(&hub, log, decision).prepare(held).await {
+        match self.followers(&hub, log, decision, &RefCell::new(None)).prepare(held).await {
             Ok(_) => {}
             Err(PrepareError::ReignOver) => return Err(self.tell_rolled_back().await),
             Err(error) => {

@@ -87,6 +87,8 @@ pub struct Wire {
     held_bytes: usize,
     /// A BEGIN that the client has been told of waits in `to_server` to leave together with what comes next.
     pub begin_waits: bool,
+    /// How often something was written to the client.
+    pub flushes: u64,
     /// Nothing is written to the client now: it must not hold up a commit under way.
     pub mute: bool,
     /// Rows of a statement that are kept at most; the rest are only counted by the server.
@@ -123,6 +125,7 @@ impl Wire {
             held_rows: VecDeque::new(),
             held_bytes: 0,
             begin_waits: false,
+            flushes: 0,
             mute: false,
             rows_kept_max: usize::MAX,
             secret: Arc::from(""),
@@ -145,6 +148,7 @@ impl Wire {
     /// If it is gone.
     pub async fn flush_client(&mut self) -> Result<(), End> {
         if !self.to_client.is_empty() && !self.mute {
+            self.flushes += 1;
             self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
             self.client.flush().await.map_err(|_| End::ClientGone)?;
             rewrite::shrink(&mut self.to_client);
@@ -449,6 +453,12 @@ impl Wire {
             (b'T', Mode::Hidden) => {
                 let mut r = Reader::new(b'T', frame::body(frame));
                 self.results.columns = usize::from(r.u16().map_err(End::ServerProtocol)?);
+            }
+            (b't', Mode::Hidden) => {
+                let mut r = Reader::new(b't', frame::body(frame));
+                let count = r.u16().map_err(End::ServerProtocol)?;
+                let types = (0..count).map(|_| r.u32()).collect::<Result<_, _>>();
+                self.results.parameter_types = types.map_err(End::ServerProtocol)?;
             }
             (_, Mode::Hidden) => {}
             _ => self.to_client.extend_from_slice(frame),

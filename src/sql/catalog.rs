@@ -61,9 +61,9 @@ fn values(names: &BTreeSet<Name>) -> String {
 }
 
 /// Operators of the template to those of pg_catalog. The template has them with a blank on both sides.
-fn qualify(template: &str) -> String {
+pub(super) fn qualify(template: &str) -> String {
     let mut text = template.to_owned();
-    for operator in ["=", "<>", "<", ">", ">=", "~", "&", "|"] {
+    for operator in ["=", "<>", "<", ">", ">=", "<=", "~", "!~", "&", "|"] {
         text = text.replace(&format!(" {operator} "), &format!(" OPERATOR(pg_catalog.{operator}) "));
     }
     for name in [

@@ -16,6 +16,7 @@ use super::functions::Effect;
 use super::large_objects;
 use super::lex::{Kind, Lexer};
 use super::needs::{Name, Needs};
+use super::once::once;
 use super::parse::{ParseError, Statement, tree};
 use super::plan::{Admin, Control, Finish, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
@@ -93,7 +94,7 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
             let lane = lane(node, &context);
             let needs = Needs::of(statement);
             // set_config() and functions with SET-like effects run behind no guard
-            let changes_settings = matches!(lane, Lane::Read { guard: true, .. })
+            let changes_settings = matches!(lane, Lane::Read { guard: true, .. } | Lane::Once(_))
                 || needs.functions.iter().any(|name| name.name == "set_config")
                 || matches!(
                     node,
@@ -145,6 +146,7 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
         NodeEnum::DeleteStmt(statement) => modify::delete(statement, context),
         NodeEnum::MergeStmt(statement) => merge::lane(statement, context),
+        NodeEnum::DoStmt(_) | NodeEnum::CallStmt(_) => once(context, true),
         NodeEnum::CopyStmt(statement) => copy_lane(statement, context),
         NodeEnum::TransactionStmt(statement) => transaction(statement),
         NodeEnum::ConstraintsSetStmt(_) => Lane::Control(Control::SetConstraints),
@@ -171,10 +173,6 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         | NodeEnum::NotifyStmt(_)
         | NodeEnum::LockStmt(_)
         | NodeEnum::CheckPointStmt(_) => read(false),
-        NodeEnum::DoStmt(_) | NodeEnum::CallStmt(_) => refused(
-            "DO and CALL are not replicated by this version of pgtandem: what they write is not known",
-            "Send their statements themselves.",
-        ),
         NodeEnum::LoadStmt(_) => refused(
             "LOAD is not supported: the library would be there for one server only",
             "Put the library into shared_preload_libraries on every server.",
@@ -193,13 +191,31 @@ fn reloads(tree: &Value) -> bool {
         && tree.pointer("/SelectStmt/where_clause").is_none_or(Value::is_null)
 }
 
-/// A SELECT as a statement of its own: it may write large objects.
+/// A SELECT as a statement of its own: WITH can hold INSERT, UPDATE and DELETE, and it may write large objects.
 fn select_statement(statement: &SelectStmt, context: &Context<'_>) -> Lane {
+    let found = context.look(&context.tree);
+    if found.writes.is_some() && !found.into {
+        return once(context, false);
+    }
     let lane = select(&context.tree, context.facts);
     let writes = matches!(lane, Lane::Refused(_)) && context.look(statement).effect == Some(Effect::Writes);
     let needs = || Needs::of_tree(&context.tree);
     let carried = if writes { large_objects::lane(statement, &needs(), context) } else { None };
     carried.unwrap_or(lane)
+}
+
+/// The lane of a query that a function of was found to write when it ran behind the guard.
+#[must_use]
+pub fn writing(statement: &Statement, text: &str, shape: &Shape, facts: &Facts) -> Plan {
+    let context = Context { text, shape, facts, tree: tree(&statement.node) };
+    let lane = match &statement.node {
+        NodeEnum::SelectStmt(select) => once(&context, select.from_clause.is_empty()),
+        _ => refused(
+            "the statement calls a function that writes, which pgtandem does not replicate in this kind of statement",
+            "Call the function by SELECT.",
+        ),
+    };
+    Plan { changes_settings: true, ..plan(lane) }
 }
 
 /// Judges a query that only reads: SELECT, VALUES, TABLE, WITH, or what EXPLAIN, DECLARE and PREPARE hold.

@@ -28,6 +28,12 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
     let server_file = !statement.filename.is_empty();
     let relation = match target(statement.relation.as_ref(), ON_INSERT, context) {
         Target::Decided(lane) => return lane,
+        Target::Once(why) => {
+            return refused(
+                format!("COPY into this table is not replicated by this version of pgtandem: {why}"),
+                "Copy into a temporary table, then INSERT ... SELECT from there into a table without it, or use INSERT.",
+            );
+        }
         Target::Temporary => return Lane::Read { guard: false, copy_in: !server_file },
         Target::Table(relation) => relation,
     };

@@ -241,6 +241,12 @@ fn truncate(statement: &TruncateStmt, context: &Context<'_>) -> Lane {
         match target(Some(relation), ON_TRUNCATE, context) {
             // missing: TRUNCATE is not allowed in the guard's read-only transaction, but the name is looked up before
             Target::Decided(lane) => return lane,
+            Target::Once(why) => {
+                return refused(
+                    format!("TRUNCATE of {} is not replicated by this version of pgtandem: {why}", relation.relname),
+                    "Use DELETE.",
+                );
+            }
             Target::Temporary => temporary = true,
             Target::Table(relation) => {
                 permanent = true;

@@ -7,10 +7,11 @@ use super::classify::{Context, read};
 use super::expressions::{Look, SessionValue};
 use super::facts::{Column, DefaultKind, Relation};
 use super::functions::Effect;
+use super::once::once;
 use super::parse::{tree, walk};
 use super::pinned;
 use super::plan::{EffectPlan, Lane, Refusal, Write};
-use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
+use super::refuse::{not_yet, own_schema};
 use super::rows::{self, NotRows};
 use super::target::{ON_INSERT, ON_UPDATE, Target, target};
 use super::text::Edits;
@@ -23,33 +24,27 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
     if inner.own_schema || returning.own_schema {
         return own_schema();
     }
-    if let Some(what) = inner.writes {
-        return data_modifying_with(what);
+    let values = values(statement);
+    let single = values.as_ref().is_some_and(|rows| rows.len() == 1);
+    if inner.writes.is_some() {
+        return once(context, false);
     }
     let relation = match target(statement.relation.as_ref(), events, context) {
         Target::Decided(lane) => return lane,
+        Target::Once(_) => return once(context, single),
         Target::Temporary => return read(inner.needs_guard() || returning.needs_guard()),
         Target::Table(relation) => relation,
     };
     if inner.missing || returning.missing {
         return read(true);
     }
-    if let Some(what) = may_write(&[&inner, &returning]) {
-        return refused(
-            format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
-            "Call the function in a statement of its own and insert its result.",
-        );
+    if may_write(&[&inner, &returning]).is_some() {
+        return once(context, single);
     }
-    if let Some(column) = opaque_default(statement, relation) {
-        return refused(
-            format!(
-                "the default of {}.{column} calls a function that may write, and what functions write is not replicated by this version of pgtandem",
-                relation.qualified()
-            ),
-            "Give the column a value, or let its default call a function that is IMMUTABLE, or PostgreSQL's own.",
-        );
+    if opaque_default(statement, relation).is_some() {
+        return once(context, single);
     }
-    let values = values(statement);
+    let readable = relation.columns.iter().all(|column| column.generated || column.may_select);
     let certain = values.as_ref().and_then(|values| certainty(statement, values, relation, context));
     let write = match certain {
         Some(Certainty::Always) if statement.on_conflict_clause.is_none() => point(statement, relation, context),
@@ -62,6 +57,8 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
             match (made, certain.filter(|_| statement.on_conflict_clause.is_some())) {
                 (Ok(write), _) => Ok(write),
                 (Err(why), Some(certain)) => ordered(statement, relation, &inner, &certain, &why, context),
+                // Nothing of the row can be read back for followers.
+                (Err(_), None) if !readable => return once(context, single),
                 (Err(why), None) => Err(rows::refuse(
                     &format!("INSERT into {} with values that the leader chooses", relation.qualified()),
                     &why,

@@ -9,8 +9,9 @@ use super::expressions::Look;
 use super::facts::{Column, DefaultKind, Relation};
 use super::insert::may_write;
 use super::modify::impure_default;
+use super::once::once;
 use super::plan::{EffectPlan, Lane, Refusal, Write};
-use super::refuse::{data_modifying_with, not_yet, own_schema, refusal, refused};
+use super::refuse::{not_yet, own_schema, refusal, refused};
 use super::target::{ON_DELETE, ON_INSERT, ON_UPDATE, Target, target};
 use super::text::Edits;
 
@@ -27,8 +28,8 @@ pub(super) fn lane(statement: &MergeStmt, context: &Context<'_>) -> Lane {
     if found.own_schema {
         return own_schema();
     }
-    if let Some(what) = found.writes {
-        return data_modifying_with(what);
+    if found.writes.is_some() {
+        return once(context, false);
     }
     let clauses: Vec<&MergeWhenClause> = statement
         .merge_when_clauses
@@ -40,17 +41,15 @@ pub(super) fn lane(statement: &MergeStmt, context: &Context<'_>) -> Lane {
         .collect();
     let relation = match target(statement.relation.as_ref(), events(&clauses), context) {
         Target::Decided(lane) => return lane,
+        Target::Once(_) => return once(context, false),
         Target::Temporary => return read(found.needs_guard()),
         Target::Table(relation) => relation,
     };
     if found.missing {
         return read(true);
     }
-    if let Some(what) = may_write(&[&found]) {
-        return refused(
-            format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
-            "Call the function in a statement of its own and use its result.",
-        );
+    if may_write(&[&found]).is_some() {
+        return once(context, false);
     }
     if statement.returning_clause.is_some() {
         return refused("MERGE ... RETURNING is not replicated by this version of pgtandem", INSTEAD);

@@ -11,9 +11,10 @@ use super::expressions::Look;
 use super::facts::{DefaultKind, Relation};
 use super::insert::may_write;
 use super::needs::Name;
+use super::once::once;
 use super::parse::{node_names, tree, walk};
 use super::plan::{EffectPlan, Lane, Refusal, Write};
-use super::refuse::{data_modifying_with, not_yet, own_schema, refused};
+use super::refuse::{not_yet, own_schema};
 use super::rows::NotRows;
 use super::target::{ON_DELETE, ON_UPDATE, Target, target};
 use super::text::Edits;
@@ -66,36 +67,31 @@ fn lane(modify: &Modify<'_>, context: &Context<'_>) -> Lane {
     if inner.own_schema || returning.own_schema {
         return own_schema();
     }
-    if let Some(what) = inner.writes {
-        return data_modifying_with(what);
+    if inner.writes.is_some() {
+        return once(context, false);
     }
     let relation = match target(modify.relation, modify.events, context) {
         Target::Decided(lane) => return lane,
+        Target::Once(_) => {
+            let facts = modify.relation.and_then(|named| context.facts.relation(&named.schemaname, &named.relname));
+            return once(context, facts.is_some_and(|relation| is_point(modify, &inner, relation)));
+        }
         Target::Temporary => return read(inner.needs_guard() || returning.needs_guard()),
         Target::Table(relation) => relation,
     };
     if inner.missing || returning.missing {
         return read(true);
     }
-    if let Some(what) = may_write(&[&inner, &returning]) {
-        return refused(
-            format!("{what} may write, and what functions write is not replicated by this version of pgtandem"),
-            "Call the function in a statement of its own and use its result.",
-        );
+    if may_write(&[&inner, &returning]).is_some() {
+        return once(context, is_point(modify, &inner, relation));
     }
     if set_columns(modify.sets).any(|name| relation.column(name).is_none()) {
         // the server says so, and better before it meets the hidden RETURNING
         return read(true);
     }
     let opaque = |name: &str| relation.column(name).is_some_and(|column| column.default == DefaultKind::Opaque);
-    if let Some(column) = impure_default(modify.sets, relation).filter(|name| opaque(name)) {
-        return refused(
-            format!(
-                "the default of {}.{column} calls a function that may write, and what functions write is not replicated by this version of pgtandem",
-                relation.qualified()
-            ),
-            "Give the column a value.",
-        );
+    if impure_default(modify.sets, relation).is_some_and(opaque) {
+        return once(context, is_point(modify, &inner, relation));
     }
     let varies = what_varies(modify, &inner, relation);
     let made = if varies.is_none() && is_point(modify, &inner, relation) {

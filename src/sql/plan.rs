@@ -38,6 +38,8 @@ pub enum Lane {
     /// Answered by the proxy itself.
     Admin(Admin),
     Write(Box<Write>),
+    /// Runs on the leader and on each follower, under the closed gate: what it writes is not in its text.
+    Once(Box<Once>),
     /// VACUUM and the like, which change no content: as is on the leader, outside any transaction of ours, then on each follower
     /// with this text.
     Maintenance {
@@ -120,6 +122,29 @@ pub struct Write {
     pub deferrable_constraints: bool,
     /// Where the texts for leader and followers differ from the client's.
     pub edits: Edits,
+}
+
+/// A statement whose writes are not in its text: it calls code, or fires it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Once {
+    /// Where the followers' text differs from the client's.
+    pub edits: Edits,
+    /// What gives the session's values, as SQL expressions, in the order of the numbers in [`Edits::splices`].
+    pub session_values: Vec<String>,
+    /// It is about one row at most, or about none.
+    pub single: bool,
+    pub proof: Proof,
+}
+
+/// What is known of all that a statement can reach.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Proof {
+    /// Why it is not proven to do the same on every server.
+    pub unproven: Option<String>,
+    /// Settings of the client's own that it reads.
+    pub settings: Vec<String>,
+    /// It catches errors: a lock that is not free must not be one of them.
+    pub catches_errors: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -32,6 +32,24 @@ pub fn clock_literal() -> Refusal {
     )
 }
 
+/// Code that does something else on another server.
+#[must_use]
+pub fn varying_code(why: &str) -> Refusal {
+    refusal(
+        format!("the statement calls or fires code that can not run on every server alike: {why}"),
+        "Nothing was changed. Give such values to the code as parameters or in the statement, or write without this code.",
+    )
+}
+
+/// Code that is not known to do the same on another server.
+#[must_use]
+pub fn unproven_code(why: &str) -> Refusal {
+    refusal(
+        format!("the statement calls or fires code that is not proven to do the same on every server: {why}"),
+        "Nothing was changed. If you know that it does, write unproven = \"allow\" below [proxy] in the configuration.",
+    )
+}
+
 /// A function was let run under the read-only guard and tried to write (SQLSTATE 25006).
 #[must_use]
 pub fn guarded_write() -> Refusal {

@@ -20,6 +20,8 @@ pub(super) const ON_TRUNCATE: u32 = 32;
 pub(super) enum Target<'a> {
     /// A permanent table that effects can be made for.
     Table(&'a Relation),
+    /// Writing to it runs code, or reaches other tables: for this reason it takes the `once` lane.
+    Once(&'static str),
     /// The leader's alone.
     Temporary,
     /// The lane is decided: an error of the leader's, or a refusal.
@@ -39,9 +41,10 @@ pub(super) fn target<'a>(relation: Option<&RangeVar>, events: u32, context: &Con
     if relation.is_temporary() {
         return Target::Temporary;
     }
-    match refuse_table(relation, events) {
-        Some(lane) => Target::Decided(lane),
-        None => Target::Table(relation),
+    match (refuse_table(relation, events), runs_code(relation, events)) {
+        (Some(lane), _) => Target::Decided(lane),
+        (None, Some(why)) => Target::Once(why),
+        (None, None) => Target::Table(relation),
     }
 }
 
@@ -57,14 +60,13 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
         ));
     }
     let kind = match relation.kind.as_str() {
-        "v" => "a view",
         "f" => "a foreign table",
         "m" => "a materialized view",
         "S" => "a sequence",
-        _ => "",
+        "v" | "r" | "p" => "",
+        _ => "no table",
     };
-    if !kind.is_empty() || !relation.is_table() {
-        let kind = if kind.is_empty() { "no table" } else { kind };
+    if !kind.is_empty() {
         return Some(refused(
             format!("{name} is {kind}: writing to it is not replicated by this version of pgtandem"),
             "Write to the table behind it.",
@@ -76,25 +78,33 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
             format!("Nothing was changed. Type: ALTER TABLE {name} SET LOGGED"),
         ));
     }
-    let reason = if relation.triggers & events != 0 {
-        "user triggers fire on it, and what they write is not known"
+    relation.foreign.then(|| {
+        refused(
+            format!(
+                "writing to {name} is not replicated by this version of pgtandem: one of its children or partitions is a foreign table"
+            ),
+            "Nothing was changed. Write to another table.",
+        )
+    })
+}
+
+/// Why what a statement writes here is more than its text says.
+fn runs_code(relation: &Relation, events: u32) -> Option<&'static str> {
+    if relation.kind == "v" {
+        Some("it is a view")
+    } else if relation.triggers & events != 0 {
+        Some("user triggers fire on it")
     } else if relation.rules {
-        "it has rules, which turn a statement into others"
+        Some("it has rules, which turn a statement into others")
     } else if relation.rls {
-        "row-level security is enabled on it"
-    } else if relation.foreign {
-        "one of its children or partitions is a foreign table"
+        Some("row-level security is enabled on it")
     } else if events & (ON_UPDATE | ON_DELETE) != 0 && relation.cascade_opaque {
-        "a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT"
+        Some("a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT")
     } else if impure_checks(relation) {
-        "a CHECK constraint of it calls a function that is not immutable"
+        Some("a CHECK constraint of it calls a function that is not immutable")
     } else {
-        return None;
-    };
-    Some(refused(
-        format!("writing to {name} is not replicated by this version of pgtandem: {reason}"),
-        "Nothing was changed. Disable or remove it, or write to another table.",
-    ))
+        None
+    }
 }
 
 fn impure_checks(relation: &Relation) -> bool {

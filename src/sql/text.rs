@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use super::expressions::{Look, SessionValue};
 use super::facts::quote_literal;
 use super::lex::{Kind, Lexer, Token};
-use super::plan::{CopyText, EffectPlan, Password, Write};
+use super::plan::{CopyText, EffectPlan, Once, Password, Write};
 use super::shape::{Shape, Spot};
 use super::shared::{self, SharedText};
 
@@ -92,7 +92,33 @@ impl Edits {
     }
 }
 
+impl Once {
+    /// The followers' text, with the session's values as the leader gave them.
+    #[must_use]
+    pub fn follower_text(&self, text: &str, shape: &Shape, values: &[Option<String>]) -> String {
+        let end = self.edits.end.map_or(text.len(), |spot| spot.at(shape));
+        self.edits.spliced(text, shape, values, end)
+    }
+}
+
 impl Edits {
+    /// The text up to `end`, with literals in place of what yields the session's values.
+    fn spliced(&self, text: &str, shape: &Shape, values: &[Option<String>], end: usize) -> String {
+        let mut edited = String::with_capacity(text.len() + 128);
+        let mut copied = 0;
+        for splice in &self.splices {
+            let (from, to, close) = (splice.start.at(shape), splice.end.at(shape), splice.close.at(shape));
+            edited.push_str(text.get(copied..from).unwrap_or_default());
+            let value = values.get(splice.value).and_then(Option::as_deref).map_or("NULL".to_owned(), quote_literal);
+            let _ = write!(edited, "({value}::{}", splice.sql_type);
+            edited.push_str(text.get(to..close).unwrap_or_default());
+            edited.push(')');
+            copied = close;
+        }
+        edited.push_str(text.get(copied..end).unwrap_or_default());
+        edited
+    }
+
     /// Notes the strings and parameters of a part of the statement, to be looked at on every execution.
     pub(super) fn remember_dates(&mut self, look: &Look, text: &str, shape: &Shape) {
         for location in &look.strings {
@@ -203,18 +229,7 @@ impl Write {
             EffectPlan::Carried { .. } | EffectPlan::LargeObject(_) => false,
         };
         let end = self.edits.returning.or(self.edits.end).map_or(text.len(), |spot| spot.at(shape));
-        let mut edited = String::with_capacity(text.len() + 128);
-        let mut copied = 0;
-        for splice in &self.edits.splices {
-            let (from, to, close) = (splice.start.at(shape), splice.end.at(shape), splice.close.at(shape));
-            edited.push_str(text.get(copied..from).unwrap_or_default());
-            let value = values.get(splice.value).and_then(Option::as_deref).map_or("NULL".to_owned(), quote_literal);
-            let _ = write!(edited, "({value}::{}", splice.sql_type);
-            edited.push_str(text.get(to..close).unwrap_or_default());
-            edited.push(')');
-            copied = close;
-        }
-        edited.push_str(text.get(copied..end).unwrap_or_default());
+        let edited = self.edits.spliced(text, shape, values, end);
         match expect {
             Some(count) if counted => asserting(&edited, count),
             _ => edited,
@@ -226,11 +241,19 @@ impl Write {
     /// Parameters in binary form are given as None, except those of string types, whose binary form is the text.
     #[must_use]
     pub fn reads_clock(&self, text: &str, shape: &Shape, parameters: &[Option<&str>]) -> bool {
-        let mut literals = self.edits.date_literals.iter().filter_map(|at| text.get(shape.literals.get(*at)?.clone()));
-        let mut bound = self.edits.date_parameters.iter().filter_map(|number| {
+        self.edits.reads_clock(text, shape, parameters)
+    }
+}
+
+impl Edits {
+    /// As [`Write::reads_clock`].
+    #[must_use]
+    pub fn reads_clock(&self, text: &str, shape: &Shape, parameters: &[Option<&str>]) -> bool {
+        let mut literals = self.date_literals.iter().filter_map(|at| text.get(shape.literals.get(*at)?.clone()));
+        let mut bound = self.date_parameters.iter().filter_map(|number| {
             let at = usize::try_from(*number).ok()?.checked_sub(1)?;
             *parameters.get(at)?
         });
-        self.edits.clock || literals.any(super::dates::looks_like_now) || bound.any(super::dates::looks_like_now)
+        self.clock || literals.any(super::dates::looks_like_now) || bound.any(super::dates::looks_like_now)
     }
 }

@@ -64,6 +64,7 @@ impl Site {
                 follower_ms_max: 1000,
                 effects_disk_max: 1 << 20,
                 backlog_bytes_max: 1 << 20,
+                unproven: pgtandem::config::Unproven::default(),
                 clients_max: 10,
                 tls_certificate: None,
                 tls_key: None,

@@ -9,11 +9,12 @@ use tokio_util::sync::CancellationToken;
 use super::SOCKET_NAME;
 use super::operations::Operations;
 use super::server::{ControlError, serve};
-use crate::observe::status::{ProxyCounters, StatusSource};
+use crate::observe::status::{OnceShape, ProxyCounters, StatusSource};
 use crate::recovery::client::AgentClients;
 use crate::recovery::contact::{self, Seen};
 use crate::recovery::recoveries::Recoveries;
 use crate::replicate::hub::Hub;
+use crate::replicate::shapes::{ShapeCount, ShapeName};
 
 /// Serves commands and keeps contact with the agents until `stop`; then ends the recoveries in order.
 /// Returns early, with the reason, if the socket can not be made.
@@ -55,6 +56,18 @@ impl StatusSource for Hub {
             gate_closed_ms_max: gate.closed_ms_max,
             statements_refused: self.counters.refused.load(Ordering::Relaxed),
         }
+    }
+
+    fn once(&self) -> Vec<OnceShape> {
+        let shape = |(name, count): (ShapeName, ShapeCount)| OnceShape {
+            database: name.database.to_string(),
+            shape: name.text.to_string(),
+            runs: count.runs,
+            again: count.again,
+            unproven: Some(count.unproven).filter(|why| !why.is_empty()),
+            refused: count.refused,
+        };
+        self.once.list().into_iter().map(shape).collect()
     }
 
     fn not_served(&self) -> Option<String> {

@@ -64,6 +64,7 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
         let findings = self.nodes.iter().zip(given).map(|(node, answer)| self.findings(node, answer)).collect();
         let set = self.recoveries.replication().members();
         let mut status = ClusterStatus::new(&self.cluster, Some(&set), Some(self.source.counters()), true, findings);
+        status.once = self.source.once();
         status.problems.splice(0..0, self.source.not_served().map(|why| explain::not_served(&why)));
         status
     }

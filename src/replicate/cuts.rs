@@ -1,0 +1,118 @@
+//! Work that a cut must not fall into: it can not be applied again from an effect list, so for a node that joins it is either
+//! before the cut or does not exist.
+//!
+//! Whoever does such work holds an [`Uncut`]; a recovery holds a [`Cutting`] from its cut to its join. Each waits for the other, with a
+//! limit: work that is under way keeps the cut waiting, and from the cut to the join none begins.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+#[derive(Debug, Default)]
+pub struct Cuts {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    uncut: usize,
+    cutting: usize,
+}
+
+/// Held by work that a cut must not fall into, to its end.
+#[derive(Debug)]
+pub struct Uncut(Arc<Cuts>);
+
+/// Held by a recovery from its cut to its join, or to its end.
+#[derive(Debug)]
+pub struct Cutting(Arc<Cuts>);
+
+impl Cuts {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn wait_for(&self, mut ready: impl FnMut(&mut State) -> bool) {
+        loop {
+            let notified = self.changed.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            if ready(&mut self.state()) {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Begins work, once no recovery is between its cut and its join. `None`: that took longer than `limit`.
+    pub async fn begin(self: &Arc<Self>, limit: Duration) -> Option<Uncut> {
+        let begun = self.wait_for(|state| {
+            let free = state.cutting == 0;
+            state.uncut += usize::from(free);
+            free
+        });
+        tokio::time::timeout(limit, begun).await.ok()?;
+        Some(Uncut(Arc::clone(self)))
+    }
+
+    /// Keeps new work out, and waits for what is under way. `None`: that took longer than `limit`, and work may begin again.
+    pub async fn cut(self: &Arc<Self>, limit: Duration) -> Option<Cutting> {
+        self.state().cutting += 1;
+        let cutting = Cutting(Arc::clone(self));
+        tokio::time::timeout(limit, self.wait_for(|state| state.uncut == 0)).await.ok()?;
+        Some(cutting)
+    }
+}
+
+impl Drop for Uncut {
+    fn drop(&mut self) {
+        self.0.state().uncut -= 1;
+        self.0.changed.notify_waiters();
+    }
+}
+
+impl Drop for Cutting {
+    fn drop(&mut self) {
+        self.0.state().cutting -= 1;
+        self.0.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+    const SHORT: Duration = Duration::from_millis(5);
+
+    #[tokio::test]
+    async fn a_cut_waits_for_work_and_work_waits_for_the_join() {
+        let cuts = Arc::new(Cuts::default());
+        let first = cuts.begin(LONG).await.unwrap();
+        let mut cutting = Box::pin(cuts.cut(LONG));
+        assert!((&mut cutting).now_or_never().is_none());
+        let mut second = Box::pin(cuts.begin(LONG));
+        assert!((&mut second).now_or_never().is_none(), "a cut that waits is not overtaken");
+        drop(first);
+        let joining = cutting.await.unwrap();
+        assert!((&mut second).now_or_never().is_none());
+        drop(joining);
+        assert!(second.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_cut_that_gave_up_lets_work_begin() {
+        let cuts = Arc::new(Cuts::default());
+        let open = cuts.begin(LONG).await.unwrap();
+        assert!(cuts.cut(SHORT).await.is_none());
+        drop(cuts.begin(LONG).await.unwrap());
+        drop(open);
+        let cutting = cuts.cut(LONG).await.unwrap();
+        assert!(cuts.begin(SHORT).await.is_none());
+        drop(cutting);
+    }
+}

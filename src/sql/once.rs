@@ -1,0 +1,29 @@
+//! The `once` lane: statements whose writes are not in their text, because they call code or fire it.
+
+use super::classify::{Context, read};
+use super::expressions::look;
+use super::plan::{Lane, Once, Proof};
+use super::refuse::{not_yet, own_schema, refused};
+use super::text::Edits;
+
+/// A statement of this lane. What it can reach is found out later, see [`super::reach`]. `single`: it is about one row at most.
+pub(super) fn once(context: &Context<'_>, single: bool) -> Lane {
+    let found = look(&context.tree, context.facts);
+    if found.own_schema {
+        return own_schema();
+    }
+    if let Some(setting) = &found.refused_setting {
+        return refused(format!("set_config() of {setting} is not supported"), "Use SET, which says what is possible.");
+    }
+    // The leader says what is missing.
+    if found.missing {
+        return read(true);
+    }
+    match Edits::find(context.text, context.shape, &found.session_values) {
+        Some((mut edits, session_values)) => {
+            edits.remember_dates(&found, context.text, context.shape);
+            Lane::Once(Box::new(Once { edits, session_values, single, proof: Proof::default() }))
+        }
+        None => not_yet("this statement"),
+    }
+}

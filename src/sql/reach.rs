@@ -1,0 +1,516 @@
+//! Whether a statement provably does the same on every server: all that it can reach is looked at, through the catalog.
+//!
+//! Functions, triggers, defaults, checks, rules, views, policies: each is a piece of code for [`super::scan`], which finds names; names are
+//! asked of the catalog; what the catalog gives is more code. A name means everything that has it, in whatever schema,
+//! so a `search_path` can not hide anything. The order of calls: [`Reach::of`], then [`Reach::query`] and [`Reach::answer`] until
+//! there is nothing to ask, then [`Reach::verdict`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use pg_query::NodeEnum;
+use serde::Deserialize;
+
+use super::catalog::MIRRORED_SETTINGS;
+use super::facts::{FactsError, Function, quote_literal};
+use super::functions::{self, Effect};
+use super::needs::Name;
+use super::parse::Statement;
+use super::plan::Proof;
+use super::reach_query::{FUNCTION, TEMPLATE};
+use super::scan::{Code, Columns, scan};
+
+/// Rounds of questions to the catalog; what is reached by more steps is not proven.
+const ROUNDS_MAX: usize = 12;
+/// Functions and tables that one statement may reach; past that it is not proven.
+const PIECES_MAX: usize = 1000;
+
+/// What is known after all was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It does something else on another server, or can not be done there: refused.
+    Varies(String),
+    Known(Proof),
+}
+
+#[derive(Debug, Default)]
+pub struct Reach {
+    asked_functions: BTreeSet<String>,
+    asked_relations: BTreeSet<String>,
+    asked_written: BTreeSet<Name>,
+    new_functions: BTreeSet<String>,
+    new_relations: BTreeSet<String>,
+    new_written: BTreeSet<Name>,
+    /// Object identifiers of what was looked at.
+    seen_functions: BTreeSet<u32>,
+    seen_relations: BTreeSet<u32>,
+    seen_written: BTreeSet<u32>,
+    /// Who called or fired a function is told when it is why the statement is refused.
+    inserts: BTreeMap<Name, Vec<Columns>>,
+    written_many: BTreeSet<Name>,
+    fields: BTreeSet<String>,
+    operators: BTreeSet<String>,
+    settings: BTreeSet<String>,
+    varies: Option<String>,
+    unproven: Option<String>,
+    catches_errors: bool,
+    /// Code is run for one row after the other.
+    many: Option<String>,
+    /// Code that one row after the other matters for.
+    reads: Option<String>,
+    has_floats: bool,
+    float_code: bool,
+    rounds: usize,
+}
+
+#[derive(Debug, Deserialize)]
+struct Answer {
+    functions: Option<Vec<FunctionFact>>,
+    relations: Option<Vec<RelationFact>>,
+    /// Operators of users that are not immutable.
+    operators: Option<Vec<String>>,
+    /// A cast or the check of a domain calls a function of users that is not immutable.
+    odd: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct FunctionFact {
+    oid: u32,
+    language: String,
+    config: Option<String>,
+    body: Option<String>,
+    returns_set: bool,
+    temporary: bool,
+    #[serde(flatten)]
+    function: Function,
+}
+
+#[derive(Debug, Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts of the catalog")]
+struct RelationFact {
+    oid: u32,
+    schema: String,
+    name: String,
+    kind: String,
+    persistence: String,
+    builtin: bool,
+    /// It is one that the code writes to, or one that is reached from there by inheritance or cascades.
+    written: bool,
+    cascade: bool,
+    floats: bool,
+    view: Option<String>,
+    policies: Option<Vec<String>>,
+    /// Column and its default or generation expression.
+    defaults: Option<Vec<ColumnFact>>,
+    checks: Option<Vec<String>>,
+    rules: Option<Vec<String>>,
+    triggers: Option<Vec<TriggerFact>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ColumnFact {
+    name: String,
+    position: usize,
+    expression: Option<String>,
+    identity: bool,
+    generated: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct TriggerFact {
+    deferrable: bool,
+    /// As `pg_get_triggerdef` writes it.
+    definition: String,
+    function: FunctionFact,
+}
+
+/// Functions of PostgreSQL that are not known to be the same everywhere by their class, and that do the same in a half.
+const SAME_IN_A_HALF: &[&str] = &[
+    "current_schemas",
+    "current_setting",
+    "has_any_column_privilege",
+    "has_column_privilege",
+    "has_database_privilege",
+    "has_function_privilege",
+    "has_schema_privilege",
+    "has_sequence_privilege",
+    "has_table_privilege",
+    "pg_advisory_xact_lock",
+    "pg_advisory_xact_lock_shared",
+    "pg_has_role",
+    "pg_sleep",
+    "pg_trigger_depth",
+    "pg_typeof",
+    "row_security_active",
+    "set_config",
+];
+
+impl Reach {
+    /// Begins with a statement. `single`: it is known to be about one row.
+    #[must_use]
+    pub fn of(statement: &Statement, text: &str, single: bool) -> Self {
+        let mut reach = Self::default();
+        let outer = text.get(statement.range.clone()).unwrap_or(text);
+        if !single {
+            reach.many = Some("it may be about several rows".to_owned());
+        }
+        if let NodeEnum::DoStmt(code) = &statement.node {
+            let mut language = "plpgsql".to_owned();
+            let mut body = None;
+            for argument in &code.args {
+                let Some(NodeEnum::DefElem(argument)) = argument.node.as_ref() else { continue };
+                let value = argument.arg.as_ref().and_then(|value| value.node.as_ref());
+                let Some(NodeEnum::String(value)) = value else { continue };
+                match argument.defname.as_str() {
+                    "language" => language.clone_from(&value.sval),
+                    _ => body = Some(value.sval.clone()),
+                }
+            }
+            match body {
+                Some(body) if language == "plpgsql" => reach.code(&scan(&body, false), "the code"),
+                _ => reach.open(format!("the code is in {language}")),
+            }
+            return reach;
+        }
+        let code = scan(outer, true);
+        reach.code(&code, "the statement");
+        // Its own reading is done once; only what it calls and fires is done for each row.
+        reach.reads = None;
+        reach
+    }
+
+    fn varies(&mut self, why: String) {
+        self.varies.get_or_insert(why);
+    }
+
+    fn open(&mut self, why: String) {
+        self.unproven.get_or_insert(why);
+    }
+
+    /// Takes in a piece of code; `place` names it for a person.
+    fn code(&mut self, code: &Code, place: &str) {
+        if let Some(why) = &code.varies {
+            self.varies(format!("{place}: {why}"));
+        }
+        if let Some(why) = &code.unproven {
+            self.open(format!("{place}: {why}"));
+        }
+        for name in &code.calls {
+            if self.asked_functions.insert(name.name.clone()) {
+                self.new_functions.insert(name.name.clone());
+            }
+        }
+        for field in &code.fields {
+            // Any function of a row may be meant.
+            if self.asked_functions.insert(field.clone()) {
+                self.new_functions.insert(field.clone());
+            }
+        }
+        self.fields.extend(code.fields.iter().cloned());
+        for word in &code.words {
+            if self.asked_relations.insert(word.clone()) {
+                self.new_relations.insert(word.clone());
+            }
+        }
+        for insert in &code.inserts {
+            self.inserts.entry(insert.table.clone()).or_default().push(insert.columns.clone());
+        }
+        for name in &code.written {
+            // Asked again if the columns that it needs are others now.
+            self.asked_written.insert(name.clone());
+            self.new_written.insert(name.clone());
+        }
+        self.written_many.extend(code.written_many.iter().cloned());
+        self.operators.extend(code.operators.iter().cloned());
+        self.settings.extend(code.settings.iter().cloned());
+        self.catches_errors |= code.catches_errors;
+        if code.reads {
+            self.reads.get_or_insert(place.to_owned());
+        }
+        let mut probe = code.clone();
+        probe.unproven = None;
+        probe.has_floats();
+        self.float_code |= probe.unproven.is_some();
+        for name in &code.called_many {
+            if self.many.is_none() && !functions::is_float_aggregate(&name.name) {
+                self.fields_many(name);
+            }
+        }
+    }
+
+    /// A call for one row after the other matters if it is a function of users, which the catalog will say.
+    fn fields_many(&mut self, name: &Name) {
+        self.written_many.insert(Name { schema: Some("()".to_owned()), name: name.name.clone() });
+    }
+
+    /// The next question to the catalog; `None`: all is known.
+    #[must_use]
+    pub fn query(&mut self) -> Option<String> {
+        let nothing = self.new_functions.is_empty() && self.new_relations.is_empty() && self.new_written.is_empty();
+        if nothing || self.varies.is_some() {
+            return None;
+        }
+        self.rounds += 1;
+        if self.rounds > ROUNDS_MAX || self.seen_functions.len() + self.seen_relations.len() > PIECES_MAX {
+            self.open("it reaches more functions and tables than pgtandem looks at".to_owned());
+            return None;
+        }
+        let texts = |names: BTreeSet<String>| {
+            let mut list = names.iter().map(|name| quote_literal(name)).collect::<Vec<_>>().join(", ");
+            if list.is_empty() {
+                list.push_str("NULL");
+            }
+            list
+        };
+        let mut written = "(NULL::pg_catalog.name, NULL::pg_catalog.name)".to_owned();
+        for name in std::mem::take(&mut self.new_written) {
+            let schema = name.schema.as_deref().map_or_else(|| "NULL".to_owned(), quote_literal);
+            let _ = write!(written, ", ({schema}, {})", quote_literal(&name.name));
+        }
+        let text = TEMPLATE
+            .replace("$functions", &texts(std::mem::take(&mut self.new_functions)))
+            .replace("$relations", &texts(std::mem::take(&mut self.new_relations)))
+            .replace("$written", &written)
+            .replace("@function", FUNCTION);
+        Some(super::catalog::qualify(&text))
+    }
+
+    /// Takes in the catalog's answer: one JSON document.
+    ///
+    /// # Errors
+    /// If it can not be read.
+    pub fn answer(&mut self, json: &str) -> Result<(), FactsError> {
+        let answer: Answer = serde_json::from_str(json)?;
+        for function in answer.functions.unwrap_or_default() {
+            self.function(&function, None);
+        }
+        for relation in answer.relations.unwrap_or_default() {
+            self.relation(&relation);
+        }
+        if answer.odd {
+            self.open("a cast or a domain calls a function of users".to_owned());
+        }
+        for operator in answer.operators.unwrap_or_default() {
+            // Runs of operators are not cut apart here: `a<-b` may be `<` and `-`.
+            if self.operators.iter().any(|run| run.contains(&operator)) {
+                self.open(format!("the operator {operator} calls a function of users"));
+            }
+        }
+        Ok(())
+    }
+
+    fn function(&mut self, fact: &FunctionFact, fired_by: Option<&str>) {
+        let function = &fact.function;
+        let name = function.name.as_str();
+        let called = self.fields.contains(name) && function.of_row || !self.fields.contains(name);
+        if function.builtin {
+            if !SAME_IN_A_HALF.contains(&name) && called {
+                self.builtin(function);
+            }
+            return;
+        }
+        if !self.seen_functions.insert(fact.oid) {
+            return;
+        }
+        let place = match fired_by {
+            Some(table) => format!("the trigger function {name} of {table}"),
+            None => format!("the function {name}"),
+        };
+        if fact.temporary {
+            return self.varies(format!("{place} is temporary, which followers do not have"));
+        }
+        if fact.config.as_deref().is_some_and(|config| {
+            ["role=", "session_authorization=", "session_replication_role="]
+                .iter()
+                .any(|closed| config.contains(closed))
+        }) {
+            return self.varies(format!("{place}: it changes a setting that followers must keep"));
+        }
+        if fired_by.is_none()
+            && self.written_many.iter().any(|call| call.schema.as_deref() == Some("()") && call.name == name)
+        {
+            self.many.get_or_insert(format!("{name} is called for one row after the other"));
+        }
+        // As everywhere: a function that its owner calls immutable is.
+        if function.volatility == "i" && function.kind == "f" {
+            return;
+        }
+        if !matches!(function.kind.as_str(), "f" | "p") {
+            return self.open(format!("{name} is an aggregate of users"));
+        }
+        let varies = name.starts_with("uuid_generate") || matches!(name, "gen_salt" | "gen_random_bytes");
+        match (&fact.body, fact.language.as_str()) {
+            _ if varies => self.varies(format!("{name}() gives another value on another server")),
+            (Some(body), "sql") => {
+                let body = sql_body(body);
+                let code = scan(body, false);
+                self.code(&code, &place);
+                let last = body.trim_end().trim_end_matches(';').rsplit(';').next().unwrap_or_default();
+                if !fact.returns_set && first_row(last) {
+                    self.open(format!("{place}: it takes the first row that its last query finds"));
+                }
+            }
+            (Some(body), "plpgsql") => self.code(&scan(body, false), &place),
+            (_, language) => self.open(format!("{place} is written in {language}")),
+        }
+    }
+
+    fn builtin(&mut self, function: &Function) {
+        let (name, one) = (&function.name, std::slice::from_ref(function));
+        match functions::effect(one, Some(2)) {
+            Some(Effect::Pure) | None => {}
+            // Without a parenthesis-free form these are put in as literals, in the client's own text alone.
+            _ if name == "pg_notify" => {
+                self.varies(
+                    "pg_notify() is used, which a transaction on a follower can not be prepared with".to_owned(),
+                );
+            }
+            Some(Effect::Writes) => self.varies(format!("{name}() writes what followers can not get")),
+            Some(_) => self.varies(format!("{name}() gives another value on another server")),
+        }
+    }
+
+    fn relation(&mut self, fact: &RelationFact) {
+        let name = format!("{}.{}", fact.schema, fact.name);
+        let kind = fact.kind.as_str();
+        if fact.builtin {
+            if fact.written {
+                return self.varies(format!("it writes to the system table {name}"));
+            }
+            return self.open(format!("it may read {name}, whose rows differ from server to server"));
+        }
+        match (kind, fact.persistence.as_str()) {
+            ("S", _) => return self.varies(format!("it reads or writes the sequence {name}")),
+            ("f", _) if fact.written => return self.varies(format!("it writes to the foreign table {name}")),
+            ("f", _) => return self.open(format!("it reads the foreign table {name}")),
+            (_, "t") => return self.varies(format!("{name} is a temporary table, which followers do not have")),
+            (_, "u") => return self.varies(format!("{name} is unlogged: a node that is filled gets it empty")),
+            _ => {}
+        }
+        self.has_floats |= fact.floats;
+        if self.seen_relations.insert(fact.oid) {
+            if let Some(view) = &fact.view {
+                self.code(&scan(view, false), &format!("the view {name}"));
+            }
+            for policy in fact.policies.iter().flatten() {
+                self.code(&scan(policy, false), &format!("a policy of {name}"));
+            }
+        }
+        if fact.written {
+            self.written(fact, &name);
+        }
+    }
+
+    fn written(&mut self, fact: &RelationFact, name: &str) {
+        self.defaults(fact, name);
+        if !self.seen_written.insert(fact.oid) {
+            return;
+        }
+        if let Some(view) = &fact.view {
+            // Through it, or by its triggers, the tables behind it are written.
+            for word in scan(view, false).words {
+                self.new_written.insert(Name::new("", &word));
+            }
+        }
+        for check in fact.checks.iter().flatten() {
+            let mut code = scan(check, false);
+            // It decides whether a row may be there, not what is in it; an error on one server alone is seen.
+            if let Some(why) = code.varies.take() {
+                self.open(format!("a CHECK of {name}: {why}"));
+            }
+            self.code(&code, &format!("a CHECK of {name}"));
+        }
+        for rule in fact.rules.iter().flatten() {
+            let action = rule.find(" DO ").and_then(|at| rule.get(at + 4..)).unwrap_or(rule);
+            let action = action.trim_start_matches("INSTEAD").trim_start_matches("ALSO");
+            self.code(&scan(action, false), &format!("a rule of {name}"));
+        }
+        let many = fact.cascade
+            || self.written_many.iter().any(|table| {
+                table.name == fact.name && table.schema.as_ref().is_none_or(|schema| *schema == fact.schema)
+            });
+        for trigger in fact.triggers.iter().flatten() {
+            if trigger.deferrable {
+                self.varies(format!("{name} has a deferrable trigger, which runs as late as COMMIT"));
+            }
+            let condition = trigger.definition.split_once(" WHEN ").and_then(|(_, rest)| rest.rsplit_once(" EXECUTE "));
+            if let Some((condition, _)) = condition {
+                self.code(&scan(condition, false), &format!("a trigger of {name}"));
+            }
+            if many {
+                self.many.get_or_insert(format!("the triggers of {name} are fired by one row after the other"));
+            }
+            self.function(&trigger.function, Some(name));
+        }
+    }
+
+    /// The defaults that an INSERT into the table needs.
+    fn defaults(&mut self, fact: &RelationFact, name: &str) {
+        let own =
+            |table: &Name| table.name == fact.name && table.schema.as_ref().is_none_or(|schema| *schema == fact.schema);
+        let inserts: Vec<Columns> =
+            self.inserts.iter().filter(|(table, _)| own(table)).flat_map(|(_, columns)| columns.clone()).collect();
+        for column in fact.defaults.iter().flatten() {
+            let given = |columns: &Columns| match columns {
+                Columns::Named(names) => names.contains(&column.name),
+                Columns::First(count) => column.position <= *count,
+                Columns::Unknown => false,
+            };
+            let needed = column.generated || fact.cascade || inserts.iter().any(|columns| !given(columns));
+            if !needed {
+                continue;
+            }
+            if column.identity {
+                self.varies(format!(
+                    "the identity column {} of {name} takes the next value of a sequence",
+                    column.name
+                ));
+            }
+            if let Some(expression) = &column.expression {
+                self.code(&scan(expression, false), &format!("the default of {}.{}", name, column.name));
+            }
+        }
+    }
+
+    /// What is known now.
+    #[must_use]
+    pub fn verdict(mut self) -> Verdict {
+        if self.has_floats && self.float_code {
+            self.open(
+                "an aggregate over floating point numbers depends on the order in which a server finds rows".into(),
+            );
+        }
+        if let (Some(many), Some(reads)) = (self.many.take(), self.reads.take()) {
+            self.open(format!("{many}, and {reads} reads what the rows before may have changed"));
+        }
+        let mut settings = Vec::new();
+        for setting in std::mem::take(&mut self.settings) {
+            if setting.contains('.') {
+                settings.push(setting);
+            } else if !MIRRORED_SETTINGS.iter().any(|known| known.eq_ignore_ascii_case(&setting)) {
+                self.varies(format!("it reads the setting {setting}, which is each server's own"));
+            }
+        }
+        match self.varies {
+            Some(why) => Verdict::Varies(why),
+            None => Verdict::Known(Proof { unproven: self.unproven, settings, catches_errors: self.catches_errors }),
+        }
+    }
+}
+
+/// The statements of a function in SQL, also of one with BEGIN ATOMIC or RETURN, which the catalog gives with its head.
+fn sql_body(body: &str) -> &str {
+    if !body.starts_with("CREATE OR REPLACE") {
+        return body;
+    }
+    ["\nBEGIN ATOMIC", "\nRETURN "].iter().find_map(|head| body.split_once(head)).map_or(body, |(_, rest)| rest)
+}
+
+/// Whether a query may give several rows, of which a function would take the first.
+fn first_row(query: &str) -> bool {
+    let words: Vec<String> = query.split_whitespace().map(str::to_lowercase).collect();
+    let aggregate = words.get(1).is_some_and(|word| {
+        ["count(", "sum(", "max(", "min(", "exists", "bool_or(", "bool_and("].iter().any(|head| word.starts_with(head))
+    });
+    words.iter().any(|word| word == "from" || word == "returning") && !aggregate
+}

@@ -1,0 +1,69 @@
+//! The question that [`super::reach`] asks the leader's catalog. PostgreSQL 13 to 18.
+
+/// A function's facts, of `p` in pg_proc.
+pub(super) const FUNCTION: &str = r"json_build_object('oid', p.oid::int8, 'schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
+  'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text, 'language', l.lanname, 'config', pg_catalog.array_to_string(p.proconfig, ','),
+  'returns_set', p.proretset, 'temporary', y.nspname ~ '^pg_temp',
+  'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')),
+  'body', CASE WHEN l.lanname = ANY ('{sql,plpgsql}'::name[]) AND p.oid >= 16384::oid
+    THEN CASE WHEN p.prosrc <> '' THEN p.prosrc ELSE pg_catalog.pg_get_functiondef(p.oid) END END)";
+
+/// Blanks around operators matter, see [`super::catalog::qualify`].
+pub(super) const TEMPLATE: &str = r"WITH RECURSIVE
+asked(nsp, name) AS (VALUES $written),
+written(oid, cascade) AS (
+  SELECT c.oid, false FROM asked a JOIN pg_catalog.pg_class c ON c.relname = a.name
+  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  WHERE (a.nsp IS NULL OR n.nspname = a.nsp) AND c.relkind = ANY ('{r,p,v,f,m}')
+    AND (n.nspname !~ '^pg_temp' OR n.oid = pg_my_temp_schema())
+  UNION SELECT x.oid, x.cascade FROM written w CROSS JOIN LATERAL (
+    SELECT h.inhrelid, w.cascade FROM pg_catalog.pg_inherits h WHERE h.inhparent = w.oid
+    UNION ALL SELECT k.conrelid, true FROM pg_catalog.pg_constraint k WHERE k.confrelid = w.oid AND k.contype = 'f'
+      AND (k.confdeltype = ANY ('{c,n,d}') OR k.confupdtype = ANY ('{c,n,d}'))) x(oid, cascade)),
+found(oid, written, cascade) AS (
+  SELECT w.oid, true, bool_or(w.cascade) FROM written w GROUP BY w.oid
+  UNION ALL SELECT c.oid, false, false FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  WHERE c.relname = ANY (ARRAY[$relations]::name[]) AND c.relkind = ANY ('{r,p,v,f,m,S}')
+    AND n.nspname <> 'information_schema' AND (n.nspname !~ '^pg_temp' OR n.oid = pg_my_temp_schema())
+    AND NOT EXISTS (SELECT 1 FROM written w WHERE w.oid = c.oid))
+SELECT json_build_object(
+'functions', (SELECT json_agg(@function) FROM pg_catalog.pg_proc p
+  JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+  WHERE p.proname = ANY (ARRAY[$functions]::name[])),
+'relations', (SELECT json_agg( json_build_object('oid', c.oid::int8, 'schema', n.nspname, 'name', c.relname,
+    'kind', c.relkind::text, 'persistence', c.relpersistence::text, 'builtin', NOT c.oid >= 16384::oid,
+    'written', f.written, 'cascade', f.cascade,
+    'floats', EXISTS (SELECT 1 FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0::int4
+      AND a.atttypid = ANY ('{700,701,1021,1022}'::oid[])),
+    'view', CASE WHEN c.relkind = 'v' THEN pg_catalog.pg_get_viewdef(c.oid) END,
+    'policies', CASE WHEN c.relrowsecurity THEN (SELECT json_agg(pg_catalog.concat_ws(' , ',
+        pg_catalog.pg_get_expr(o.polqual, o.polrelid), pg_catalog.pg_get_expr(o.polwithcheck, o.polrelid)))
+      FROM pg_catalog.pg_policy o WHERE o.polrelid = c.oid) END,
+    'defaults', CASE WHEN f.written THEN (SELECT json_agg( json_build_object('name', a.attname, 'position',
+        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_attribute b
+          WHERE b.attrelid = c.oid AND b.attnum > 0::int4 AND b.attnum <= a.attnum AND NOT b.attisdropped),
+        'expression', coalesce(pg_catalog.pg_get_expr(d.adbin, d.adrelid), t.typdefault),
+        'identity', a.attidentity <> '', 'generated', a.attgenerated <> ''))
+      FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+      LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+      WHERE a.attrelid = c.oid AND a.attnum > 0::int4 AND NOT a.attisdropped
+        AND (d.adbin IS NOT NULL OR t.typdefault IS NOT NULL OR a.attidentity <> '')) END,
+    'checks', CASE WHEN f.written THEN (SELECT json_agg(pg_catalog.pg_get_expr(k.conbin, k.conrelid))
+      FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c') END,
+    'rules', CASE WHEN f.written THEN (SELECT json_agg(pg_catalog.pg_get_ruledef(w.oid))
+      FROM pg_catalog.pg_rewrite w WHERE w.ev_class = c.oid AND w.ev_type <> '1' AND w.ev_enabled <> 'D') END,
+    'triggers', CASE WHEN f.written THEN (SELECT json_agg( json_build_object('deferrable', g.tgdeferrable,
+        'definition', pg_catalog.pg_get_triggerdef(g.oid), 'function', @function))
+      FROM pg_catalog.pg_trigger g JOIN pg_catalog.pg_proc p ON p.oid = g.tgfoid
+      JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+      WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D') END))
+  FROM found f JOIN pg_catalog.pg_class c ON c.oid = f.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace),
+'operators', (SELECT json_agg(DISTINCT o.oprname::text) FROM pg_catalog.pg_operator o JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::oid
+  WHERE o.oid >= 16384::oid AND p.provolatile <> 'i'),
+'odd', EXISTS (SELECT 1 FROM pg_catalog.pg_cast k JOIN pg_catalog.pg_proc p ON p.oid = k.castfunc
+    WHERE k.oid >= 16384::oid AND p.provolatile <> 'i')
+  OR EXISTS (SELECT 1 FROM pg_catalog.pg_constraint k
+    CROSS JOIN LATERAL pg_catalog.regexp_matches(k.conbin::text, ':(?:funcid|opfuncid) ([0-9]+)', 'g') AS m(m)
+    JOIN pg_catalog.pg_proc p ON p.oid = m.m[1]::oid
+    WHERE k.contypid >= 16384::oid AND k.oid >= 16384::oid AND k.contype = 'c' AND p.provolatile <> 'i')
+)::text";

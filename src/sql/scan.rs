@@ -1,0 +1,542 @@
+//! What a piece of code may do, read off its tokens: SQL, the bodies of functions in SQL and plpgsql, expressions of the catalog.
+//!
+//! Tokens and not a tree, because nothing may be missed: whatever is called, read or written by name has its name in the text, however
+//! new or odd the syntax around it is. What is found is more than what happens: a variable with a table's name counts as the
+//! table. Only text that is put together at run time escapes, and that is noted.
+
+use std::collections::BTreeSet;
+
+use super::dates;
+use super::functions;
+use super::lex::{Kind, Lexer};
+use super::needs::Name;
+
+/// An INSERT: for its defaults.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Insert {
+    pub table: Name,
+    pub columns: Columns,
+}
+
+/// The columns of an INSERT that have a value.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Columns {
+    Named(Vec<String>),
+    First(usize),
+    /// Not known, or DEFAULT is among the values.
+    Unknown,
+}
+
+/// What was found in one piece of code.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "independent observations")]
+pub struct Code {
+    /// Names before a parenthesis.
+    pub calls: BTreeSet<Name>,
+    /// Names after a dot and before no parenthesis: `t.f` can be `f(t)`.
+    pub fields: BTreeSet<String>,
+    /// All names: each may be a relation's.
+    pub words: BTreeSet<String>,
+    pub operators: BTreeSet<String>,
+    pub inserts: BTreeSet<Insert>,
+    /// Tables of UPDATE, DELETE, MERGE, and of INSERT.
+    pub written: BTreeSet<Name>,
+    /// Those of them that a statement may change several rows of.
+    pub written_many: BTreeSet<Name>,
+    /// Names that are called by statements that may go through several rows.
+    pub called_many: BTreeSet<Name>,
+    /// Settings that it reads.
+    pub settings: BTreeSet<String>,
+    /// Why it does something else on another server, or must not be done there at all.
+    pub varies: Option<String>,
+    /// Why it may do something else there.
+    pub unproven: Option<String>,
+    /// It catches errors, which may be those of a lock that was not free.
+    pub catches_errors: bool,
+    /// What it does to one row depends on what is in tables, so on the rows before.
+    pub reads: bool,
+    float_aggregate: bool,
+    floats: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Word {
+    /// In lower case.
+    Plain(String),
+    Quoted(String),
+    Text(String),
+    Symbol(u8),
+    Other,
+}
+
+impl Word {
+    fn plain(&self) -> Option<&str> {
+        match self {
+            Self::Plain(word) => Some(word),
+            _ => None,
+        }
+    }
+
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Plain(word) | Self::Quoted(word) => Some(word),
+            _ => None,
+        }
+    }
+
+    fn is(&self, words: &[&str]) -> bool {
+        self.plain().is_some_and(|word| words.contains(&word))
+    }
+}
+
+/// Values of the clock and the session without a parenthesis.
+const CLOCK: &[&str] = &["current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"];
+/// At the start of a statement: what must not happen inside of functions, and why.
+const FORBIDDEN: &[(&str, &str)] = &[
+    ("alter", "it changes definitions"),
+    ("cluster", "it changes definitions"),
+    ("comment", "it changes definitions"),
+    ("create", "it changes definitions"),
+    ("drop", "it changes definitions"),
+    ("grant", "it changes rights"),
+    ("import", "it changes definitions"),
+    ("refresh", "it changes definitions"),
+    ("reindex", "it changes definitions"),
+    ("revoke", "it changes rights"),
+    ("commit", "it ends the transaction"),
+    ("rollback", "it ends the transaction"),
+    ("listen", "it uses LISTEN, which a transaction on a follower can not be prepared with"),
+    ("notify", "it uses NOTIFY, which a transaction on a follower can not be prepared with"),
+    ("unlisten", "it uses UNLISTEN, which a transaction on a follower can not be prepared with"),
+    ("copy", "it uses COPY"),
+    ("discard", "it discards the session's state"),
+    ("load", "it loads a library"),
+    ("vacuum", "it uses VACUUM"),
+];
+/// Anywhere: what is done, or which rows are meant, is not in the text.
+const OPEN: &[(&str, &str)] = &[
+    ("execute", "it runs text that is put together at run time"),
+    ("prepare", "it runs text that is put together at run time"),
+    ("do", "it runs code inside of code"),
+    ("limit", "which rows LIMIT gives depends on the order in which a server finds them"),
+    ("offset", "which rows OFFSET gives depends on the order in which a server finds them"),
+    ("fetch", "which rows FETCH gives depends on the order in which a server finds them"),
+    ("move", "it moves a cursor, whose rows have no certain order"),
+    ("over", "a window function depends on the order in which a server finds rows"),
+    ("tablesample", "TABLESAMPLE chooses rows"),
+    ("truncate", "it uses TRUNCATE inside of code"),
+    ("information_schema", "it reads the catalog"),
+    ("ctid", "it reads the system column ctid"),
+    ("xmin", "it reads the system column xmin"),
+    ("xmax", "it reads the system column xmax"),
+    ("cmin", "it reads the system column cmin"),
+    ("cmax", "it reads the system column cmax"),
+    ("tableoid", "it reads the system column tableoid"),
+    ("oid", "it uses object identifiers"),
+    ("regclass", "it uses object identifiers"),
+    ("regproc", "it uses object identifiers"),
+    ("regprocedure", "it uses object identifiers"),
+    ("regtype", "it uses object identifiers"),
+    ("regrole", "it uses object identifiers"),
+    ("regnamespace", "it uses object identifiers"),
+];
+/// Settings that code must not change.
+const CLOSED_SETTINGS: &[&str] = &[
+    "role",
+    "session_authorization",
+    "session_replication_role",
+    "standard_conforming_strings",
+    "client_encoding",
+    "lock_timeout",
+    "statement_timeout",
+];
+/// They go through rows.
+const MANY: &[&str] = &["from", "update", "delete", "merge", "using"];
+const AGGREGATES: &[&str] = &["count", "sum", "max", "min", "bool_and", "bool_or", "every", "avg", "exists"];
+
+fn tokens(text: &str) -> Option<Vec<Word>> {
+    let mut words = Vec::new();
+    for token in Lexer::new(text).filter(|token| token.kind.is_significant()) {
+        let part = text.get(token.range)?;
+        words.push(match token.kind {
+            Kind::Word => Word::Plain(part.to_lowercase()),
+            Kind::QuotedIdentifier if part.starts_with('"') => {
+                Word::Quoted(part.trim_matches('"').replace("\"\"", "\""))
+            }
+            // U&"..": its name is not what is written
+            Kind::QuotedIdentifier | Kind::Unterminated => return None,
+            Kind::String => Word::Text(part.to_owned()),
+            Kind::Symbol => Word::Symbol(part.bytes().next().unwrap_or(b' ')),
+            _ => Word::Other,
+        });
+    }
+    Some(words)
+}
+
+/// Reads a piece of code. `outer`: the client's own statement, where values of the clock are put in as literals for followers.
+#[must_use]
+pub fn scan(text: &str, outer: bool) -> Code {
+    let mut code = Code::default();
+    let Some(words) = tokens(text) else {
+        code.unproven = Some("its text can not be read".to_owned());
+        return code;
+    };
+    for at in 0..words.len() {
+        code.visit(&words, at, outer);
+    }
+    for statement in words.split(|word| *word == Word::Symbol(b';')) {
+        code.statement(statement);
+    }
+    if code.float_aggregate && code.floats {
+        code.float_sum();
+    }
+    code
+}
+
+/// The string that a literal stands for, if it is a plain one.
+fn plain_text(literal: &str) -> Option<&str> {
+    literal.strip_prefix('\'')?.strip_suffix('\'').filter(|text| !text.contains('\''))
+}
+
+impl Code {
+    fn varies(&mut self, why: impl Into<String>) {
+        self.varies.get_or_insert(why.into());
+    }
+
+    fn open(&mut self, why: impl Into<String>) {
+        self.unproven.get_or_insert(why.into());
+    }
+
+    fn float_sum(&mut self) {
+        self.open("an aggregate over floating point numbers depends on the order in which a server finds rows");
+    }
+
+    /// A table that it uses has floating point numbers.
+    pub fn has_floats(&mut self) {
+        self.floats = true;
+        if self.float_aggregate {
+            self.float_sum();
+        }
+    }
+
+    fn visit(&mut self, words: &[Word], at: usize, outer: bool) {
+        let word = &words[at];
+        let after = |n: usize| words.get(at + n);
+        let before = at.checked_sub(1).and_then(|at| words.get(at));
+        match word {
+            Word::Text(text) if dates::looks_like_now(text) && !outer => {
+                self.open(format!("{text} may be read as a time of the clock"));
+            }
+            Word::Text(_) | Word::Other => return,
+            Word::Symbol(symbol) => return self.operator(words, at, *symbol),
+            _ => {}
+        }
+        let Some(name) = word.name() else { return };
+        self.words.insert(name.to_owned());
+        let dotted = before == Some(&Word::Symbol(b'.'));
+        let schema = dotted.then(|| at.checked_sub(2).and_then(|at| words.get(at)?.name())).flatten();
+        if after(1) == Some(&Word::Symbol(b'(')) {
+            let name = Name { schema: schema.map(str::to_owned), name: name.to_owned() };
+            self.call(&name, words, at);
+            self.calls.insert(name);
+        } else if dotted {
+            self.fields.insert(name.to_owned());
+        }
+        let Some(word) = word.plain().filter(|_| !dotted) else { return };
+        if CLOCK.contains(&word) && !outer {
+            self.varies(format!("it reads the clock ({word})"));
+        }
+        if matches!(word, "session_user" | "system_user") && !outer {
+            self.varies(format!("{word} is another one on a follower"));
+        }
+        if matches!(word, "float" | "float4" | "float8" | "real" | "double") {
+            self.floats = true;
+        }
+        let starts = match before {
+            None => true,
+            Some(Word::Symbol(symbol)) => matches!(symbol, b';' | b'>'),
+            Some(before) => before.is(&["begin", "then", "else", "loop"]),
+        };
+        if let Some((_, why)) = FORBIDDEN.iter().find(|(known, _)| *known == word).filter(|_| starts && !outer) {
+            self.varies(*why);
+        }
+        if matches!(word, "set" | "reset") && starts {
+            self.set(words, at);
+        }
+        if let Some((_, why)) = OPEN.iter().find(|(known, _)| *known == word) {
+            let harmless = match word {
+                // DO NOTHING, DO UPDATE and DO INSTEAD are no code.
+                "do" => outer || !starts,
+                "move" | "truncate" | "prepare" => !starts,
+                "over" => before != Some(&Word::Symbol(b')')),
+                _ => false,
+            };
+            if !harmless {
+                self.open(*why);
+            }
+        }
+        match word {
+            "exception" if after(1).is_some_and(|next| next.is(&["when"])) => self.catches_errors = true,
+            "nowait" => self.varies("it uses NOWAIT, and locks are on the leader alone"),
+            "skip" if after(1).is_some_and(|next| next.is(&["locked"])) => {
+                self.varies("it uses SKIP LOCKED, and locks are on the leader alone");
+            }
+            "distinct" if after(1).is_some_and(|next| next.is(&["on"])) => {
+                self.open("which rows DISTINCT ON gives depends on the order in which a server finds them");
+            }
+            "for" if starts || before.is_some_and(|before| *before == Word::Symbol(b'>')) => self.for_loop(words, at),
+            "open" | "cursor" if !outer => self.open("the rows of a cursor have no certain order"),
+            _ => {}
+        }
+    }
+
+    fn operator(&mut self, words: &[Word], at: usize, symbol: u8) {
+        let is_operator = |word: &Word| matches!(word, Word::Symbol(byte) if b"+-*/<>=~!@#%^&|`?".contains(byte));
+        if !is_operator(&Word::Symbol(symbol)) || at.checked_sub(1).is_some_and(|at| is_operator(&words[at])) {
+            return;
+        }
+        let run = words.iter().skip(at).map_while(|word| match word {
+            Word::Symbol(byte) if is_operator(word) => Some(char::from(*byte)),
+            _ => None,
+        });
+        self.operators.insert(run.collect());
+        self.floats |= matches!(symbol, b'^');
+    }
+
+    /// `FOR i IN 1..3` counts; `FOR r IN SELECT ...` goes through rows.
+    fn for_loop(&mut self, words: &[Word], at: usize) {
+        let body = words.iter().skip(at).take_while(|word| !word.is(&["loop"]));
+        if body.into_iter().any(|word| word.is(&["select", "with", "values", "insert", "update", "delete", "table"])) {
+            self.open("a loop over rows depends on the order in which a server finds them");
+        }
+    }
+
+    fn set(&mut self, words: &[Word], at: usize) {
+        let named = words.iter().skip(at + 1).take(3).any(|word| {
+            word.name().is_some_and(|name| {
+                CLOSED_SETTINGS.contains(&name) || matches!(name, "session" | "all" | "transaction")
+            })
+        });
+        if named {
+            self.varies("it changes a setting that followers must keep");
+        }
+    }
+
+    fn call(&mut self, name: &Name, words: &[Word], at: usize) {
+        let first = words.get(at + 2);
+        let literal = match first {
+            Some(Word::Text(text)) => plain_text(text).map(str::to_lowercase),
+            _ => None,
+        };
+        match (name.name.as_str(), literal) {
+            ("current_setting", Some(setting)) => drop(self.settings.insert(setting)),
+            ("current_setting", None) => self.open("it reads a setting whose name is not in the text"),
+            ("set_config", Some(setting)) if !CLOSED_SETTINGS.contains(&setting.as_str()) => {}
+            ("set_config", _) => self.varies("it changes a setting that followers must keep"),
+            (name, _) if functions::is_order_dependent(name) => {
+                self.open(format!("{name}() depends on the order in which a server finds rows"));
+            }
+            (name, _) if functions::is_float_aggregate(name) => self.float_aggregate = true,
+            _ => {}
+        }
+    }
+
+    /// One statement, up to a semicolon: what it writes, and whether it goes through rows.
+    fn statement(&mut self, words: &[Word]) {
+        let many = words.iter().enumerate().any(|(at, word)| {
+            let distinct = at.checked_sub(1).is_some_and(|at| words[at].is(&["distinct"]));
+            word.is(MANY) && !(distinct && word.is(&["from"]))
+        });
+        self.reads |= many || words.iter().any(|word| word.is(&["perform", "call", "found"]));
+        for (at, word) in words.iter().enumerate() {
+            let next = |n: usize| words.get(at + n);
+            let only = |n: usize| n + usize::from(next(n).is_some_and(|word| word.is(&["only"])));
+            let previous = |list: &[&str]| at.checked_sub(1).is_some_and(|at| words[at].is(list));
+            let place = match word.plain() {
+                Some("insert" | "merge") if next(1).is_some_and(|word| word.is(&["into"])) => only(2),
+                Some("delete") if next(1).is_some_and(|word| word.is(&["from"])) => only(2),
+                Some("update")
+                    if !previous(&["for", "key", "do", "on", "or"])
+                        && !next(1).is_some_and(|w| w.is(&["set", "of"])) =>
+                {
+                    only(1)
+                }
+                Some("into") if !previous(&["insert", "merge"]) => {
+                    self.into(words, at);
+                    continue;
+                }
+                _ => {
+                    if many && next(1) == Some(&Word::Symbol(b'(')) {
+                        self.called_many.extend(word.name().map(|name| Name::new("", name)));
+                    }
+                    continue;
+                }
+            };
+            let Some((table, rest)) = table_at(words, at + place) else { continue };
+            if word.is(&["insert"]) {
+                let columns = columns(words, rest);
+                let values = words.iter().skip(rest).any(|word| word.is(&["values"]));
+                if !values || many {
+                    self.written_many.insert(table.clone());
+                }
+                self.inserts.insert(Insert { table: table.clone(), columns });
+            } else {
+                self.written_many.insert(table.clone());
+                if words.iter().any(|word| word.is(&["default"])) || word.is(&["merge"]) {
+                    self.inserts.insert(Insert { table: table.clone(), columns: Columns::Unknown });
+                }
+            }
+            self.written.insert(table);
+        }
+    }
+
+    /// `SELECT ... INTO variable` takes the first row that comes. RETURNING ... INTO and STRICT fail with several.
+    fn into(&mut self, words: &[Word], at: usize) {
+        let strict = words.get(at + 1).is_some_and(|word| word.is(&["strict"]));
+        let returning = words.iter().take(at).any(|word| word.is(&["returning"]));
+        let select = words.iter().take(at).rposition(|word| word.is(&["select"]));
+        let aggregate = select.and_then(|select| words.get(select + 1)).is_some_and(|word| word.is(AGGREGATES))
+            && !words.iter().any(|word| word.is(&["group", "union"]));
+        let reads = words.iter().any(|word| word.is(&["from"]));
+        if !(strict || returning || aggregate || !reads) {
+            self.open("SELECT INTO takes the first row that a server finds, unless it is STRICT");
+        }
+    }
+}
+
+/// A table's name, and where it ends.
+fn table_at(words: &[Word], at: usize) -> Option<(Name, usize)> {
+    let first = words.get(at)?.name()?;
+    if words.get(at + 1) == Some(&Word::Symbol(b'.')) {
+        let second = words.get(at + 2)?.name()?;
+        return Some((Name::new(first, second), at + 3));
+    }
+    Some((Name::new("", first), at + 1))
+}
+
+/// Which columns an INSERT gives values for; `at`: after the table's name.
+fn columns(words: &[Word], at: usize) -> Columns {
+    if words.iter().skip(at).any(|word| word.is(&["default"])) {
+        return Columns::Unknown;
+    }
+    let mut at = at;
+    if words.get(at).is_some_and(|word| word.is(&["as"])) {
+        at += 2;
+    }
+    let list = |open: usize| {
+        let mut depth = 0_i32;
+        let mut parts = 1;
+        for (n, word) in words.iter().enumerate().skip(open) {
+            match word {
+                Word::Symbol(b'(') => depth += 1,
+                Word::Symbol(b')') => depth -= 1,
+                Word::Symbol(b',') if depth == 1 => parts += 1,
+                // `NEW.*` is any number of values
+                Word::Symbol(b'*') if n.checked_sub(1).is_some_and(|n| words[n] == Word::Symbol(b'.')) => return None,
+                _ => {}
+            }
+            if depth == 0 {
+                return Some((parts, n));
+            }
+        }
+        None
+    };
+    if words.get(at) == Some(&Word::Symbol(b'('))
+        && !words.get(at + 1).is_some_and(|word| word.is(&["select", "with", "values"]))
+    {
+        let Some((_, end)) = list(at) else { return Columns::Unknown };
+        let names = words.get(at + 1..end).unwrap_or_default().split(|word| *word == Word::Symbol(b','));
+        let names: Option<Vec<String>> = names.map(|name| name.first()?.name().map(str::to_owned)).collect();
+        return names.map_or(Columns::Unknown, Columns::Named);
+    }
+    let values = words.iter().skip(at).position(|word| word.is(&["values"])).map(|n| at + n + 1);
+    match values.and_then(list) {
+        Some((parts, _)) => Columns::First(parts),
+        None => Columns::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(names: &BTreeSet<Name>) -> Vec<String> {
+        names.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn what_a_body_calls_and_writes_is_found() {
+        let code = scan(
+            "BEGIN IF NEW.a IS DISTINCT FROM OLD.a THEN INSERT INTO app.audit (a, b) VALUES (lower(NEW.a), app.f(1)); \
+             END IF; UPDATE ONLY total SET n = n + 1 WHERE id = NEW.id; DELETE FROM \"Old\"; RETURN NEW; END",
+            false,
+        );
+        assert_eq!(names(&code.written), ["Old", "total", "app.audit"]);
+        assert_eq!(names(&code.written_many), ["Old", "total"]);
+        assert!(names(&code.calls).contains(&"app.f".to_owned()) && names(&code.calls).contains(&"lower".to_owned()));
+        let insert = code.inserts.first().unwrap();
+        assert_eq!(insert.columns, Columns::Named(vec!["a".into(), "b".into()]));
+        assert!(code.operators.contains("+") && code.reads);
+        assert_eq!((code.varies, code.unproven), (None, None));
+    }
+
+    #[test]
+    fn a_trigger_that_only_keeps_what_it_is_given_reads_nothing() {
+        let code = scan("BEGIN NEW.b := NEW.a + 1; INSERT INTO log VALUES (NEW.a, TG_OP); RETURN NEW; END", false);
+        assert!(!code.reads && code.written_many.is_empty() && code.unproven.is_none());
+        assert_eq!(code.inserts.first().unwrap().columns, Columns::First(2));
+    }
+
+    #[test]
+    fn what_is_another_thing_on_another_server_is_told() {
+        for body in [
+            "BEGIN NEW.t := CURRENT_TIMESTAMP; RETURN NEW; END",
+            "BEGIN NEW.u := session_user; RETURN NEW; END",
+            "BEGIN SELECT 1 FROM t FOR UPDATE SKIP LOCKED; END",
+            "BEGIN SET LOCAL role = 'x'; END",
+            "BEGIN RESET SESSION AUTHORIZATION; END",
+            "BEGIN PERFORM set_config('role', 'none', true); END",
+            "BEGIN COMMIT; END",
+            "BEGIN IF a THEN CREATE TABLE t (a int); END IF; END",
+            "BEGIN NOTIFY x; END",
+        ] {
+            assert!(scan(body, false).varies.is_some(), "{body}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_is_not_proven() {
+        for body in [
+            "BEGIN EXECUTE 'DELETE FROM ' || t; END",
+            "BEGIN SELECT v INTO n FROM t WHERE g = 1; END",
+            "BEGIN FOR r IN SELECT * FROM t LOOP n := r.v; END LOOP; END",
+            "SELECT v FROM t LIMIT 1",
+            "SELECT sum(v::float8) FROM t",
+            "SELECT string_agg(v, ',') FROM t",
+            "INSERT INTO t VALUES ('now')",
+            "SELECT current_setting(name) FROM t",
+        ] {
+            let code = scan(body, false);
+            assert!(code.varies.is_none() && code.unproven.is_some(), "{body}: {code:?}");
+        }
+        for body in [
+            "BEGIN SELECT count(*) INTO n FROM t WHERE g = 1; END",
+            "BEGIN SELECT v INTO STRICT n FROM t WHERE g = 1; END",
+            "BEGIN UPDATE t SET v = 1 WHERE id = 1 RETURNING v INTO n; END",
+            "BEGIN FOR i IN 1..3 LOOP INSERT INTO t (v) VALUES (i); END LOOP; END",
+            "INSERT INTO t VALUES (1) ON CONFLICT DO NOTHING",
+            "SELECT sum(v) FROM t",
+        ] {
+            let code = scan(body, false);
+            assert_eq!((code.varies, code.unproven), (None, None), "{body}");
+        }
+    }
+
+    #[test]
+    fn settings_and_handlers_are_found() {
+        let code =
+            scan("BEGIN NEW.t := current_setting('App.Tenant', true); EXCEPTION WHEN OTHERS THEN NULL; END", false);
+        assert!(code.settings.contains("app.tenant") && code.catches_errors);
+        assert!(scan("INSERT INTO t VALUES (now(), CURRENT_DATE, 'now')", true).varies.is_none());
+    }
+}
