@@ -3,6 +3,8 @@
 //! Query, Parse, Bind, Execute towards servers; errors and the end of a statement towards clients. They are
 //! appended to a buffer, so that a batch leaves in one write.
 
+use std::borrow::Cow;
+
 use bytes::{BufMut, BytesMut};
 
 /// Appends one frame whose body `fill` writes.
@@ -161,20 +163,25 @@ impl ClientError {
     }
 
     pub fn write(&self, out: &mut BytesMut) {
+        self.write_as(out, |text| Cow::Borrowed(text.as_bytes()));
+    }
+
+    /// The same in another encoding than UTF-8.
+    pub fn write_as<'t>(&'t self, out: &mut BytesMut, encode: impl Fn(&'t str) -> Cow<'t, [u8]>) {
         let severity: &[u8] = if self.fatal { b"FATAL" } else { b"ERROR" };
         frame(out, b'E', |b| {
-            let fields: [(u8, &[u8]); 6] = [
-                (b'S', severity),
-                (b'V', severity),
-                (b'C', self.sqlstate.as_bytes()),
-                (b'M', self.message.as_bytes()),
-                (b'D', self.detail.as_bytes()),
-                (b'H', self.hint.as_bytes()),
+            let fields: [(u8, Cow<'_, [u8]>); 6] = [
+                (b'S', Cow::Borrowed(severity)),
+                (b'V', Cow::Borrowed(severity)),
+                (b'C', Cow::Borrowed(self.sqlstate.as_bytes())),
+                (b'M', encode(&self.message)),
+                (b'D', encode(&self.detail)),
+                (b'H', encode(&self.hint)),
             ];
             for (field, value) in fields {
                 if !value.is_empty() {
                     b.put_u8(field);
-                    put_string(b, value);
+                    put_string(b, &value);
                 }
             }
             b.put_u8(0);

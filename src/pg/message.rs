@@ -193,6 +193,20 @@ pub fn tag_count(body: &[u8]) -> Option<u64> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
+/// Whether a notice is of the levels DEBUG1 to DEBUG5.
+#[must_use]
+pub fn is_debug(body: &[u8]) -> bool {
+    error_field(body, b'V').is_some_and(|severity| severity.starts_with(b"DEBUG"))
+}
+
+/// The value of a `ParameterStatus` of this name.
+#[must_use]
+pub fn parameter<'b>(body: &'b [u8], name: &[u8]) -> Option<&'b str> {
+    let mut r = Reader::new(b'S', body);
+    let value = (r.string().ok()? == name).then(|| r.string().ok())??;
+    std::str::from_utf8(value).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

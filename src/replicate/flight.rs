@@ -3,6 +3,7 @@
 //! `BEGIN; effects with their counts asserted inside the SQL; mark; PREPARE TRANSACTION`, without a Sync inside, so that
 //! an error keeps the rest from running. COPY needs a round trip of its own: its count is compared before the PREPARE.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::BytesMut;
@@ -12,6 +13,7 @@ use crate::replicate::effects::{Effect, EffectLog, EffectRole, Range, StatementT
 use crate::replicate::follower::{Answer, BATCH_BYTES_MAX, Connection, ServerError};
 use crate::replicate::rows::{Arrays, KeptRows, put_copy_line};
 use crate::replicate::schema::Context;
+use crate::sql::encoding;
 use crate::sql::facts::quote_literal;
 use crate::sql::rows::{Many, RowTexts};
 
@@ -169,7 +171,7 @@ impl<'c> Writer<'c> {
                 Effect::Statement { context, role, text, types, parameters } => {
                     self.enter(context, role);
                     let out_name = match text {
-                        StatementText::Shared(text) => self.connection.prepare(text, types),
+                        StatementText::Shared(text) => self.named(context, text, types),
                         StatementText::Once(text) => {
                             self.read(log, *text)?;
                             build::parse(&mut self.connection.out, b"", &self.buffer, types);
@@ -185,12 +187,13 @@ impl<'c> Writer<'c> {
                 }
                 Effect::Rows { context, role, texts, data, rows } => {
                     self.enter(context, role);
-                    self.rows(log, texts, *data, *rows).await?;
+                    self.rows(log, context, texts, *data, *rows).await?;
                 }
                 Effect::Changed { rows } => self.changed(*rows).await?,
                 Effect::Copy { context, role, text, data, rows } => {
                     self.enter(context, role);
-                    self.copy(log, text, *data, *rows).await?;
+                    let text = encoding::encode(text, context.client_encoding());
+                    self.copy(log, &text, *data, *rows).await?;
                 }
             }
         }
@@ -198,18 +201,44 @@ impl<'c> Writer<'c> {
         Ok(())
     }
 
-    async fn rows(&mut self, log: &EffectLog, texts: &RowTexts, data: Range, rows: u64) -> Result<(), ServerError> {
-        let kept = KeptRows::new(log, data);
-        match &texts.many {
-            _ if rows == 1 => self.rows_one_by_one(kept, &texts.one).await,
-            Many::OneByOne => self.rows_one_by_one(kept, &texts.one).await,
-            Many::Copy(text) => self.rows_by_copy(kept, text).await,
-            Many::Arrays { text, whole } => self.rows_by_arrays(kept, text, *whole).await,
+    /// The name under which the text is prepared. Texts that are not UTF-8 share none: the same string may be another text.
+    fn named(&mut self, context: &Context, text: &Arc<str>, types: &Arc<[u8]>) -> String {
+        match encoding::encode(text, context.client_encoding()) {
+            Cow::Borrowed(_) => self.connection.prepare(text, types),
+            Cow::Owned(text) => {
+                build::parse(&mut self.connection.out, b"", &text, types);
+                String::new()
+            }
         }
     }
 
-    async fn rows_one_by_one(&mut self, mut kept: KeptRows<'_>, text: &Arc<str>) -> Result<(), ServerError> {
-        let name = self.connection.prepare(text, &Arc::from([]));
+    async fn rows(
+        &mut self,
+        log: &EffectLog,
+        context: &Context,
+        texts: &RowTexts,
+        data: Range,
+        rows: u64,
+    ) -> Result<(), ServerError> {
+        let no_types = Arc::from([]);
+        let kept = KeptRows::new(log, data);
+        match &texts.many {
+            Many::Copy(text) if rows != 1 => {
+                let name = self.named(context, text, &no_types);
+                self.rows_by_copy(kept, &name).await
+            }
+            Many::Arrays { text, whole } if rows != 1 => {
+                let name = self.named(context, text, &no_types);
+                self.rows_by_arrays(kept, &name, *whole).await
+            }
+            _ => {
+                let name = self.named(context, &texts.one, &no_types);
+                self.rows_one_by_one(kept, &name).await
+            }
+        }
+    }
+
+    async fn rows_one_by_one(&mut self, mut kept: KeptRows<'_>, name: &str) -> Result<(), ServerError> {
         while let Some(row) = kept.take().map_err(ServerError::Effects)? {
             build::bind_raw(&mut self.connection.out, b"", name.as_bytes(), row, &[]);
             build::execute(&mut self.connection.out, b"", 0);
@@ -220,13 +249,7 @@ impl<'c> Writer<'c> {
         Ok(())
     }
 
-    async fn rows_by_arrays(
-        &mut self,
-        mut kept: KeptRows<'_>,
-        text: &Arc<str>,
-        whole: bool,
-    ) -> Result<(), ServerError> {
-        let name = self.connection.prepare(text, &Arc::from([]));
+    async fn rows_by_arrays(&mut self, mut kept: KeptRows<'_>, name: &str, whole: bool) -> Result<(), ServerError> {
         loop {
             let (bytes_max, rows_max) = if whole { (usize::MAX, u64::MAX) } else { (SET_BYTES, SET_ROWS) };
             let mut arrays = Arrays::default();
@@ -250,8 +273,7 @@ impl<'c> Writer<'c> {
 
     /// A COPY inside the flight: the server reads its data from what follows, and leaves them out if it did not begin. How many
     /// rows there are follows from the data, which are ours.
-    async fn rows_by_copy(&mut self, mut kept: KeptRows<'_>, text: &Arc<str>) -> Result<(), ServerError> {
-        let name = self.connection.prepare(text, &Arc::from([]));
+    async fn rows_by_copy(&mut self, mut kept: KeptRows<'_>, name: &str) -> Result<(), ServerError> {
         build::bind_text(&mut self.connection.out, b"", name.as_bytes(), &[]);
         build::execute(&mut self.connection.out, b"", 0);
         let mut lines = BytesMut::new();
@@ -291,7 +313,14 @@ impl<'c> Writer<'c> {
     pub(super) fn enter(&mut self, context: &Arc<Context>, role: &EffectRole) {
         if self.connection.context.as_ref().is_none_or(|c| **c != **context) {
             self.leave_role();
-            let values: Vec<Option<&[u8]>> = context.settings.iter().map(|s| Some(s.as_bytes())).collect();
+            let name = context.client_encoding();
+            let before = self.connection.context.as_ref().map(|context| context.client_encoding());
+            if before != Some(name) && !context.settings.iter().all(|setting| setting.is_ascii()) {
+                // The server reads the others in the encoding that it has then.
+                self.execute("pgtandem_encoding", &[Some(name.as_bytes())]);
+            }
+            let values: Vec<_> = context.settings.iter().map(|setting| encoding::encode(setting, name)).collect();
+            let values: Vec<Option<&[u8]>> = values.iter().map(|value| Some(&value[..])).collect();
             self.execute("pgtandem_apply", &values);
             self.connection.context = Some(Arc::clone(context));
         }
@@ -302,7 +331,9 @@ impl<'c> Writer<'c> {
         };
         if self.role != role {
             match &role {
-                Some(name) => self.execute("pgtandem_role", &[Some(name.as_bytes())]),
+                Some(name) => {
+                    self.execute("pgtandem_role", &[Some(&encoding::encode(name, context.client_encoding()))]);
+                }
                 None => self.leave_role(),
             }
             self.role = role;
@@ -372,9 +403,9 @@ impl<'c> Writer<'c> {
         Err(ServerError::Answer { sqlstate: "22012".into(), message })
     }
 
-    async fn copy(&mut self, log: &EffectLog, text: &str, data: Range, rows: u64) -> Result<(), ServerError> {
+    async fn copy(&mut self, log: &EffectLog, text: &[u8], data: Range, rows: u64) -> Result<(), ServerError> {
         self.end().await?;
-        build::query(&mut self.connection.out, text.as_bytes());
+        build::query(&mut self.connection.out, text);
         let mut answer = Answer::default();
         let mut at = 0;
         while at < data.len && answer.status == 0 {

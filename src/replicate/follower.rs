@@ -162,6 +162,8 @@ impl Connection {
         build::execute(&mut connection.out, b"", 0);
         let apply = schema::apply_context_text();
         build::parse(&mut connection.out, b"pgtandem_apply", apply.as_bytes(), &[]);
+        let encoding = b"SELECT pg_catalog.set_config('client_encoding', $1, false)";
+        build::parse(&mut connection.out, b"pgtandem_encoding", encoding, &[]);
         build::parse(&mut connection.out, b"pgtandem_mark_here", schema::MARK_ON_FOLLOWER.as_bytes(), &[]);
         build::parse(&mut connection.out, b"pgtandem_role", b"SELECT pg_catalog.set_config('role', $1, true)", &[]);
         build::sync(&mut connection.out);

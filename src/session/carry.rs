@@ -149,7 +149,7 @@ impl Session {
     /// A statement for followers, after those before it.
     pub fn push_step(&mut self, role: EffectRole, text: &str) -> Result<(), ClientError> {
         let context = self.effect_context()?;
-        let text = StatementText::Once(self.log.append(text.as_bytes())?);
+        let text = StatementText::Once(self.log.append(&self.encoded(text))?);
         let effect = Effect::Statement { context, role, text, types: Arc::from([]), parameters: Range::default() };
         Ok(self.log.push(effect)?)
     }
@@ -195,7 +195,8 @@ impl Session {
     /// A statement of ours that is parsed for this once.
     fn hidden_text(&mut self, text: &str, values: &[Option<&[u8]>], mode: Mode) {
         let (statement, portal) = (b"pgtandem_q", b"pgtandem_p");
-        build::parse(&mut self.wire.to_server, statement, text.as_bytes(), &[]);
+        let text = self.encoded(text);
+        build::parse(&mut self.wire.to_server, statement, &text, &[]);
         build::bind_text(&mut self.wire.to_server, portal, statement, values);
         build::execute(&mut self.wire.to_server, portal, 0);
         build::close(&mut self.wire.to_server, b'P', portal);

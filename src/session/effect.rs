@@ -12,6 +12,7 @@ use crate::replicate::schema::Context;
 use crate::session::parameters;
 use crate::session::run::Session;
 use crate::session::wire::{End, Until};
+use crate::sql::encoding;
 use crate::sql::plan::{EffectPlan, Role, Write};
 use crate::sql::rows::{Many, WHOLE_BYTES_MAX};
 use crate::sql::shape::Shape;
@@ -158,8 +159,9 @@ impl Session {
         if count == Some(0) || (*counted && count.is_none()) {
             return Ok(());
         }
-        let values = self.wire.results.rows.first().map(|row| values_of(row)).unwrap_or_default();
         let context = self.effect_context()?;
+        let values = self.wire.results.rows.first();
+        let values = values.map(|row| values_of(row, context.client_encoding())).unwrap_or_default();
         let shared = if parameters.is_empty() { write.shared_text(text, shape, count) } else { None };
         if let Some((shared, literals)) = shared {
             let bound: Vec<Option<&[u8]>> = literals.iter().map(|v| Some(v.as_bytes())).collect();
@@ -188,7 +190,7 @@ impl Session {
         let text = if parameters.len > 0 {
             StatementText::Shared(self.intern(follower_text))
         } else {
-            StatementText::Once(self.log.append(follower_text.as_bytes())?)
+            StatementText::Once(self.log.append(&encoding::encode(&follower_text, context.client_encoding()))?)
         };
         let effect = Effect::Statement { context, role: effect_role(owner.as_ref()), text, types, parameters };
         self.log.push(effect)?;
@@ -205,7 +207,8 @@ impl Session {
     /// If the list is full.
     pub fn set_constraints_effect(&mut self, text: &str) -> Result<(), ClientError> {
         let context = self.effect_context()?;
-        let text = StatementText::Once(self.log.append(text.as_bytes())?);
+        let text = encoding::encode(text, context.client_encoding());
+        let text = StatementText::Once(self.log.append(&text)?);
         let (types, parameters) = (Arc::from([]), Range::default());
         self.log.push(Effect::Statement { context, role: EffectRole::Own, text, types, parameters })?;
         self.effects_since.get_or_insert_with(Instant::now);
@@ -325,12 +328,14 @@ impl Session {
 }
 
 /// Values of one row, as text.
-fn values_of(row: &[u8]) -> Vec<Option<String>> {
+fn values_of(row: &[u8], encoding: &str) -> Vec<Option<String>> {
     let mut r = Reader::new(b'D', row);
     let mut values = Vec::new();
     while !r.rest().is_empty() {
         match r.value() {
-            Ok(value) => values.push(value.map(|v| String::from_utf8_lossy(v).into_owned())),
+            Ok(value) => values.push(
+                value.map(|v| encoding::decode(v, encoding).unwrap_or_else(|| String::from_utf8_lossy(v)).into_owned()),
+            ),
             Err(_) => break,
         }
     }

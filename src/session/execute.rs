@@ -7,6 +7,7 @@ use bytes::{Buf, Bytes};
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::pg::message;
+use crate::session::effect::put_tag;
 use crate::session::guard::is_write;
 use crate::session::once::{Ended, How, OnceCall};
 use crate::session::parameters;
@@ -53,9 +54,11 @@ impl Session {
         let (answered, flushes) = (self.wire.to_client.len(), self.wire.flushes);
         self.wire.clear_results();
         self.wire.hide_errors = true;
+        self.wire.hold_tag = true;
         self.pass(frame, Expect::Execute { mode: Mode::Forward });
         let done = self.catch_up().await;
         self.wire.hide_errors = false;
+        self.wire.hold_tag = false;
         done?;
         if let Some(error) = self.wire.results.error.take() {
             if let Some(sent) = sent.filter(|_| is_write(&error) && self.wire.flushes == flushes) {
@@ -65,8 +68,14 @@ impl Session {
             self.tell_guard_error(&error);
             return Ok(());
         }
+        // A cancel may still hit the statement here: its tag comes when nothing can fail any more.
+        let tag = self.wire.results.tag.take();
         self.hidden("pgtandem_p", "pgtandem_guard_off", &[]);
-        self.catch_up().await
+        self.catch_up().await?;
+        if let Some(tag) = tag.filter(|_| !self.wire.is_skipping()) {
+            put_tag(&mut self.wire.to_client, &tag);
+        }
+        Ok(())
     }
 
     /// A query that wrote behind the guard, once more in its own lane.
@@ -188,7 +197,7 @@ impl Session {
     }
 
     /// A setting may have been changed since Bind: an effect is made under what holds now. False: the batch has failed.
-    async fn know_context(&mut self) -> Result<bool, End> {
+    pub async fn know_context(&mut self) -> Result<bool, End> {
         if self.facts.is_none() && self.wire.status != b'E' {
             self.catch_up().await?;
             if self.wire.is_skipping() {
@@ -317,13 +326,13 @@ impl Session {
             let count = rest.tag.rsplit(|byte| *byte == b' ').next().map_or(0, <[u8]>::len);
             let mut tag = rest.tag.get(..rest.tag.len() - count).unwrap_or_default().to_vec();
             tag.extend_from_slice(all.to_string().as_bytes());
-            crate::session::effect::put_tag(&mut self.wire.to_client, &tag);
+            put_tag(&mut self.wire.to_client, &tag);
         }
         Ok(())
     }
 
     /// Why this execution can not be carried to followers.
-    fn refuse_execution(
+    pub fn refuse_execution(
         &self,
         write: &Write,
         prepared: &Prepared,

@@ -59,10 +59,10 @@ pub struct Results {
     pub suspended: bool,
     /// The server wants the data of a COPY.
     pub copy_in: bool,
-    /// Types of the parameters of the last statement that was described for us.
-    pub parameter_types: Vec<u32>,
-    /// Number of columns of the last hidden row description.
-    pub columns: usize,
+    /// The last hidden row description; empty: the statement gives no rows.
+    pub description: Bytes,
+    /// The last hidden parameter description, as in `Parse`.
+    pub parameter_types: Bytes,
 }
 
 /// When [`crate::session::wire::Wire::pump`] is done.

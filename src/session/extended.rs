@@ -5,7 +5,6 @@
 //! ours inside the client's batch; its Sync commits it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -13,13 +12,13 @@ use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::pg::message::{self, Bind, Parse};
 use crate::session::execute::Sent;
-use crate::session::planning::{Planned, mode_of};
-use crate::session::rewrite;
+use crate::session::planning::Planned;
+use crate::session::rewrite::{self, OwnRow};
 use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::statements::{Portal, Prepared};
 use crate::session::wire::{EXPECTS_MAX, End, Expect, Mode, Until};
-use crate::sql::plan::{Admin, Lane, Plan};
+use crate::sql::plan::{Admin, Lane};
 
 impl Session {
     pub async fn extended(&mut self, tag: u8, frame: Bytes) -> Result<(), End> {
@@ -159,7 +158,8 @@ impl Session {
             }
             Lane::Write(write) => match write.leader_text(&text, &shape) {
                 Some(text) => {
-                    build::parse(&mut self.wire.to_server, parse.name, text.as_bytes(), &types);
+                    let text = self.encoded(&text);
+                    build::parse(&mut self.wire.to_server, parse.name, &text, &types);
                     self.wire.expects.push_back(Expect::Parse { hidden: false });
                 }
                 None => self.pass(frame, Expect::Parse { hidden: false }),
@@ -167,16 +167,26 @@ impl Session {
             _ => self.pass(frame, Expect::Parse { hidden: false }),
         }
         let (schema_number, facts) = (self.planned_at, self.facts.clone());
-        let prepared = Prepared { text, shape, plan, types, own_columns: 0, schema_number, facts };
+        let prepared = Prepared {
+            text,
+            indent: 0,
+            shape,
+            plan,
+            types,
+            types_known: false,
+            own_row: OwnRow::default(),
+            schema_number,
+            facts,
+        };
         if is_admin {
             self.statements.set_statement(name, Arc::new(prepared));
             return Ok(());
         }
         // Told before anything else is asked of the server: its answers are counted in the order of sending.
         self.statements.send_statement(name.clone(), Some(Arc::new(prepared.clone())));
-        let own_columns = self.own_columns(&name, &prepared.plan).await?;
-        if own_columns > 0 && !self.wire.is_skipping() {
-            self.statements.set_statement(name, Arc::new(Prepared { own_columns, ..prepared }));
+        let own_row = self.own_row(&name, &prepared.plan).await?;
+        if own_row.columns > 0 && !self.wire.is_skipping() {
+            self.statements.set_statement(name, Arc::new(Prepared { own_row, ..prepared }));
         }
         Ok(())
     }
@@ -193,95 +203,29 @@ impl Session {
             self.statements.send_portal(portal, None);
             return Ok(());
         };
-        let Some(prepared) = self.renew(frame.slice_ref(bind.statement), prepared).await? else { return Ok(()) };
-        let mode = match &prepared.plan.lane {
-            Lane::Write(write) => mode_of(write),
-            _ => Mode::Forward,
+        let prepared = match self.renew(frame.slice_ref(bind.statement), prepared).await? {
+            Ok(prepared) => prepared,
+            Err(failure) => return self.tell_failure(failure).await,
         };
+        let mode = self.mode_of_lane(&prepared.plan.lane);
+        let result_formats = frame.slice_ref(bind.result_formats);
         if matches!(prepared.plan.lane, Lane::Admin(_)) {
             self.catch_up().await?;
             build::frame(&mut self.wire.to_client, b'2', |_| {});
             let parameters = frame.slice_ref(bind.parameters);
-            self.statements.set_portal(portal, Portal { prepared, parameters, formats: Bytes::new(), rest: None });
+            self.statements.set_portal(portal, Portal { prepared, parameters, result_formats, rest: None });
             return Ok(());
         } else if let Mode::Strip { hidden, client_returning } = mode {
-            let formats = rewrite::result_formats(bind.result_formats, client_returning, prepared.own_columns, hidden);
+            let own_columns = self.own_columns_of(&prepared);
+            let formats = rewrite::result_formats(bind.result_formats, client_returning, own_columns, hidden);
             build::bind_raw(&mut self.wire.to_server, bind.portal, bind.statement, bind.parameters, &formats);
             self.wire.expects.push_back(Expect::Bind { hidden: false });
         } else {
             self.pass(frame, Expect::Bind { hidden: false });
         }
         let parameters = frame.slice_ref(bind.parameters);
-        let formats = frame.slice_ref(bind.result_formats);
-        self.statements.send_portal(portal, Some(Portal { prepared, parameters, formats, rest: None }));
+        self.statements.send_portal(portal, Some(Portal { prepared, parameters, result_formats, rest: None }));
         Ok(())
-    }
-
-    /// Whether a plan made under other settings, or in another catalog, would be the same now.
-    fn is_current(&self, prepared: &Prepared) -> bool {
-        let same_place = match (&prepared.facts, &self.facts) {
-            (Some(then), Some(now)) => Arc::ptr_eq(then, now) || then.is_same_place(now),
-            _ => false,
-        };
-        same_place && !self.has_own_catalog && prepared.schema_number == self.hub.schema_number.load(Ordering::Acquire)
-    }
-
-    /// A statement that was prepared before a change of the schema, the role or the search path is planned again, and prepared
-    /// again on the leader if its plan is another one now. `None`: it is refused now, and the client has the error.
-    async fn renew(&mut self, name: Bytes, old: Arc<Prepared>) -> Result<Option<Arc<Prepared>>, End> {
-        let fixed = matches!(old.plan.lane, Lane::Admin(_) | Lane::Control(_));
-        // In a failed block nothing is run, and nothing can be known.
-        if fixed || self.wire.status == b'E' || self.is_current(&old) {
-            return Ok(Some(old));
-        }
-        let (plan, shape) = match self.plan(old.text.as_bytes()).await? {
-            Planned::One { plan, shape, .. } => (plan, shape),
-            Planned::Nothing | Planned::Several(_) => return Ok(Some(old)),
-            Planned::Skipped => return Ok(None),
-            Planned::Refused(refusal) => return self.refuse_extended(&refused(&refusal)).await.map(|()| None),
-            Planned::Failed(error) => {
-                self.wire.to_client.extend_from_slice(&error_frame(&error));
-                self.skip_until_sync = true;
-                return Ok(None);
-            }
-        };
-        if let Lane::Refused(refusal) = &plan.lane {
-            return self.refuse_extended(&refused(refusal)).await.map(|()| None);
-        }
-        if self.wire.status == b'E' {
-            return Ok(Some(old));
-        }
-        let mut own_columns = old.own_columns;
-        if plan != old.plan {
-            let leader_text = match &plan.lane {
-                Lane::Write(write) => write.leader_text(&old.text, &shape),
-                _ => None,
-            };
-            build::close(&mut self.wire.to_server, b'S', &name);
-            self.wire.expects.push_back(Expect::Close { hidden: true });
-            let text = leader_text.as_deref().unwrap_or(&old.text);
-            build::parse(&mut self.wire.to_server, &name, text.as_bytes(), &old.types);
-            self.wire.expects.push_back(Expect::Parse { hidden: true });
-            own_columns = self.own_columns(&name, &plan).await?;
-        }
-        let (text, types) = (Arc::clone(&old.text), Arc::clone(&old.types));
-        let (schema_number, facts) = (self.planned_at, self.facts.clone());
-        let prepared = Arc::new(Prepared { text, shape, plan, types, own_columns, schema_number, facts });
-        self.statements.set_statement(name, Arc::clone(&prepared));
-        Ok(Some(prepared))
-    }
-
-    /// How many columns the client's own RETURNING has, where hidden ones follow.
-    async fn own_columns(&mut self, name: &[u8], plan: &Plan) -> Result<usize, End> {
-        let Lane::Write(write) = &plan.lane else { return Ok(0) };
-        let hidden = write.hidden_returning.len();
-        if hidden == 0 || !write.client_returning {
-            return Ok(0);
-        }
-        build::describe(&mut self.wire.to_server, b'S', name);
-        self.wire.expects.push_back(Expect::Describe { mode: Mode::Hidden });
-        self.catch_up().await?;
-        Ok(self.wire.results.columns.saturating_sub(hidden))
     }
 
     fn plan_named(&self, kind: u8, name: &[u8]) -> Option<&Arc<Prepared>> {
@@ -295,7 +239,7 @@ impl Session {
             return Ok(());
         }
         let mode = match self.plan_named(kind, name).map(|p| &p.plan.lane) {
-            Some(Lane::Write(write)) => mode_of(write),
+            Some(lane @ (Lane::Write(_) | Lane::Named(_))) => self.mode_of_lane(lane),
             Some(Lane::Admin(Admin::PoolNodes)) => {
                 self.catch_up().await?;
                 crate::proxy::admin::describe_pool_nodes(&mut self.wire.to_client, kind == b'S');
@@ -339,7 +283,7 @@ impl Session {
             return self.give_part(name, rows_max).await;
         }
         let (prepared, parameters) = (Arc::clone(&portal.prepared), portal.parameters.clone());
-        let formats = portal.formats.clone();
+        let formats = portal.result_formats.clone();
         let plan = Arc::clone(&prepared.plan);
         match &plan.lane {
             Lane::Read { guard: false, copy_in: false } if !plan.drops_prepared => {
@@ -369,6 +313,10 @@ impl Session {
                 }
                 self.after(&plan, &prepared.text, self.wire.results.error.is_none());
                 Ok(())
+            }
+            Lane::Named(named) => {
+                let formats = portal.result_formats.clone();
+                self.named_extended(frame, named, &prepared, &formats, rows_max).await
             }
             Lane::Maintenance { exclusive } => {
                 self.wire.clear_results();

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::pg::build::{self, ClientError};
+use crate::session::effect::put_tag;
 use crate::session::once::{Ended, How, OnceCall};
 use crate::session::planning::Planned;
 use crate::session::rewrite;
@@ -15,7 +16,8 @@ use crate::sql::plan::Lane;
 const READ_ONLY_VIOLATION: &[u8] = b"25006";
 
 impl Session {
-    /// Runs a read that calls functions that are not known, behind the server's read-only guard.
+    /// Runs a read that calls functions that are not known, behind the server's read-only guard. `hold_tag`: its tag waits for
+    /// the commit.
     /// False: it failed, and the client has the error.
     pub(super) async fn guarded_simple(&mut self, text: &str, hold_tag: bool) -> Result<bool, End> {
         if self.wire.status == b'I' {
@@ -32,13 +34,16 @@ impl Session {
         }
         let (answered, flushes) = (self.wire.to_client.len(), self.wire.flushes);
         self.wire.clear_results();
-        build::query(&mut self.wire.to_server, text.as_bytes());
+        let sent = self.encoded(text);
+        build::query(&mut self.wire.to_server, &sent);
         self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
         self.wire.hold_ready = true;
         self.wire.hide_errors = true;
+        self.wire.hold_tag = true;
         let done = self.pump_with_copy().await;
         self.wire.hold_ready = false;
         self.wire.hide_errors = false;
+        self.wire.hold_tag = false;
         done?;
         if let Some(error) = self.wire.results.error.take() {
             // What the client has seen already can not be taken back.
@@ -49,11 +54,18 @@ impl Session {
             self.tell_guard_error(&error);
             return Ok(false);
         }
-        let released = self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await?;
-        if !released {
+        // A cancel may still hit the statement here: its tag comes when nothing can fail any more.
+        let tag = self.wire.results.tag.take();
+        if !self.hidden_query("RELEASE SAVEPOINT pgtandem_guard").await? {
             self.tell_hidden_error();
+            return Ok(false);
         }
-        Ok(released)
+        match tag {
+            Some(tag) if hold_tag => self.held_tag = Some(tag),
+            Some(tag) => put_tag(&mut self.wire.to_client, &tag),
+            None => {}
+        }
+        Ok(true)
     }
 
     /// A query that wrote behind the guard, once more in its own lane.

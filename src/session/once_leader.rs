@@ -100,7 +100,10 @@ impl Session {
         if self.wire.results.error.is_some() {
             return Ok(None);
         }
+        // A count of two bytes, then four for each type.
         let types = std::mem::take(&mut self.wire.results.parameter_types);
+        let oids = types.get(2..).unwrap_or_default().chunks_exact(4).filter_map(|oid| oid.first_chunk());
+        let types: Vec<u32> = oids.map(|oid| u32::from_be_bytes(*oid)).collect();
         let names: Vec<String> = types.iter().map(|oid| format!("pg_catalog.format_type({oid}, NULL)")).collect();
         let names = self.ask_each(&names).await?;
         Ok(names.map(|names| names.into_iter().map(Option::unwrap_or_default).collect()))

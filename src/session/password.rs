@@ -23,7 +23,8 @@ impl Session {
         let results = std::mem::take(&mut self.wire.results);
         self.wire.hide_errors = true;
         let secret = Arc::clone(&self.secret);
-        self.hidden("pgtandem_p", "pgtandem_verifier", &[Some(secret.as_bytes()), Some(role.as_bytes())]);
+        let role = self.encoded(&role);
+        self.hidden("pgtandem_p", "pgtandem_verifier", &[Some(secret.as_bytes()), Some(&role)]);
         self.end_hidden();
         let done = self.wire.pump(Until::Answered).await;
         self.wire.hide_errors = false;

@@ -3,7 +3,6 @@
 //! Plans are kept per thread. A plan holds for one database, role, search_path and schema number; a session with temp
 //! objects or uncommitted DDL keeps plans of its own.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -26,7 +25,7 @@ use crate::sql::parse::Statement;
 use crate::sql::plan::{EffectPlan, Lane, Once, Plan, Proof, Refusal, Write};
 use crate::sql::reach::{Reach, Verdict};
 use crate::sql::shape::{self, Shape};
-use crate::sql::{catalog, classify, facts::Facts, needs::Needs, parse};
+use crate::sql::{catalog, classify, encoding, facts::Facts, needs::Needs, parse};
 
 /// Plans that one thread keeps; past that it starts anew.
 const PLANS_MAX: usize = 10_000;
@@ -70,8 +69,7 @@ pub enum Planned {
         shape: Shape,
         text: Arc<str>,
     },
-    /// Several statements, at these bytes of the text.
-    Several(Vec<Range<usize>>),
+    Several(Parts),
     /// Nothing but white space and comments.
     Nothing,
     Refused(Refusal),
@@ -79,6 +77,14 @@ pub enum Planned {
     Failed(Bytes),
     /// An earlier message of the batch failed: the leader skips to the next Sync.
     Skipped,
+}
+
+/// Several statements in one text.
+#[derive(Debug)]
+pub struct Parts {
+    pub text: Arc<str>,
+    /// Where each is, in bytes.
+    pub ranges: Vec<Range<usize>>,
 }
 
 fn refusal(message: &str, hint: &str) -> Refusal {
@@ -91,10 +97,7 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
-        let Some(text) = readable(text) else {
-            return Ok(unreadable());
-        };
-        let asks_nothing = takes_no_snapshot(&text);
+        let asks_nothing = takes_no_snapshot(&String::from_utf8_lossy(text));
         if self.facts.is_none() && !asks_nothing {
             self.catch_up().await?;
             if self.wire.is_skipping() {
@@ -109,6 +112,7 @@ impl Session {
         {
             return Ok(Planned::Failed(error));
         }
+        let Some(text) = self.readable(text) else { return Ok(self.unreadable()) };
         self.planned_at = self.hub.settled_schema().await;
         let shape = shape::mask(&text);
         let key = self.key(&shape.key);
@@ -129,7 +133,7 @@ impl Session {
             (_, Some(last)) => {
                 let mut ranges: Vec<_> = statements.into_iter().map(|s| s.range).collect();
                 ranges.push(last.range);
-                return Ok(Planned::Several(ranges));
+                return Ok(Planned::Several(Parts { text, ranges }));
             }
         };
         let needs = Needs::of(&statement);
@@ -168,6 +172,9 @@ impl Session {
                 _ => Arc::new(Plan { lane: Lane::Read { guard: false, copy_in: false }, ..classify::unparsed() }),
             };
             return Ok(Planned::One { plan, shape, text });
+        }
+        if !text.is_ascii() && !self.is_carried_in_bytes(&plan.lane) {
+            return Ok(self.unreadable());
         }
         let has_password = matches!(&plan.lane, Lane::Write(write) if write.edits.password.is_some());
         if !has_password {
@@ -245,7 +252,7 @@ impl Session {
             return Ok(true);
         }
         let results = std::mem::take(&mut self.wire.results);
-        let now = self.plan(text.as_bytes()).await?;
+        let now = self.plan(&self.encoded(text)).await?;
         self.wire.results = results;
         Ok(matches!(now, Planned::One { plan: now, .. } if *now == *plan))
     }
@@ -275,7 +282,15 @@ impl Session {
     /// The context from the results of the query that asked for it.
     pub fn take_context(&mut self) {
         let row = self.wire.results.values.pop().flatten().unwrap_or_default();
-        self.facts = SessionFacts::parse(&String::from_utf8_lossy(&row)).map(|mut facts| {
+        // The encoding is among what it says: ASCII in any encoding.
+        let parsed = encoding::decode(&row, "SQL_ASCII").and_then(|row| SessionFacts::parse(&row));
+        let name = parsed.as_ref().map_or("UTF8", |facts| facts.context.client_encoding());
+        let parsed = match encoding::decode(&row, name) {
+            Some(row) => SessionFacts::parse(&row),
+            // Names in it can not be read; nothing in this encoding is carried.
+            None => parsed,
+        };
+        self.facts = parsed.map(|mut facts| {
             // "$user" means the client's role, whichever role the effect runs under.
             let quoted = format!("\"{}\"", facts.context.role.replace('"', "\"\""));
             if let Some(path) = facts.context.settings.get_mut(SEARCH_PATH) {
@@ -293,7 +308,8 @@ impl Session {
     async fn catalog_query(&mut self, text: &str) -> Result<Result<String, Bytes>, End> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
-        self.hidden("pgtandem_p", "pgtandem_catalog", &[Some(text.as_bytes())]);
+        let text = self.encoded(text);
+        self.hidden("pgtandem_p", "pgtandem_catalog", &[Some(&text)]);
         self.end_hidden();
         let done = self.wire.pump(Until::Answered).await;
         self.wire.hide_errors = false;
@@ -304,7 +320,8 @@ impl Session {
             return Ok(Err(error.slice(HEADER_BYTES..)));
         }
         let value = self.wire.results.values.pop().flatten().unwrap_or_default();
-        Ok(Ok(String::from_utf8_lossy(&value).into_owned()))
+        let text = encoding::decode(&value, self.encoding());
+        Ok(Ok(text.unwrap_or_else(|| String::from_utf8_lossy(&value)).into_owned()))
     }
 
     /// Why this session may not write, whatever the statement.
@@ -340,8 +357,9 @@ impl Session {
                 "RESET session_replication_role.",
             );
         }
-        if encoding == "SQL_ASCII" {
-            return error("client_encoding SQL_ASCII is not supported", "SET client_encoding = 'UTF8'.");
+        if encoding::is_refused(encoding) {
+            let what = format!("client_encoding {encoding} is not supported: its texts can not be read safely");
+            return error(&what, "SET client_encoding = 'UTF8'.");
         }
         None
     }
@@ -387,14 +405,6 @@ fn takes_no_snapshot(text: &str) -> bool {
     first.is_some_and(|word| FIRST.iter().any(|known| known.eq_ignore_ascii_case(word)))
 }
 
-/// The text as UTF-8.
-fn readable(text: &[u8]) -> Option<Arc<str>> {
-    match String::from_utf8_lossy(text) {
-        Cow::Borrowed(text) => Some(text.into()),
-        Cow::Owned(_) => None,
-    }
-}
-
 /// The mode in which a statement's rows are taken.
 #[must_use]
 pub fn mode_of(write: &Write) -> Mode {
@@ -409,12 +419,4 @@ pub fn mode_of(write: &Write) -> Mode {
 #[must_use]
 pub fn schema_changed() -> build::ClientError {
     build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
-}
-
-/// A text that is not UTF-8 can be parsed only with its other bytes masked, so it is not known well enough to be carried.
-fn unreadable() -> Planned {
-    Planned::Refused(refusal(
-        "the statement has characters that are not UTF-8, which pgtandem does not understand yet",
-        "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.",
-    ))
 }

@@ -9,7 +9,7 @@ use crate::session::wire;
 
 /// An error or notice with its position moved to where the statement stands in the client's own text.
 #[must_use]
-pub fn shift_position(frame: &BytesMut, offset: usize) -> BytesMut {
+pub fn shift_position(frame: &BytesMut, offset: isize) -> BytesMut {
     let body = frame::body(frame);
     if offset == 0 || message::error_field(body, b'P').is_none() {
         return frame.clone();
@@ -24,7 +24,7 @@ pub fn shift_position(frame: &BytesMut, offset: usize) -> BytesMut {
             }
             let Ok(value) = r.string() else { break };
             b.extend_from_slice(&[field]);
-            let position = std::str::from_utf8(value).ok().and_then(|v| v.parse::<usize>().ok());
+            let position = std::str::from_utf8(value).ok().and_then(|v| v.parse::<isize>().ok());
             match position {
                 Some(n) if field == b'P' => b.extend_from_slice((n + offset).to_string().as_bytes()),
                 _ => b.extend_from_slice(value),
@@ -76,6 +76,37 @@ pub fn strip_columns(frame: &BytesMut, hidden: usize) -> Result<BytesMut, FrameE
         b.extend_from_slice(kept);
     });
     Ok(out)
+}
+
+/// What a client knows of the rows that a prepared statement gives it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnRow {
+    pub columns: usize,
+    /// Name, type and modifier of each: what PostgreSQL's `equalTupleDescs` compares.
+    described: Vec<u8>,
+}
+
+impl OwnRow {
+    /// Of the body of a `RowDescription` whose last columns are ours; an empty one has none.
+    ///
+    /// # Errors
+    /// If it is shorter than it says.
+    pub fn of(body: &[u8], hidden: usize) -> Result<Self, FrameError> {
+        let mut r = Reader::new(b'T', body);
+        let mut row = Self::default();
+        if body.is_empty() {
+            return Ok(row);
+        }
+        row.columns = usize::from(r.u16()?).saturating_sub(hidden);
+        for _ in 0..row.columns {
+            row.described.extend_from_slice(r.string()?);
+            // After the name: table, attribute, type, size, modifier, format.
+            let rest = r.bytes(18)?;
+            row.described.extend_from_slice(&rest[6..10]);
+            row.described.extend_from_slice(&rest[12..16]);
+        }
+        Ok(row)
+    }
 }
 
 /// Result formats for a statement with hidden columns, which are always text.

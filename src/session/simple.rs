@@ -10,10 +10,12 @@ use bytes::Bytes;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame;
 use crate::session::copy_file::FromFile;
+use crate::session::effect::put_tag;
 use crate::session::once::{How, OnceCall};
-use crate::session::planning::{Planned, mode_of, schema_changed};
+use crate::session::planning::{Parts, Planned, mode_of, schema_changed};
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
+use crate::sql::encoding;
 use crate::sql::lex::{Kind, Lexer};
 use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
 use crate::sql::shape::Shape;
@@ -38,7 +40,7 @@ impl Session {
         self.in_batch = false;
         match self.plan(text).await? {
             Planned::One { plan, shape, text } => self.only_statement(&frame, &plan, &shape, &text).await,
-            Planned::Several(ranges) => self.several(text, &ranges).await,
+            Planned::Several(parts) => self.several(&parts).await,
             Planned::Nothing => self.forward(&frame).await,
             Planned::Skipped => Ok(()),
             Planned::Refused(refusal) => self.refuse_simple(&refused(&refusal)).await,
@@ -89,6 +91,10 @@ impl Session {
                 self.forward(frame).await?;
                 self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
+            }
+            Lane::Named(named) => {
+                self.touched.begin(&plan.sequences);
+                self.named_alone(named, shape, text, !was_block).await
             }
             Lane::Maintenance { exclusive } => {
                 self.forward(frame).await?;
@@ -155,20 +161,11 @@ impl Session {
             self.reprepare();
         }
         if matches!(plan.lane, Lane::Read { .. }) {
-            let mut words = words(text);
-            match words.next().map(str::to_ascii_lowercase).as_deref() {
-                // Definitions in this lane are of temp objects, which hide permanent ones from this session alone.
-                Some("create" | "alter" | "drop") => {
-                    self.has_temp_objects = true;
-                    self.has_own_catalog = true;
-                    self.own_plans.clear();
-                }
-                Some("deallocate") => {
-                    if let Some(name) = words.find(|word| !word.eq_ignore_ascii_case("prepare")) {
-                        self.statements.deallocate(name);
-                    }
-                }
-                _ => {}
+            // Definitions in this lane are of temp objects, which hide permanent ones from this session alone.
+            if let Some("create" | "alter" | "drop") = words(text).next().map(str::to_ascii_lowercase).as_deref() {
+                self.has_temp_objects = true;
+                self.has_own_catalog = true;
+                self.own_plans.clear();
             }
         }
     }
@@ -202,10 +199,7 @@ impl Session {
     /// The command tag that was held until the commit was decided.
     fn release_held_tag(&mut self) {
         if let Some(tag) = self.held_tag.take() {
-            build::frame(&mut self.wire.to_client, b'C', |b| {
-                b.extend_from_slice(&tag);
-                b.extend_from_slice(&[0]);
-            });
+            put_tag(&mut self.wire.to_client, &tag);
         }
     }
 
@@ -241,7 +235,8 @@ impl Session {
         }
         let position = self.log.position();
         self.touched.begin(&plan.sequences);
-        build::query(&mut self.wire.to_server, leader_text.as_deref().unwrap_or(text).as_bytes());
+        let leader_text = self.encoded(leader_text.as_deref().unwrap_or(text));
+        build::query(&mut self.wire.to_server, &leader_text);
         self.wire.expects.push_back(Expect::Query { mode });
         self.wire.clear_results();
         self.wire.hold_ready = true;
@@ -323,7 +318,8 @@ impl Session {
             _ => {}
         }
         self.wire.clear_results();
-        build::query(&mut self.wire.to_server, text.as_bytes());
+        let sent = self.encoded(text);
+        build::query(&mut self.wire.to_server, &sent);
         self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
         self.wire.pump(Until::Answered).await?;
         let ok = self.wire.results.error.is_none();
@@ -370,13 +366,14 @@ impl Session {
     }
 
     /// Several statements in one text: one by one, in one transaction unless they say otherwise.
-    async fn several(&mut self, text: &[u8], ranges: &[std::ops::Range<usize>]) -> Result<(), End> {
+    async fn several(&mut self, Parts { text, ranges }: &Parts) -> Result<(), End> {
         let mut own = self.wire.status == b'I';
         let mut ok = true;
         for range in ranges {
             let Some(part) = text.get(range.clone()) else { break };
-            self.wire.position_offset = String::from_utf8_lossy(&text[..range.start]).chars().count();
-            let step = self.one_of_several(part, &mut own).await;
+            self.wire.position_offset = self.characters(text.get(..range.start).unwrap_or_default());
+            let part = self.encoded(part).into_owned();
+            let step = self.one_of_several(&part, &mut own).await;
             self.wire.position_offset = 0;
             ok = step?;
             if !ok {
@@ -417,6 +414,10 @@ impl Session {
                 self.answer_admin(*admin);
                 true
             }
+            Lane::Named(named) => {
+                self.touched.begin(&plan.sequences);
+                self.named_simple(named, &shape, &text, false).await?
+            }
             Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text, false).await?,
             Lane::Once(once) if self.wire.status != b'E' => {
                 let planned_at = self.planned_at;
@@ -439,7 +440,8 @@ impl Session {
     async fn run_part(&mut self, plan: &Plan, text: &str) -> Result<bool, End> {
         self.touched.begin(&plan.sequences);
         self.wire.clear_results();
-        build::query(&mut self.wire.to_server, text.as_bytes());
+        let sent = self.encoded(text);
+        build::query(&mut self.wire.to_server, &sent);
         self.wire.expects.push_back(Expect::Query { mode: Mode::Forward });
         self.wire.hold_ready = true;
         let done = self.pump_with_copy().await;
@@ -508,7 +510,8 @@ impl Session {
     /// A refusal in the place of a statement's answer, without `ReadyForQuery`.
     pub async fn refuse_in_text(&mut self, error: &ClientError) -> Result<(), End> {
         self.hub.counters.refused.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        error.write(&mut self.wire.to_client);
+        let encoding = &self.encoding().to_owned();
+        error.write_as(&mut self.wire.to_client, |text| encoding::encode(text, encoding));
         if self.wire.status == b'T' || self.own_block {
             self.fail_block(error).await?;
         }
@@ -518,8 +521,8 @@ impl Session {
     /// Makes the server's transaction fail, as it would have if the error had been its own.
     async fn fail_block(&mut self, error: &ClientError) -> Result<(), End> {
         self.wire.hide_errors = true;
-        let values = [Some(error.sqlstate.as_bytes()), Some(error.message.as_bytes()), Some(error.hint.as_bytes())];
-        self.hidden("", "pgtandem_refuse", &values);
+        let (message, hint) = (self.encoded(&error.message), self.encoded(&error.hint));
+        self.hidden("", "pgtandem_refuse", &[Some(error.sqlstate.as_bytes()), Some(&message), Some(&hint)]);
         build::sync(&mut self.wire.to_server);
         self.wire.expects.push_back(Expect::Sync { hidden: true });
         let done = self.wire.pump(Until::Answered).await;

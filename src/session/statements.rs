@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 use crate::replicate::schema::SessionFacts;
+use crate::session::rewrite::OwnRow;
 use crate::sql::plan::Plan;
 use crate::sql::shape::Shape;
 
@@ -20,12 +21,16 @@ pub const REMEMBERED_MAX: usize = 100_000;
 #[derive(Clone, Debug)]
 pub struct Prepared {
     pub text: Arc<str>,
+    /// Characters of the client's PREPARE before this text: positions in the server's errors count them.
+    pub indent: usize,
     pub shape: Shape,
     pub plan: Arc<Plan>,
     /// As in `Parse`.
     pub types: Arc<[u8]>,
+    /// They are the leader's answer: all of them, none left to be found.
+    pub types_known: bool,
     /// Columns of the client's own RETURNING, if there are hidden ones, too.
-    pub own_columns: usize,
+    pub own_row: OwnRow,
     pub schema_number: u64,
     /// Under which role and settings it was planned; `None`: not known.
     pub facts: Option<Arc<SessionFacts>>,
@@ -37,7 +42,7 @@ pub struct Portal {
     /// As in `Bind`.
     pub parameters: Bytes,
     /// As in `Bind`.
-    pub formats: Bytes,
+    pub result_formats: Bytes,
     /// It has run, and the client fetches its rows in parts.
     pub rest: Option<Rest>,
 }
@@ -134,8 +139,8 @@ impl Statements {
     }
 
     /// `DEALLOCATE name`, by SQL.
-    pub fn deallocate(&mut self, name: &str) {
-        self.prepared.remove(name.as_bytes());
+    pub fn deallocate(&mut self, name: &[u8]) {
+        self.prepared.remove(name);
     }
 
     /// Portals end with their transaction. What was bound outside of one and not executed yet is then not known, which is safe.
@@ -193,10 +198,12 @@ mod tests {
     fn prepared(text: &str) -> Arc<Prepared> {
         Arc::new(Prepared {
             text: text.into(),
+            indent: 0,
             shape: shape::mask(text),
             plan: Arc::new(classify::unparsed()),
             types: Arc::from([]),
-            own_columns: 0,
+            types_known: false,
+            own_row: OwnRow::default(),
             schema_number: 0,
             facts: None,
         })

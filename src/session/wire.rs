@@ -73,7 +73,7 @@ pub struct Wire {
     pub hold_ready: bool,
     pub hold_tag: bool,
     /// Added to positions in errors: the statement was cut out of a longer text that many characters in.
-    pub position_offset: usize,
+    pub position_offset: isize,
     /// The data of the COPY under way are not the client's: it is not asked for them.
     pub hide_copy: bool,
     /// Errors of the statement under way are kept in `results` alone, not shown.
@@ -98,6 +98,8 @@ pub struct Wire {
     /// The FATAL with which the server ends the session. It is no answer to any statement, so it is told last, after the
     /// answers that came before it: a COMMIT that it overtook may have been decided.
     pub farewell: Option<BytesMut>,
+    /// As the server reported it last.
+    pub client_encoding: Option<Box<str>>,
 }
 
 impl Wire {
@@ -130,6 +132,7 @@ impl Wire {
             rows_kept_max: usize::MAX,
             secret: Arc::from(""),
             farewell: None,
+            client_encoding: None,
         }
     }
 
@@ -334,16 +337,37 @@ impl Wire {
     fn take(&mut self, tag: u8, frame: &BytesMut) -> Result<(), End> {
         match tag {
             // Not an answer to anything.
-            b'N' if self.position_offset > 0 => {
+            // What the server says about statements of ours on the way is not the client's.
+            b'N' if self.is_ours() && message::is_debug(frame::body(frame)) => {}
+            b'N' if self.position_offset != 0 => {
                 let shifted = rewrite::shift_position(frame, self.position_offset);
                 self.to_client.extend_from_slice(&shifted);
             }
-            b'N' | b'S' | b'A' => self.to_client.extend_from_slice(frame),
+            b'N' | b'A' => self.to_client.extend_from_slice(frame),
+            b'S' => {
+                if let Some(name) = message::parameter(frame::body(frame), b"client_encoding") {
+                    self.client_encoding = Some(name.into());
+                }
+                self.to_client.extend_from_slice(frame);
+            }
             b'E' => self.take_error(frame),
             b'Z' => self.take_ready(frame)?,
             _ => self.take_answer(tag, frame)?,
         }
         Ok(())
+    }
+
+    /// Whether what the server does now is a statement of the proxy's own.
+    fn is_ours(&self) -> bool {
+        match self.expects.front() {
+            Some(
+                Expect::Parse { hidden } | Expect::Bind { hidden } | Expect::Close { hidden } | Expect::Sync { hidden },
+            ) => *hidden,
+            Some(Expect::Describe { mode } | Expect::Execute { mode } | Expect::Query { mode }) => {
+                matches!(mode, Mode::Hidden | Mode::Keep)
+            }
+            Some(Expect::Function) | None => false,
+        }
     }
 
     fn take_error(&mut self, frame: &BytesMut) {
@@ -450,16 +474,8 @@ impl Wire {
                     build::frame(&mut self.to_client, b'n', |_| {});
                 }
             }
-            (b'T', Mode::Hidden) => {
-                let mut r = Reader::new(b'T', frame::body(frame));
-                self.results.columns = usize::from(r.u16().map_err(End::ServerProtocol)?);
-            }
-            (b't', Mode::Hidden) => {
-                let mut r = Reader::new(b't', frame::body(frame));
-                let count = r.u16().map_err(End::ServerProtocol)?;
-                let types = (0..count).map(|_| r.u32()).collect::<Result<_, _>>();
-                self.results.parameter_types = types.map_err(End::ServerProtocol)?;
-            }
+            (b'T', Mode::Hidden) => self.results.description = Bytes::copy_from_slice(frame::body(frame)),
+            (b't', Mode::Hidden) => self.results.parameter_types = Bytes::copy_from_slice(frame::body(frame)),
             (_, Mode::Hidden) => {}
             _ => self.to_client.extend_from_slice(frame),
         }

@@ -22,7 +22,7 @@ use super::plan::{Admin, Control, Finish, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
 use super::sequences::{self, SequenceUse};
 use super::shape::Shape;
-use super::{carry, copy, ddl, insert, merge, modify};
+use super::{carry, copy, ddl, encoding, insert, merge, modify, named};
 
 /// What a statement is classified from.
 pub(super) struct Context<'a> {
@@ -89,17 +89,14 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
             let all = discard.target == pg_query::protobuf::DiscardMode::DiscardAll as i32;
             Plan { changes_settings: all, drops_prepared: all, ..plan(read(false)) }
         }
-        NodeEnum::DeallocateStmt(deallocate) => Plan { drops_prepared: deallocate.isall, ..plan(read(false)) },
+        NodeEnum::DeallocateStmt(deallocate) if deallocate.isall => Plan { drops_prepared: true, ..plan(read(false)) },
         node => {
             let lane = lane(node, &context);
             let needs = Needs::of(statement);
             // set_config() and functions with SET-like effects run behind no guard
             let changes_settings = matches!(lane, Lane::Read { guard: true, .. } | Lane::Once(_))
                 || needs.functions.iter().any(|name| name.name == "set_config")
-                || matches!(
-                    node,
-                    NodeEnum::ExecuteStmt(_) | NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_)
-                );
+                || matches!(node, NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_));
             let sequences = sequences::of(node, &needs, &lane, facts);
             Plan { changes_settings, sequences, ..plan(lane) }
         }
@@ -153,17 +150,9 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         NodeEnum::VariableShowStmt(show) if show.name == "pool_nodes" => Lane::Admin(Admin::PoolNodes),
         NodeEnum::ExplainStmt(statement) => explain(statement, context),
         NodeEnum::DeclareCursorStmt(statement) => declare(statement, context),
-        NodeEnum::PrepareStmt(statement) => match statement.query.as_ref().and_then(|query| query.node.as_ref()) {
-            Some(NodeEnum::SelectStmt(_)) => match select(&context.tree, context.facts) {
-                Lane::Read { .. } => read(false),
-                other => other,
-            },
-            _ => refused(
-                "PREPARE of a statement that writes is not supported",
-                "Prepare it through the driver (the extended protocol), which pgtandem follows.",
-            ),
-        },
-        NodeEnum::ExecuteStmt(_) => read(true),
+        NodeEnum::PrepareStmt(statement) => named::prepare(statement, context),
+        NodeEnum::ExecuteStmt(statement) => named::execute(statement, context),
+        NodeEnum::DeallocateStmt(statement) => named::deallocate(statement),
         NodeEnum::VacuumStmt(statement) => vacuum(statement, context),
         NodeEnum::VariableShowStmt(_)
         | NodeEnum::FetchStmt(_)
@@ -352,10 +341,6 @@ fn transaction(statement: &TransactionStmt) -> Lane {
     })
 }
 
-/// Client encodings whose characters may have bytes below 128 after the first, so that no text can be lexed.
-const REFUSED_ENCODINGS: [&str; 10] =
-    ["sjis", "shiftjis", "mskanji", "win932", "big5", "gbk", "uhc", "gb18030", "johab", "shiftjis2004"];
-
 /// Values of a SET statement as text, lower case.
 fn set_values(set: &VariableSetStmt) -> Vec<String> {
     use pg_query::protobuf::a_const::Val;
@@ -396,15 +381,12 @@ pub(super) fn refused_setting(set: &VariableSetStmt) -> Option<Lane> {
                 "Disable single triggers with ALTER TABLE ... DISABLE TRIGGER.",
             )
         }),
-        "client_encoding" => {
-            let plain: Vec<String> = values.iter().map(|value| value.replace(['_', '-', ' '], "")).collect();
-            plain.iter().find(|value| REFUSED_ENCODINGS.contains(&value.as_str())).map(|value| {
-                refused(
-                    format!("the client encoding {value} is not supported: its texts can not be read safely"),
-                    "Use UTF8.",
-                )
-            })
-        }
+        "client_encoding" => values.iter().find(|value| encoding::is_refused(value)).map(|value| {
+            refused(
+                format!("the client encoding {value} is not supported: its texts can not be read safely"),
+                "Use UTF8.",
+            )
+        }),
         _ => None,
     }
 }

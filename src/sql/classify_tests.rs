@@ -179,6 +179,7 @@ fn lane_of(text: &str) -> &'static str {
         Lane::Read { .. } => "read",
         Lane::Control(_) => "control",
         Lane::Admin(_) => "admin",
+        Lane::Named(_) => "named",
         Lane::Maintenance { .. } => "maintenance",
         Lane::Nodewise => "nodewise",
         Lane::Finish(_) => "finish",
@@ -198,6 +199,10 @@ fn lane_of(text: &str) -> &'static str {
 }
 
 const LANES: &[(&str, &[&str])] = &[
+    (
+        "named",
+        &["PREPARE p AS SELECT 1", "PREPARE p AS DELETE FROM t", "EXECUTE p", "EXECUTE p(1, now())", "DEALLOCATE p"],
+    ),
     (
         "read",
         &[
@@ -232,8 +237,6 @@ const LANES: &[(&str, &[&str])] = &[
             "SELECT brin_summarize_new_values('i')",
             "DISCARD ALL",
             "DISCARD PLANS",
-            "PREPARE p AS SELECT 1",
-            "DEALLOCATE p",
             "COPY t TO STDOUT",
             "COPY (SELECT * FROM t) TO STDOUT",
             "CHECKPOINT",
@@ -267,7 +270,6 @@ const LANES: &[(&str, &[&str])] = &[
             "SELECT * FROM nowhere",
             "SELECT count(*) FROM secured",
             "SELECT * FROM far",
-            "EXECUTE p",
             "SELECT pg_stat_reset(), query_to_xml('x', true, true, '')",
             "UPDATE nowhere SET a = 1",
             "INSERT INTO nowhere VALUES (1)",
@@ -572,7 +574,6 @@ const LANES: &[(&str, &[&str])] = &[
             "COPY (DELETE FROM t RETURNING *) TO STDOUT",
             "EXPLAIN ANALYZE UPDATE t SET v = 1",
             "EXPLAIN (ANALYZE) DELETE FROM t",
-            "PREPARE p AS DELETE FROM t",
             "LOAD 'x'",
             "SET standard_conforming_strings = off",
             "SET session_replication_role = replica",
@@ -663,7 +664,6 @@ fn settings_and_prepared_statements_are_noted() {
         "SET ROLE bob",
         "DISCARD ALL",
         "SELECT set_config('a', 'b', false)",
-        "EXECUTE p",
         "SELECT mine()",
     ] {
         assert!(planned(text).changes_settings, "{text}");

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::copy_dates::CopyDates;
 use super::copy_fill::CopyFill;
 use super::large_objects::Call;
+use super::named::Named;
 use super::rows::RowTexts;
 use super::sequences::SequenceUse;
 use super::text::Edits;
@@ -40,6 +41,8 @@ pub enum Lane {
     Write(Box<Write>),
     /// Runs on the leader and on each follower, under the closed gate: what it writes is not in its text.
     Once(Box<Once>),
+    /// PREPARE, EXECUTE, DEALLOCATE: what they do depends on what the session has prepared.
+    Named(Named),
     /// VACUUM and the like, which change no content: as is on the leader, outside any transaction of ours, then on each follower
     /// with this text.
     Maintenance {

@@ -31,8 +31,8 @@ impl SequenceUse {
 pub(super) fn of(node: &NodeEnum, needs: &Needs, lane: &Lane, facts: &Facts) -> SequenceUse {
     let calls = |name: &str| needs.functions.iter().any(|function| function.name == name);
     match lane {
-        Lane::Read { .. } | Lane::Write(_) if calls("setval") => SequenceUse::Set,
-        Lane::Read { .. } if calls("nextval") => SequenceUse::Any,
+        Lane::Read { .. } | Lane::Named(_) | Lane::Write(_) if calls("setval") => SequenceUse::Set,
+        Lane::Read { .. } | Lane::Named(_) if calls("nextval") => SequenceUse::Any,
         Lane::Write(write) => of_write(node, write, calls("nextval"), facts),
         _ => SequenceUse::None,
     }

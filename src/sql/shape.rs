@@ -60,7 +60,7 @@ impl Spot {
 }
 
 /// Statements whose literals are data: the plan must not depend on them.
-const MASKED: [&str; 8] = ["select", "insert", "update", "delete", "with", "values", "call", "merge"];
+const MASKED: [&str; 9] = ["select", "insert", "update", "delete", "with", "values", "call", "merge", "execute"];
 
 /// Calls whose literals decide what the statement does: from there on nothing is masked.
 const LITERALS_MATTER: [&str; 1] = ["set_config"];
