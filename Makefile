@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential torture check
+.PHONY: demo test setup bench differential torture catalogue check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -36,6 +36,10 @@ NODES ?= 2
 torture: setup
 	TORTURE_SEED=$(SEED) TORTURE_SEEDS=$(SEEDS) TORTURE_TRANSACTIONS=$(TRANSACTIONS) TORTURE_NODES=$(NODES) \
 		$(CARGO) test --locked --test torture -- --nocapture random_transactions
+
+# The catalogue of anomalies, on NODES nodes; CASE=a17 plays one.
+catalogue: setup
+	CATALOGUE_NODES=$(NODES) CATALOGUE_CASE=$(CASE) $(CARGO) test --locked --test catalogue -- --nocapture --test-threads=1
 
 check:
 	$(CARGO) fmt --all --check

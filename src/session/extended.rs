@@ -115,6 +115,8 @@ impl Session {
         self.end_of_batch();
         if !self.own_block {
             self.pass(frame, Expect::Sync { hidden: false });
+            // What the client sends from here on is of another batch, whether or not the answer is there.
+            self.wire.end_skipping();
             return Ok(());
         }
         self.commit_batch(Some(frame)).await?;

@@ -588,6 +588,11 @@ impl Wire {
         self.skipping
     }
 
+    /// A Sync was sent: the server goes on from there.
+    pub fn end_skipping(&mut self) {
+        self.skipping = false;
+    }
+
     pub fn clear_results(&mut self) {
         self.results = Results::default();
     }

@@ -186,9 +186,10 @@ SELECT json_build_object(
         'generated', a.attgenerated <> '', 'identity', a.attidentity <> '', 'identity_always', a.attidentity = 'a',
         'may_select', pg_catalog.has_column_privilege(c.oid, a.attnum, 'SELECT'),
         'bulk', CASE
-          WHEN t.typcategory = 'A' AND t.typtype = 'b' AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_cast k
-            WHERE k.castsource = 25::oid AND k.casttarget = t.oid) THEN 't'
-          WHEN t.typarray <> 0::oid AND t.typdelim = ',' AND NOT (t.typcategory = 'A' AND t.typtype = 'b') THEN 'a'
+          WHEN (t.typcategory = 'A' AND t.typtype = 'b' OR t.typcategory = 'C') AND NOT EXISTS (SELECT 1
+            FROM pg_catalog.pg_cast k WHERE k.castsource = 25::oid AND k.casttarget = t.oid) THEN 't'
+          WHEN t.typarray <> 0::oid AND t.typdelim = ',' AND NOT (t.typcategory = 'A' AND t.typtype = 'b')
+            AND t.typcategory <> 'C' THEN 'a'
           ELSE 'n' END,
         'dates', coalesce(x.dates, true), 'floats', coalesce(x.floats, true), 'text', coalesce(x.text, true),
         'may_insert', pg_catalog.has_column_privilege(c.oid, a.attnum, 'INSERT'),

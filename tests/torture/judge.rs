@@ -1,11 +1,11 @@
 //! What an error tells: a lone server would give it too, it is a refusal, it is of our own locks and counted, or it is wrong.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use tokio_postgres::error::DbError;
 
-use crate::schedule::{Kind, Schedule};
+use crate::schedule::Kind;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
@@ -21,11 +21,13 @@ pub enum Verdict {
 
 /// What one statement ran under.
 #[derive(Clone, Copy, Debug)]
-pub struct Situation {
+pub struct Situation<'a> {
     pub kind: Kind,
     /// REPEATABLE READ or above.
     pub fixed_snapshot: bool,
     pub changes_schema: bool,
+    /// Numbers of the tables that nothing of ours may lock: row locks order all that is done to them.
+    pub row_locked: &'a BTreeSet<u32>,
 }
 
 /// Statements by kind and outcome, errors by code.
@@ -55,7 +57,7 @@ impl Counts {
     }
 
     /// Judges an error and counts it.
-    pub fn judge(&mut self, situation: Situation, error: &DbError) -> Verdict {
+    pub fn judge(&mut self, situation: Situation<'_>, error: &DbError) -> Verdict {
         let verdict = judge(situation, error);
         let code = error.code().code();
         *self.statements.entry((situation.kind, verdict)).or_default() += 1;
@@ -85,11 +87,17 @@ impl fmt::Display for Counts {
     }
 }
 
-fn judge(situation: Situation, error: &DbError) -> Verdict {
+fn judge(situation: Situation<'_>, error: &DbError) -> Verdict {
     let message = error.message();
     match error.code().code() {
         "0A000" if error.hint().is_some_and(|hint| !hint.is_empty()) => Verdict::Refused,
-        "40P01" => ours_unless(!names_relation(error.detail().unwrap_or_default()), situation),
+        "40P01" => match relations(error.detail().unwrap_or_default()) {
+            // In a circle of rows alone.
+            tables if tables.is_empty() => Verdict::Natural,
+            // Definitions and TRUNCATE lock tables on any server.
+            tables if situation.changes_schema || tables.is_disjoint(situation.row_locked) => Verdict::Ours,
+            _ => Verdict::Wrong,
+        },
         "40001" if message.contains("moved to another partition") => Verdict::Natural,
         "40001" if message.starts_with("could not serialize access") => natural_if(situation.fixed_snapshot),
         "40001" => ours_unless(false, situation),
@@ -112,25 +120,21 @@ fn natural_if(natural: bool) -> Verdict {
 }
 
 /// Row locks give nothing that a lone server would not; table locks of ours may, and are counted apart.
-fn ours_unless(natural: bool, situation: Situation) -> Verdict {
+fn ours_unless(natural: bool, situation: Situation<'_>) -> Verdict {
     match natural {
         true => Verdict::Natural,
-        // Definitions and TRUNCATE lock tables on any server.
         false if situation.changes_schema || !situation.kind.takes_row_locks_only() => Verdict::Ours,
-        false if TABLE_LOCKS_REMAIN => Verdict::Ours,
         false => Verdict::Wrong,
     }
 }
 
-/// UPDATE and DELETE by condition still take table locks where the schema stands still, too.
-const TABLE_LOCKS_REMAIN: bool = false;
-
-/// Whether somebody in a deadlock waited for a table's lock, not for a row.
-fn names_relation(detail: &str) -> bool {
-    detail.lines().any(|line| line.contains("on relation"))
+/// The tables whose locks somebody in a deadlock waited for: `... waits for RowExclusiveLock on relation 16524 of database 5; ...`
+fn relations(detail: &str) -> BTreeSet<u32> {
+    let after = detail.split("on relation ").skip(1);
+    after.filter_map(|rest| rest.split(' ').next()?.parse().ok()).collect()
 }
 
-/// The situation of a transaction's COMMIT: that of its most demanding statement.
-pub fn of_commit(schedule: &Schedule, kinds: impl Iterator<Item = Kind>, fixed_snapshot: bool) -> Situation {
-    Situation { kind: kinds.max().unwrap_or(Kind::Control), fixed_snapshot, changes_schema: schedule.changes_schema }
+/// A transaction's COMMIT is judged as its most demanding statement.
+pub fn most_demanding(kinds: impl Iterator<Item = Kind>) -> Kind {
+    kinds.max().unwrap_or(Kind::Control)
 }

@@ -1,6 +1,7 @@
 //! Runs a schedule on a cluster and compares the servers at each quiet point.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,11 +12,11 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error};
 
 use crate::common::Cluster;
-use crate::judge::{Counts, Situation, Verdict, of_commit};
-use crate::schedule::{End, Schedule, Sent, Statement, Transaction, Value};
+use crate::judge::{Counts, Situation, Verdict, most_demanding};
+use crate::schedule::{End, Kind, Schedule, Sent, Statement, Transaction, Value};
 
 /// A statement that takes longer waits for itself.
-const STUCK: Duration = Duration::from_secs(90);
+const STUCK: Duration = Duration::from_secs(60);
 /// What is wrong with a run: told of that many at most.
 const FAILURES_MAX: usize = 5;
 
@@ -61,6 +62,11 @@ impl Bench {
         for text in setup {
             admin.batch_execute(&text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
         }
+        // Partitioned tables are left out: a change of the key moves rows there, which goes by table locks.
+        let sql = "select array_agg(c.oid) from pg_class c join pg_index i on indrelid = c.oid and indisprimary
+                   where relnamespace = $1::text::regnamespace and relkind = 'r' and not relispartition";
+        let keyed: Vec<u32> = admin.query_one(sql, &[&schema]).await.expect("tables").get(0);
+        let row_locked: Arc<BTreeSet<u32>> = Arc::new(keyed.into_iter().collect());
         let mut outcome = Outcome::default();
         let mut acknowledged = BTreeSet::new();
         let schedule = Arc::new(schedule.clone());
@@ -69,11 +75,13 @@ impl Bench {
             let clients: Vec<_> = (0..schedule.rounds[number].clients.len())
                 .map(|client| {
                     let (schedule, shared, schema) = (Arc::clone(&schedule), Arc::clone(&shared), schema.clone());
+                    let row_locked = Arc::clone(&row_locked);
                     let port = self.cluster.layout.proxy_port();
                     tokio::spawn(async move {
                         let list = &schedule.rounds[number].clients[client];
                         if !list.is_empty() {
-                            client_runs(port, &schema, client, list, &schedule, &shared).await;
+                            client_runs(port, &schema, client, list, schedule.changes_schema, &row_locked, &shared)
+                                .await;
                         }
                     })
                 })
@@ -189,7 +197,8 @@ async fn client_runs(
     schema: &str,
     number: usize,
     list: &[Transaction],
-    schedule: &Schedule,
+    changes_schema: bool,
+    row_locked: &BTreeSet<u32>,
     shared: &Mutex<Shared>,
 ) {
     let fail = |text: String| shared.lock().expect("no panic").failures.push(text);
@@ -202,14 +211,35 @@ async fn client_runs(
     if let Err(error) = client.batch_execute(&settings).await {
         return fail(format!("client {number}: {error:?}"));
     }
-    let mut player = Player { client, prepared: HashMap::new(), schedule, shared };
+    let mut player = Player { client, prepared: HashMap::new(), changes_schema, row_locked, shared };
     for transaction in list {
         match tokio::time::timeout(STUCK, player.play(transaction)).await {
             Ok(Ok(())) => {}
             Ok(Err(Broken(what))) => return fail(format!("client {number}: {what}")),
-            Err(_) => return fail(format!("client {number}: no end of {transaction:?}")),
+            Err(_) => {
+                let sessions = sessions(port).await;
+                return fail(format!("client {number}: no end of {transaction:?}\n{sessions}"));
+            }
         }
     }
+}
+
+/// What the leader's and the first follower's sessions do, for a failure's message.
+async fn sessions(proxy_port: u16) -> String {
+    let sql = "select pid || ' ' || usename || ' ' || state || ' ' || coalesce(wait_event, '-') || ' ' || left(query, 100)
+               from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid() and state <> 'idle'
+               union all select 'prepared ' || gid from pg_prepared_xacts
+               union all select 'waits ' || pid || ' ' || locktype || ' ' || mode || ' ' || pg_blocking_pids(pid)::text
+               from pg_locks where not granted";
+    let mut text = String::new();
+    // PostgreSQL's ports follow the proxy's.
+    for port in [proxy_port + 1, proxy_port + 2] {
+        let client = sandbox::compare::connect(port, "postgres").await.expect("a server answers");
+        let rows = client.query(sql, &[]).await.expect("sessions");
+        let lines: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        let _ = writeln!(text, "port {port}:\n  {}\n", lines.join("\n  "));
+    }
+    text
 }
 
 /// The run is red, and this client stops.
@@ -218,7 +248,8 @@ struct Broken(String);
 struct Player<'a> {
     client: Client,
     prepared: HashMap<String, tokio_postgres::Statement>,
-    schedule: &'a Schedule,
+    changes_schema: bool,
+    row_locked: &'a BTreeSet<u32>,
     shared: &'a Mutex<Shared>,
 }
 
@@ -256,11 +287,11 @@ impl Player<'_> {
         if transaction.end == End::Rollback {
             return self.ended(false, None, "rollback").await;
         }
-        let situation = of_commit(self.schedule, transaction.statements.iter().map(|s| s.kind), fixed_snapshot);
+        let kind = most_demanding(transaction.statements.iter().map(|s| s.kind));
         match self.client.batch_execute("commit").await {
             Ok(()) => self.ended(true, ledger, "").await,
             Err(error) => {
-                self.judge(situation, &error, "commit")?;
+                self.judge(kind, fixed_snapshot, &error, "commit")?;
                 self.ended(false, None, "").await
             }
         }
@@ -290,18 +321,15 @@ impl Player<'_> {
                 Ok(true)
             }
             Err(error) => {
-                let changes_schema = self.schedule.changes_schema;
-                self.judge(
-                    Situation { kind: statement.kind, fixed_snapshot, changes_schema },
-                    &error,
-                    &statement.text,
-                )?;
+                self.judge(statement.kind, fixed_snapshot, &error, &statement.text)?;
                 Ok(false)
             }
         }
     }
 
-    fn judge(&self, situation: Situation, error: &Error, text: &str) -> Result<(), Broken> {
+    fn judge(&self, kind: Kind, fixed_snapshot: bool, error: &Error, text: &str) -> Result<(), Broken> {
+        let (changes_schema, row_locked) = (self.changes_schema, self.row_locked);
+        let situation = Situation { kind, fixed_snapshot, changes_schema, row_locked };
         let Some(known) = error.as_db_error() else { return Err(Broken(format!("{text}: {error:?}"))) };
         let verdict = self.shared.lock().expect("no panic").counts.judge(situation, known);
         if verdict == Verdict::Wrong {
