@@ -594,6 +594,8 @@ const LANES: &[(&str, &[&str])] = &[
             "DELETE FROM keyless WHERE v IN (SELECT v FROM keyless LIMIT 1)",
             "DELETE FROM keyless WHERE v IN (SELECT v FROM scratch)",
             "UPDATE keyless SET v = k.v FROM keyless k WHERE k.v = keyless.v",
+            "UPDATE t SET id = id + 1",
+            "UPDATE t SET id = v WHERE v > 1",
             "UPDATE t SET id = random() WHERE id = 1",
             "UPDATE old SET v = random()",
             "UPDATE hidden SET v = random()",

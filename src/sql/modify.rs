@@ -120,6 +120,16 @@ fn ordered(
     if let Some(varies) = varies {
         return Err(super::rows::refuse(&format!("{} with {varies}", modify.verb), why));
     }
+    if let Some(column) = depends_on_row_order(modify, relation) {
+        return Err(Refusal {
+            message: format!(
+                "{} is not replicated by this version of pgtandem: it moves {column}, which is unique, from row to row, and whether that \
+                 works depends on the order in which a server finds the rows",
+                modify.verb
+            ),
+            hint: "Change one row at a time, by its whole primary key, or set constants.".to_owned(),
+        });
+    }
     let tables = tables_to_lock(modify, inner, relation, why, context)?;
     Ok(text(modify, inner, relation, Some(tables), context))
 }
@@ -249,6 +259,25 @@ fn is_point(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> bool {
     {
         return false;
     }
+    names_whole_key(modify, relation)
+}
+
+/// A column whose values several rows may take from each other: one row may succeed only after another one has moved on, so the
+/// order of rows counts, which is another one on another server. Not if all get the same constant, or if one row is named.
+fn depends_on_row_order<'m>(modify: &Modify<'m>, relation: &Relation) -> Option<&'m str> {
+    let moved = |set: &'m Node| match set.node.as_ref() {
+        Some(NodeEnum::ResTarget(set)) => {
+            let is_unique = relation.key.iter().chain(&relation.unique_columns).any(|column| *column == set.name);
+            (is_unique && !set.val.as_deref().is_some_and(is_constant)).then_some(set.name.as_str())
+        }
+        _ => None,
+    };
+    let column = modify.sets.iter().find_map(moved)?;
+    (!names_whole_key(modify, relation)).then_some(column)
+}
+
+/// Each column of the primary key is compared with a constant.
+fn names_whole_key(modify: &Modify<'_>, relation: &Relation) -> bool {
     let mut keys = Vec::new();
     if let Some(condition) = modify.condition {
         equalities(condition, &mut |column, value| {
@@ -257,7 +286,7 @@ fn is_point(modify: &Modify<'_>, inner: &Look, relation: &Relation) -> bool {
             }
         });
     }
-    relation.key.iter().all(|key| keys.contains(key))
+    !relation.key.is_empty() && relation.key.iter().all(|key| keys.contains(key))
 }
 
 /// Calls `found` with column and other side of each `column = other side` that must hold.
