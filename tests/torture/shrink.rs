@@ -7,7 +7,7 @@ use crate::schedule::{Round, Schedule};
 
 /// Runs at most, and time at most.
 const RUNS_MAX: usize = 60;
-const TIME_MAX: Duration = Duration::from_secs(300);
+const TIME_MAX: Duration = Duration::from_secs(150);
 /// A race is not lost every time.
 const TRIES: usize = 2;
 
