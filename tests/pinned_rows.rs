@@ -263,6 +263,31 @@ async fn unique_values_move_in_the_leaders_order() {
     assert!(said.contains("All is well"), "{said}");
 }
 
+/// unnest() makes several columns of one of a composite type: such rows go one by one.
+#[tokio::test(flavor = "multi_thread")]
+async fn composite_columns_stay_whole() {
+    let cluster = cluster();
+    let one = cluster.connect("postgres").await;
+    one.batch_execute(
+        "create type pair as (x int, y text); create domain named as pair check ((value).x > 0);
+         create table t (id int primary key, v int, c pair, q bool, d named, l pair[]);
+         insert into t (id, v) values (1, 1), (2, 2), (3, 3)",
+    )
+    .await
+    .unwrap();
+    for text in [
+        "insert into t (id, v) select id, v from t on conflict (id) do update set v = excluded.v + 1",
+        "update t set c = row(v, 'a,\"b)'), d = row(v, null), l = array[row(1, 'x'), null]::pair[], q = v > 2",
+        "update t set (c, q) = (l[1], null) where v > 2",
+        "delete from t where (d).x > 3",
+    ] {
+        one.batch_execute(text).await.unwrap_or_else(|error| panic!("{text}: {error}"));
+        cluster.assert_identical().await;
+    }
+    let (said, _) = cluster.status();
+    assert!(said.contains("All is well"), "{said}");
+}
+
 /// A5, A13, A26 and everything at once: nobody is told of an error that a lone server would not have had.
 #[tokio::test(flavor = "multi_thread")]
 async fn eight_clients_are_disturbed_by_nobody_but_each_other() {
