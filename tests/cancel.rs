@@ -65,7 +65,7 @@ impl Session {
                 b'C' => Ok(String::from_utf8_lossy(&body[..body.len() - 1]).into_owned()),
                 b'E' => {
                     let fields = body.split(|byte| *byte == 0);
-                    let code = fields.filter_map(|field| field.strip_prefix(b"C")).next().unwrap_or_default();
+                    let code = fields.find_map(|field| field.strip_prefix(b"C")).unwrap_or_default();
                     Err(String::from_utf8_lossy(code).into_owned())
                 }
                 b'Z' => return outcome.expect("an answer"),
