@@ -64,7 +64,7 @@ impl Session {
             let found = match tag {
                 b'C' => Ok(String::from_utf8_lossy(&body[..body.len() - 1]).into_owned()),
                 b'E' => {
-                    let fields = body.split(|byte| *byte == 0);
+                    let mut fields = body.split(|byte| *byte == 0);
                     let code = fields.find_map(|field| field.strip_prefix(b"C")).unwrap_or_default();
                     Err(String::from_utf8_lossy(code).into_owned())
                 }
