@@ -289,11 +289,12 @@ async fn the_catalog_says_what_a_text_can_not() {
         "INSERT INTO quiet VALUES (1)",
         "INSERT INTO plain (id) SELECT writes()",
         "INSERT INTO plain SELECT id FROM loud",
-        "UPDATE pg_class SET relname = 'x'",
     ] {
         let lane = plan(&client, text).await.lane;
-        assert!(matches!(lane, Lane::Refused(_)), "{text}: {lane:?}");
+        assert!(matches!(lane, Lane::Once(_)), "{text}: {lane:?}");
     }
+    let lane = plan(&client, "UPDATE pg_class SET relname = 'x'").await.lane;
+    assert!(matches!(lane, Lane::Refused(_)), "{lane:?}");
 }
 
 #[tokio::test]
