@@ -358,3 +358,26 @@ async fn the_texts_for_followers_do_what_the_leaders_did() {
     let follower = planned.follower_text(text, &mask(text), &[], Some(1));
     client.batch_execute(&follower).await.expect(&follower);
 }
+
+#[tokio::test]
+async fn time_zones_are_found_inside_types() {
+    let server = Server::start();
+    let client = server.connect().await;
+    client
+        .batch_execute(
+            "CREATE TYPE spans AS RANGE (subtype = timestamptz, multirange_type_name = many_spans);
+             CREATE DOMAIN moment AS timestamptz;
+             CREATE TYPE pair AS (a int, b moment);
+             CREATE TYPE plain_pair AS (a int, b tsrange);
+             CREATE TABLE zoned (z1 timestamptz, z2 tstzrange, z3 timestamptz[], z4 tstzmultirange, z5 spans, z6 many_spans, z7 pair,
+                 z8 moment[], d1 date, d2 tsrange, d3 timestamp[], d4 datemultirange, d5 plain_pair, d6 timetz, n1 int4multirange, n2 text)",
+        )
+        .await
+        .expect("types");
+    let facts = facts(&client, "SELECT * FROM zoned").await;
+    let relation = facts.relations.values().next().expect("the table");
+    for column in &relation.columns {
+        assert_eq!(column.zones, column.name.starts_with('z'), "{}", column.name);
+        assert_eq!(column.dates, !column.name.starts_with('n'), "{}", column.name);
+    }
+}

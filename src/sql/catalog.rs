@@ -160,11 +160,14 @@ inside(top, oid) AS (
     SELECT t.typbasetype WHERE t.typtype = 'd'
     UNION ALL SELECT t.typelem WHERE t.typcategory = 'A'
     UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range r WHERE r.rngtypid = t.oid
+    UNION ALL SELECT r.rngtypid FROM pg_catalog.pg_range r WHERE t.typtype = 'm'
+      AND pg_catalog.json_extract_path_text(pg_catalog.row_to_json(r), 'rngmultitypid') = t.oid::text
     UNION ALL SELECT a.atttypid FROM pg_catalog.pg_attribute a
       WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0::int4 AND NOT a.attisdropped) y(oid)),
 traits AS MATERIALIZED (
   SELECT i.top,
     bool_or(i.oid = ANY ('{1082,1083,1114,1184,1266,4533,4534,4535}'::oid[])) AS dates,
+    bool_or(i.oid = 1184::oid) AS zones,
     bool_or(i.oid = ANY ('{700,701}'::oid[])) AS floats,
     bool_or(i.oid = ANY ('{24,2202,2203,2204,2205,2206,3734,3769,4089,4096,4191}'::oid[])) AS reg,
     bool_or(t.typcategory = 'S') AS text
@@ -191,7 +194,8 @@ SELECT json_build_object(
           WHEN t.typarray <> 0::oid AND t.typdelim = ',' AND NOT (t.typcategory = 'A' AND t.typtype = 'b')
             AND t.typcategory <> 'C' THEN 'a'
           ELSE 'n' END,
-        'dates', coalesce(x.dates, true), 'floats', coalesce(x.floats, true), 'text', coalesce(x.text, true),
+        'dates', coalesce(x.dates, true), 'zones', coalesce(x.zones, true), 'floats', coalesce(x.floats, true),
+        'text', coalesce(x.text, true),
         'may_insert', pg_catalog.has_column_privilege(c.oid, a.attnum, 'INSERT'),
         'default_sql', CASE
           WHEN a.attidentity <> '' THEN CASE WHEN pg_catalog.has_sequence_privilege(d.sequence, 'USAGE')

@@ -12,6 +12,7 @@ fn column(name: &str, sql_type: &str) -> Column {
         name: name.to_owned(),
         sql_type: sql_type.to_owned(),
         dates: sql_type.starts_with("timestamp") || sql_type == "date",
+        zones: sql_type.ends_with(" with time zone"),
         floats: sql_type == "double precision",
         text: sql_type == "text",
         may_select: true,

@@ -106,6 +106,9 @@ pub struct Column {
     pub may_insert: bool,
     /// The type is or contains a date or time type.
     pub dates: bool,
+    /// The type is or contains timestamp with time zone, the only one whose text may have a zone's abbreviation: `time with time
+    /// zone` has an offset under every DateStyle (`EncodeTimeOnly` in `datetime.c`).
+    pub zones: bool,
     /// The type is or contains real or double precision.
     pub floats: bool,
     /// The type is of the string category.

@@ -78,11 +78,11 @@ fn returned(column: &Column, qualifier: &str, relation: &Relation, context: &Con
     let name = quote_identifier(&column.name);
     let value = if qualifier.is_empty() { name } else { format!("{qualifier}.{name}") };
     let iso = settings.get("DateStyle").is_none_or(|style| style.to_ascii_uppercase().starts_with("ISO"));
-    if iso || !column.dates || is_plain_date(&column.sql_type) {
+    if iso || !column.zones {
         return Ok(value);
     }
     // Other styles write time zones as abbreviations, which need not be read back as the same zone (IST); JSON has the offset.
-    if column.sql_type.starts_with("timestamp") {
+    if is_timestamptz(&column.sql_type) {
         return Ok(format!("(pg_catalog.to_json({value}) OPERATOR(pg_catalog.#>>) '{{}}')"));
     }
     Err(not_rows(
@@ -91,13 +91,10 @@ fn returned(column: &Column, qualifier: &str, relation: &Relation, context: &Con
     ))
 }
 
-/// Date and time types whose text has no time zone, or has it as an offset in every style.
-fn is_plain_date(sql_type: &str) -> bool {
-    sql_type == "date"
-        || sql_type.starts_with("interval")
-        || sql_type.starts_with("time ")
-        || sql_type.starts_with("time(")
-        || (sql_type.starts_with("timestamp") && sql_type.ends_with("without time zone"))
+/// The type itself, no array of it and no type of a similar name.
+fn is_timestamptz(sql_type: &str) -> bool {
+    sql_type == "timestamp with time zone"
+        || (sql_type.starts_with("timestamp(") && sql_type.ends_with(") with time zone"))
 }
 
 /// The refusal of a statement that needs rows and can not have them.
@@ -283,5 +280,48 @@ impl Arrays {
             format!("{TABLE}.{} {operator} {value}", quote_identifier(&column.name))
         };
         key.iter().enumerate().zip(&self.values).map(equal).collect::<Vec<_>>().join(" AND ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::super::facts::Facts;
+    use super::super::shape::mask;
+    use super::*;
+
+    fn returned_under(style: &str, sql_type: &str, zones: bool) -> Result<String, NotRows> {
+        let column = Column {
+            name: "at".to_owned(),
+            sql_type: sql_type.to_owned(),
+            may_select: true,
+            dates: true,
+            zones,
+            ..Column::default()
+        };
+        let mut facts = Facts::default();
+        facts.settings.insert("DateStyle".to_owned(), style.to_owned());
+        let context = Context { text: "", shape: &mask(""), facts: &facts, tree: Value::Null };
+        returned(&column, "t", &Relation::default(), &context)
+    }
+
+    #[test]
+    fn only_values_with_a_time_zone_are_ambiguous_under_a_date_style() {
+        let plain = Ok("t.\"at\"".to_owned());
+        for sql_type in ["date", "tsrange", "timestamp without time zone[]", "datemultirange", "public.day"] {
+            assert_eq!(returned_under("Postgres, MDY", sql_type, false), plain, "{sql_type}");
+        }
+        for sql_type in ["timestamp with time zone", "timestamp(3) with time zone"] {
+            assert!(
+                returned_under("SQL, DMY", sql_type, true).is_ok_and(|text| text.contains("to_json")),
+                "{sql_type}"
+            );
+        }
+        // to_json of these is no text that their types read
+        for sql_type in ["tstzrange", "timestamp with time zone[]", "timestamp(3) with time zone[]", "timestamps"] {
+            assert!(returned_under("German, DMY", sql_type, true).is_err(), "{sql_type}");
+            assert_eq!(returned_under("ISO, DMY", sql_type, true), plain, "{sql_type}");
+        }
     }
 }
