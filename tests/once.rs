@@ -5,6 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::Cluster;
+use common::fault::{Fault, Towards};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -51,11 +52,16 @@ async fn prepared() -> (Cluster, Client) {
 
 /// A cluster whose proxy runs what is not proven, too.
 async fn allowing(nodes: &str) -> (Cluster, Client) {
+    configured(nodes, "unproven = \"refuse\"", "unproven = \"allow\"").await
+}
+
+/// A cluster with one line of the configuration changed.
+async fn configured(nodes: &str, line: &str, instead: &str) -> (Cluster, Client) {
     let cluster = Cluster::up(&["--nodes", nodes]);
     let path = cluster.config_path();
     let text = std::fs::read_to_string(&path).expect("the configuration");
-    assert!(text.contains("unproven = \"refuse\""), "{text}");
-    std::fs::write(&path, text.replace("unproven = \"refuse\"", "unproven = \"allow\"")).expect("the configuration");
+    assert!(text.contains(line), "{text}");
+    std::fs::write(&path, text.replace(line, instead)).expect("the configuration");
     cluster.kill_proxy();
     cluster.start_again();
     let client = cluster.connect("postgres").await;
@@ -208,6 +214,7 @@ async fn what_would_differ_is_refused_with_its_reason() {
          create trigger clock before insert on stamped for each row execute function clock();
          create function first_one() returns int language plpgsql as $$ declare n int; begin select id into n from total; insert into audit (item) values (n); return n; end $$;
          create function tells() returns void language plpgsql as $$ begin notify x; end $$;
+         create function marks() returns void language sql as $$ update pgtandem.mark set n = n where id = 1 $$;
          create function who() returns void language plpgsql as $$ begin insert into item (id, note) values (77, session_user); end $$",
     )
     .await;
@@ -225,10 +232,18 @@ async fn what_would_differ_is_refused_with_its_reason() {
         ("select first_one()", "first row"),
         ("select who()", "session_user"),
         ("do $$ begin perform pg_notify('a', 'b'); update total set n = 1; end $$", "pg_notify"),
+        ("do $$ begin update pgtandem.mark set n = n; end $$", "belongs to pgtandem"),
+        ("do $$ begin perform pgtandem.enter('x', 1); update total set n = 1; end $$", "belongs to pgtandem"),
+        ("select marks()", "belongs to pgtandem"),
     ] {
         let (code, message) = refused(&client, text).await;
         assert!(code == SqlState::FEATURE_NOT_SUPPORTED && message.contains(reason), "{text}: {code:?} {message}");
     }
+    // No name of the schema is in the code.
+    run(&client, "set search_path = public, pgtandem").await;
+    let (code, message) = refused(&client, "do $$ begin update mark set n = n; end $$").await;
+    assert!(code == SqlState::FEATURE_NOT_SUPPORTED && message.contains("pgtandem.mark"), "{code:?} {message}");
+    run(&client, "reset search_path").await;
     let error = client.execute("insert into item values (1, 1, 'x'), ($1, 2, 'y')", &[&2]).await;
     assert!(error.is_ok(), "rows in a certain order: {error:?}");
     everywhere(
@@ -307,6 +322,64 @@ async fn a_follower_that_dies_with_open_halves_costs_no_error() {
     everywhere(&cluster, ITEMS, "1MOVED,2MOVED,3MOVED,4MOVED").await;
 }
 
+/// The network to a follower stands still while a statement is under way there: nobody waits for it longer than the gate may be closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_that_does_not_answer_keeps_nobody_else_waiting() {
+    // What the gate has to do with it would not be seen otherwise.
+    let (cluster, client) = configured("3", "follower_ms_max = 30000", "follower_ms_max = 3600000").await;
+    for (round, isolation) in ["read committed", "repeatable read"].into_iter().enumerate() {
+        let fault = Fault::interpose(&cluster, 1).await;
+        let held = fault.hold(Towards::Server, b'P', "SELECT pgtandem.once_");
+        run(&client, &format!("begin isolation level {isolation}")).await;
+        let calling = async { run(&client, &format!("call move({})", round + 1)).await };
+        let other = cluster.connect("postgres").await;
+        let meanwhile = async {
+            held.reached().await;
+            run(&other, &format!("insert into total values ({}, 1)", 100 + round)).await;
+        };
+        let both = async { tokio::join!(calling, meanwhile) };
+        tokio::time::timeout(common::LIMIT, both).await.expect("the gate opens although a follower does not answer");
+        run(&client, "insert into audit (item) values (1)").await;
+        run(&client, "commit").await;
+        cluster.wait_member(1, false).await;
+        held.cut();
+        drop(fault);
+        cluster.recover(1);
+    }
+    everywhere(&cluster, ITEMS, "1MOVED,2MOVED").await;
+    everywhere(&cluster, "select string_agg(id || ':' || n, ',' order by id) from total", "1:3,100:1,101:1").await;
+}
+
+/// A follower can not prepare what the code did: its half is ended before the leader gives up its locks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_fails_ends_open_halves_before_the_leader() {
+    let (cluster, client) = allowing("2").await;
+    run(
+        &client,
+        "create procedure odd() language plpgsql as $$ begin
+           update total set n = n + 1 where id = 1;
+           execute 'create temp table odd (a int)';
+         end $$",
+    )
+    .await;
+    let fault = Fault::interpose(&cluster, 1).await;
+    run(&client, "begin; call odd()").await;
+    let held = fault.hold(Towards::Server, b'P', "ROLLBACK");
+    let committing = tokio::spawn(async move { refused(&client, "commit").await });
+    held.reached().await;
+    let other = cluster.connect("postgres").await;
+    let nowait = "select n from total where id = 1 for update nowait";
+    assert_eq!(refused(&other, nowait).await.0, SqlState::LOCK_NOT_AVAILABLE, "the leader holds the row");
+    held.release();
+    let (code, message) = committing.await.expect("a client");
+    assert!(code == SqlState::FEATURE_NOT_SUPPORTED && message.contains("can not be prepared"), "{code:?} {message}");
+    run(&other, nowait).await;
+    run(&other, "call move(1)").await;
+    drop(fault);
+    cluster.wait_member(1, true).await;
+    everywhere(&cluster, "select n::text from total where id = 1", "1").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn code_that_did_something_else_on_a_follower_is_found_and_undone() {
     let (cluster, client) = allowing("3").await;
@@ -330,12 +403,21 @@ async fn code_that_did_something_else_on_a_follower_is_found_and_undone() {
     let (code, message) = refused(&client, "call differs()").await;
     assert!(code == SqlState::FEATURE_NOT_SUPPORTED && message.contains("not run any more"), "{code:?} {message}");
     run(&client, "call alike(8)").await;
+    run(&client, "do $$ begin update total set n = 424242 where id = 1; end $$").await;
     everywhere(&cluster, "select string_agg(item::text, ',' order by item) from audit", "7,8").await;
     let (text, _) = cluster.status();
     assert!(text.contains("call differs()") && text.contains("call alike(?)"), "{text}");
     let json = cluster.command(&["status", "--json"]);
+    assert!(
+        !text.contains("424242") && !common::text(&json).contains("424242"),
+        "literals are nobody's business: {text}"
+    );
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
     let shapes = json["once"].as_array().expect("shapes").clone();
+    assert!(
+        shapes.iter().any(|s| s["shape"] == "do $$ begin update total set n = ? where id = ?; end $$"),
+        "{shapes:#?}"
+    );
     let shape = |text: &str| shapes.iter().find(|shape| shape["shape"] == text).cloned().unwrap_or_default();
     assert_eq!(shape("call alike(?)")["runs"], 2, "{shapes:#?}");
     assert!(shape("call alike(?)")["unproven"].as_str().expect("a reason").contains("run time"), "{shapes:#?}");

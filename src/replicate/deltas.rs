@@ -17,7 +17,6 @@ pub const QUERY: &str = "SELECT CASE WHEN pg_catalog.current_setting('track_coun
           pg_catalog.pg_stat_get_xact_tuples_deleted(c.oid) AS d \
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
         WHERE c.relkind OPERATOR(pg_catalog.=) ANY ('{r,m}'::pg_catalog.\"char\"[]) \
-          AND n.nspname OPERATOR(pg_catalog.<>) 'pgtandem' \
           AND n.nspname OPERATOR(pg_catalog.!~) '^pg_toast') x \
       WHERE x.i OPERATOR(pg_catalog.<>) 0 OR x.u OPERATOR(pg_catalog.<>) 0 OR x.d OPERATOR(pg_catalog.<>) 0)) \
     ELSE 'off' END";
@@ -32,6 +31,14 @@ pub struct Delta {
     pub deferrable_triggers: bool,
     /// Inserted, updated, deleted. TRUNCATE can make them less than before.
     pub rows: [i64; 3],
+}
+
+impl Delta {
+    /// A table of the proxy's own, which nobody else writes to.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.table.starts_with("pgtandem.")
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +128,8 @@ mod tests {
         assert_eq!((deltas[1].rows, deltas[1].deferrable_triggers), ([0, 2, 0], true));
         assert!(between(BEFORE, BEFORE).unwrap().is_empty());
         assert!(between("off", "off").is_none());
+        let own = |table: &str| between("", &format!("{table}\x1fp\x1ff\x1f0\x1f1\x1f0")).unwrap()[0].is_own();
+        assert!(own("pgtandem.mark") && !own("public.mark") && !own("pgtandem_x.mark"));
     }
 
     #[test]

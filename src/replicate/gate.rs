@@ -142,6 +142,12 @@ impl Closed<'_> {
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
     }
 
+    /// When it began to close.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
     /// For how long the gate has been closed, milliseconds.
     #[must_use]
     pub fn closed_ms(&self) -> f64 {

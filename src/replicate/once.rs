@@ -160,7 +160,14 @@ impl Halves {
         hub: &Hub,
         work: impl AsyncFn(&mut Half) -> Result<T, ServerError>,
     ) -> Vec<Result<T, ServerError>> {
-        let limit_ms = hub.config.proxy.follower_ms_max;
+        self.each_within(hub.config.proxy.follower_ms_max, work).await
+    }
+
+    async fn each_within<T>(
+        &mut self,
+        limit_ms: u64,
+        work: impl AsyncFn(&mut Half) -> Result<T, ServerError>,
+    ) -> Vec<Result<T, ServerError>> {
         let work = &work;
         join_all(self.halves.iter_mut().map(|half| async move {
             let gone = half.follower.gone.clone();
@@ -182,20 +189,22 @@ impl Halves {
         self.all(hub, async |half| half.catch_up(hub, log, savepoints).await).await;
     }
 
-    /// Sets a savepoint around the statement and prepares it, so that it can be run in one flight.
-    pub async fn ready(&mut self, hub: &Hub, statement: &Statement) {
-        self.all(hub, async |half| half.ready(statement).await).await;
+    /// Sets a savepoint around the statement and prepares it, so that it can be run in one flight. A follower that has not answered
+    /// after that many milliseconds has lost its half.
+    pub async fn ready(&mut self, statement: &Statement, answer_ms: u64) {
+        let results = self.each_within(answer_ms, async |half| half.ready(statement).await).await;
+        self.sort_out(results);
     }
 
-    /// Runs the statement in all halves, for at most that many milliseconds on the server. Answers are in the order of followers; one
-    /// that is sick is among the lost and not among the answers.
+    /// Runs the statement in all halves, for at most `server_ms` on the server. Answers are in the order of followers; one that is
+    /// sick, or has not answered after `answer_ms`, is among the lost and not among the answers: what it did is not known.
     pub async fn run(
         &mut self,
-        hub: &Hub,
         statement: &Statement,
-        ms_max: u64,
+        server_ms: u64,
+        answer_ms: u64,
     ) -> Vec<(String, Result<Ran, ServerError>)> {
-        let results = self.each(hub, async |half| half.run(statement, ms_max).await).await;
+        let results = self.each_within(answer_ms, async |half| half.run(statement, server_ms).await).await;
         let mut answers = Vec::with_capacity(results.len());
         for (mut half, result) in std::mem::take(&mut self.halves).into_iter().zip(results) {
             match result {
@@ -385,10 +394,25 @@ impl Half {
         log: &EffectLog,
         decision: &Decision,
     ) -> Result<Connection, ServerError> {
+        match self.try_prepare(hub, log, decision).await {
+            Ok(()) => Ok(self.connection),
+            Err(e) => {
+                // It holds no lock when the leader rolls back.
+                if !e.is_sick() {
+                    self.connection.out.clear();
+                    let mut writer = Writer::resume(&mut self.connection);
+                    writer.statement("ROLLBACK");
+                    writer.end().await?;
+                }
+                Err(e)
+            }
+        }
+    }
+
+    async fn try_prepare(&mut self, hub: &Hub, log: &EffectLog, decision: &Decision) -> Result<(), ServerError> {
         self.settle().await?;
         self.part(hub, log, log.effects().len(), None).await?;
-        Writer::resume(&mut self.connection).prepare(decision).await?;
-        Ok(self.connection)
+        Writer::resume(&mut self.connection).prepare(decision).await
     }
 }
 

@@ -5,6 +5,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::sql::shape;
+
 /// Shapes that are counted one by one; what comes after them is counted under one name.
 const SHAPES_MAX: usize = 1000;
 /// Bytes of a shape's text that are kept.
@@ -40,23 +42,14 @@ pub struct Shapes {
 }
 
 impl ShapeName {
-    /// From a shape's key, whose masked literals become `?`.
+    /// From a shape's key. No literal is in it, also where the key has some because they decide what the statement does.
     #[must_use]
     pub fn new(database: &Arc<str>, key: &str) -> Self {
-        let mut text = String::with_capacity(key.len().min(SHAPE_BYTES_MAX));
-        let mut letters = key.chars();
-        while let Some(letter) = letters.next() {
-            if text.len() >= SHAPE_BYTES_MAX {
-                text.push_str(" ...");
-                break;
-            }
-            if letter == '\0' {
-                letters.next();
-                text.push('?');
-            } else {
-                text.push(letter);
-            }
-        }
+        let text = shape::without_literals(key);
+        let text = match text.char_indices().find(|(at, _)| *at >= SHAPE_BYTES_MAX) {
+            Some((at, _)) => format!("{} ...", text.get(..at).unwrap_or_default()),
+            None => text,
+        };
         Self { database: Arc::clone(database), text: text.into() }
     }
 }
@@ -117,6 +110,17 @@ mod tests {
         let shapes = Shapes::default();
         let name = |key: &str| ShapeName::new(&Arc::from("shop"), key);
         assert_eq!(&*name("CALL p(\0s, \0i)").text, "CALL p(?, ?)");
+        let code =
+            "DO $a$ begin update t set a = 'x y', b = $$secret$$ where id = 7; perform f($$two words 8$$); end $a$";
+        let masked = "DO $a$ begin update t set a = ?, b = ? where id = ?; perform f(?); end $a$";
+        assert_eq!(&*name(code).text, masked);
+        assert_eq!(&*name("DO 'begin perform f(7); end'").text, "DO ?");
+        assert_eq!(&*name("DO $$ begin perform f('it ends never").text, "DO ?");
+        assert_eq!(
+            &*name("SELECT f(\0i), set_config('a.b', 'secret', true)").text,
+            "SELECT f(?), set_config(?, ?, true)"
+        );
+        assert_eq!(name(&"é".repeat(SHAPE_BYTES_MAX)).text.len(), SHAPE_BYTES_MAX + 4);
         (0..3).for_each(|_| shapes.ran(&name("CALL often()"), None));
         shapes.ran(&name("CALL bad()"), Some("it is written in C"));
         shapes.refuse(&name("CALL bad()"), "it changed other rows on b");

@@ -46,7 +46,7 @@ impl Session {
             match self.carry_sequences().await? {
                 Ok(reached) => sequences = Some(reached),
                 Err(error) => {
-                    self.hidden_query("ROLLBACK").await?;
+                    self.roll_back_everywhere().await?;
                     return Ok(Err(error));
                 }
             }
@@ -64,15 +64,15 @@ impl Session {
         }
         if log.deferrable_constraints && !self.hidden_query("SET CONSTRAINTS ALL IMMEDIATE").await? {
             let error = self.last_error();
-            self.halves = open.into_inner();
-            self.roll_halves_back().await;
-            self.hidden_query("ROLLBACK").await?;
+            self.halves = open.take();
+            self.roll_back_everywhere().await?;
             return Ok(Err(error));
         }
         let serializable = match self.is_serializable().await? {
             Ok(serializable) => serializable,
             Err(error) => {
-                self.hidden_query("ROLLBACK").await?;
+                self.halves = open.take();
+                self.roll_back_everywhere().await?;
                 return Ok(Err(error));
             }
         };
@@ -80,7 +80,8 @@ impl Session {
             match self.ddl_flight().await? {
                 Ok(flight) => Some(flight),
                 Err(error) => {
-                    self.hidden_query("ROLLBACK").await?;
+                    self.halves = open.take();
+                    self.roll_back_everywhere().await?;
                     return Ok(Err(client_error_frame(&error)));
                 }
             }
@@ -148,12 +149,16 @@ impl Session {
                 }
                 Err(error) => {
                     let error = prepare_error(&error);
+                    self.halves = open.take();
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
                 }
             };
             let pass = match Self::pass_gate(&hub, log.ddl, &mut closed).await {
                 Ok(pass) => pass,
-                Err(error) => return self.abort(std::mem::take(held), decision, error).await.map(Err),
+                Err(error) => {
+                    self.halves = open.take();
+                    return self.abort(std::mem::take(held), decision, error).await.map(Err);
+                }
             };
             let set = &hub.view().set;
             if (set.epoch, set.version) == version {
@@ -304,7 +309,13 @@ impl Session {
         error_frame(&self.wire.results.error.take().unwrap_or_default())
     }
 
-    /// Nothing was decided: rolled back on the leader and on every member that had prepared.
+    /// Rolled back in open halves, then on the leader: no follower holds a lock that the leader has given up.
+    pub(super) async fn roll_back_everywhere(&mut self) -> Result<(), End> {
+        self.roll_halves_back().await;
+        self.hidden_query("ROLLBACK").await.map(|_| ())
+    }
+
+    /// Nothing was decided: rolled back on every member that had prepared, in halves that are open still, then on the leader.
     pub(super) async fn abort(
         &mut self,
         held: Vec<Prepared>,
@@ -312,7 +323,7 @@ impl Session {
         error: ClientError,
     ) -> Result<BytesMut, End> {
         self.abandon(held, decision).await;
-        self.hidden_query("ROLLBACK").await?;
+        self.roll_back_everywhere().await?;
         Ok(client_error_frame(&error))
     }
 

@@ -94,7 +94,7 @@ impl Session {
                 ok = false;
             }
         } else if self.wire.status == b'E' {
-            self.hidden_query("ROLLBACK").await?;
+            self.roll_back_everywhere().await?;
         }
         self.forget_transaction();
         Ok(ok)

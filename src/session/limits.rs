@@ -11,15 +11,14 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    pub fn new(gate_ms: u64, attempt: u32, catches_errors: bool) -> Self {
-        // Followers need as long as the leader.
-        let half = (gate_ms / 2).max(1);
-        let lock = (LOCK_MS << attempt).min(half);
+    /// `share_ms`: what the leader has of the time under the gate.
+    pub fn new(share_ms: u64, attempt: u32, catches_errors: bool) -> Self {
+        let lock = (LOCK_MS << attempt).min(share_ms);
         if catches_errors {
             // A statement that is cancelled catches nothing, and waits for no lock as long as the deadlock detector does.
-            Self { statement_ms: (lock * 2).min(half), lock_ms: None }
+            Self { statement_ms: (lock * 2).min(share_ms), lock_ms: None }
         } else {
-            Self { statement_ms: half, lock_ms: Some(lock) }
+            Self { statement_ms: share_ms, lock_ms: Some(lock) }
         }
     }
 }
@@ -71,11 +70,12 @@ mod tests {
     }
 
     #[test]
-    fn limits_leave_followers_their_half_of_the_time() {
+    fn limits_are_within_the_leader_s_share_of_the_time() {
         for attempt in 0..=crate::session::once::AGAIN_MAX {
-            let limits = Limits::new(1000, attempt, false);
-            assert!(limits.statement_ms <= 500 && limits.lock_ms.is_some_and(|lock| lock <= 500));
-            assert!(Limits::new(1000, attempt, true).lock_ms.is_none());
+            let limits = Limits::new(350, attempt, false);
+            assert!(limits.statement_ms <= 350 && limits.lock_ms.is_some_and(|lock| lock <= 350));
+            let limits = Limits::new(350, attempt, true);
+            assert!(limits.statement_ms <= 350 && limits.lock_ms.is_none());
         }
     }
 }

@@ -6,6 +6,7 @@
 mod begin;
 pub mod cancel;
 pub mod carry;
+mod closing;
 pub mod commit;
 pub mod copy;
 mod copy_file;

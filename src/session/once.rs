@@ -3,6 +3,7 @@
 //! While the gate is closed no commit shows anywhere, so all members are in the same state, and the same code has to do the
 //! same. Neither a lock that is not free nor slow code may keep the gate closed: both servers end the statement themselves
 //! before `proxy.gate_ms_max`; then it is undone on the followers, on the leader, and tried again with the gate open in between.
+//! A follower that has not answered by then loses its half, and whatever is slow, the gate opens (`session/closing.rs`).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use crate::replicate::effects::Effect;
 use crate::replicate::follower::ServerError;
 use crate::replicate::once::{Halves, Ran, Statement, is_out_of_time};
 use crate::replicate::shapes::ShapeName;
+use crate::session::closing::Closing;
 use crate::session::limits::Limits;
 use crate::session::once_leader::OnLeader;
 use crate::session::planning::schema_changed;
@@ -219,7 +221,7 @@ impl Session {
                 self.halves = Some(halves);
                 return Ok(self.told());
             }
-            match self.prepare_once(call, &mut halves).await? {
+            match self.prepare_once(call, &mut halves, hub.config.proxy.follower_ms_max).await? {
                 Ok(made) => statement = Some(made),
                 Err(attempt) => {
                     self.halves = Some(halves);
@@ -227,25 +229,25 @@ impl Session {
                 }
             }
         }
-        let closed = if halves.is_empty() && !snapshot_is_kept {
-            None
+        let mut gate = if halves.is_empty() && !snapshot_is_kept {
+            Closing::not_needed(gate_ms)
         } else {
-            match hub.gate.close(Duration::from_millis(gate_ms)).await {
-                Ok(closed) => Some(closed),
+            match Closing::close(&hub.gate, gate_ms).await {
+                Ok(gate) => gate,
                 Err(_) => {
                     self.halves = Some(halves);
                     return self.give_up_attempt(!snapshot_is_kept).await;
                 }
             }
         };
-        let since = Instant::now();
         if snapshot_is_kept {
             // The snapshot must be of the state that all members are in: taken anew, while nothing can change.
-            if !self.ours(&[("pgtandem_chain", &[]), ("pgtandem_once", &[])]).await? {
+            if !gate.run(self.ours(&[("pgtandem_chain", &[]), ("pgtandem_once", &[])])).await? {
                 self.halves = Some(halves);
                 return Ok(self.told());
             }
-            match self.prepare_once(call, &mut halves).await? {
+            let answer_ms = gate.answer_ms();
+            match gate.run(self.prepare_once(call, &mut halves, answer_ms)).await? {
                 Ok(made) => statement = Some(made),
                 Err(attempt) => {
                     self.halves = Some(halves);
@@ -253,16 +255,21 @@ impl Session {
                 }
             }
         }
+        if gate.is_over() {
+            self.halves = Some(halves);
+            return self.give_up_attempt(true).await;
+        }
         if hub.schema_number.load(std::sync::atomic::Ordering::Acquire) != planned_at {
             self.halves = Some(halves);
-            drop(closed);
+            gate.open();
             self.give_up_attempt(true).await?;
             return Ok(Attempt::Replan);
         }
         let start = self.wire.to_client.len();
         self.wire.mute = true;
-        let limits = closed.is_some().then(|| Limits::new(gate_ms, attempt, call.once.proof.catches_errors));
-        let on_leader = self.on_leader(call, limits.as_ref()).await;
+        let catches_errors = call.once.proof.catches_errors;
+        let limits = gate.is_closed().then(|| Limits::new(gate.leader_ms(), attempt, catches_errors));
+        let on_leader = gate.run(self.on_leader(call, limits.as_ref())).await;
         self.wire.mute = false;
         let on_leader = match on_leader? {
             Ok(on_leader) => on_leader,
@@ -271,7 +278,7 @@ impl Session {
                 if matches!(attempt, Attempt::OutOfTime) {
                     self.wire.to_client.truncate(start);
                     self.wire.take_held_rows();
-                    drop(closed);
+                    gate.open();
                     return self.give_up_attempt(true).await;
                 }
                 return Ok(attempt);
@@ -279,25 +286,31 @@ impl Session {
         };
         let problem = match self.unsuited(&on_leader, start) {
             Some(refusal) => Some(Attempt::Ended(refusal)),
+            // Others may have committed meanwhile.
+            None if gate.is_over() => Some(Attempt::OutOfTime),
             None if on_leader.deltas.is_empty() => None,
-            None => match statement {
-                Some(statement) => {
-                    // What is left of the time, with a margin for the way back.
-                    let spent_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    let left_ms = gate_ms.saturating_sub(spent_ms).max(1);
-                    let answers = halves.run(&hub, &statement, left_ms).await;
-                    self.judge(name, &on_leader, answers).or_else(|| {
-                        let kept = self.log.push(Effect::Once);
-                        kept.err().map(|error| Attempt::Ended(Ended::Refused(error.into())))
-                    })
+            None => match (statement, gate.server_ms()) {
+                (None, _) => None,
+                (Some(_), None) => Some(Attempt::OutOfTime),
+                (Some(statement), Some(server_ms)) => {
+                    let answer_ms = gate.answer_ms();
+                    let answers = gate.run(halves.run(&statement, server_ms, answer_ms)).await;
+                    if gate.is_over() {
+                        Some(Attempt::OutOfTime)
+                    } else {
+                        self.judge(name, &on_leader, answers).or_else(|| {
+                            let kept = self.log.push(Effect::Once);
+                            kept.err().map(|error| Attempt::Ended(Ended::Refused(error.into())))
+                        })
+                    }
                 }
-                None => None,
             },
         };
+        // Nothing of it shows, and the leader still holds its locks: others need not wait while it is undone or kept.
+        gate.open();
         if let Some(attempt) = problem {
             halves.undo(&hub).await;
             self.halves = Some(halves);
-            drop(closed);
             self.wire.to_client.truncate(start);
             self.wire.take_held_rows();
             self.give_up_attempt(true).await?;
@@ -309,7 +322,6 @@ impl Session {
             self.note_once(&on_leader);
         }
         self.halves = Some(halves);
-        drop(closed);
         if call.hold_tag {
             self.held_tag.clone_from(&self.last_tag);
         }
@@ -328,11 +340,12 @@ impl Session {
         Ok(Attempt::OutOfTime)
     }
 
-    /// Reads what followers must be given, and has them ready.
+    /// Reads what followers must be given, and has them ready within that time.
     async fn prepare_once(
         &mut self,
         call: &OnceCall<'_>,
         halves: &mut Halves,
+        answer_ms: u64,
     ) -> Result<Result<Statement, Attempt>, End> {
         let Some(context) = self.context.clone() else {
             return Ok(Err(Attempt::Ended(Ended::Refused(schema_changed()))));
@@ -360,7 +373,7 @@ impl Session {
             settings: given.filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect(),
             number: self.marks.iter().flatten().next().map_or(0, |mark| mark.id),
         };
-        halves.ready(&self.hub, &statement).await;
+        halves.ready(&statement, answer_ms).await;
         Ok(Ok(statement))
     }
 
@@ -373,7 +386,9 @@ impl Session {
                 "Let it write first, and SELECT the rows then.",
             )));
         }
-        let bad = |delta: &&Delta| !matches!(delta.kind, Kind::Permanent | Kind::Catalog) || delta.deferrable_triggers;
+        let bad = |delta: &&Delta| {
+            !matches!(delta.kind, Kind::Permanent | Kind::Catalog) || delta.deferrable_triggers || delta.is_own()
+        };
         let delta = on_leader.deltas.iter().find(bad)?;
         let table = &delta.table;
         Some(match delta.kind {
@@ -388,6 +403,10 @@ impl Session {
             Kind::LargeObject => refused(
                 "the statement wrote large objects, whose numbers differ from server to server",
                 "Use a bytea column.",
+            ),
+            _ if delta.is_own() => refused(
+                format!("the statement wrote to {table}, which belongs to pgtandem itself"),
+                "Leave the schema pgtandem alone.",
             ),
             Kind::Permanent | Kind::Catalog => refused(
                 format!("the statement wrote to {table}, which has a deferrable trigger: it runs as late as COMMIT"),

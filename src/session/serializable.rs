@@ -58,11 +58,17 @@ impl Session {
             let reserved = match self.followers(&hub, log, decision, open).reserve().await {
                 Ok(reserved) => reserved,
                 Err(PrepareError::ReignOver) => return Err(self.tell_rolled_back().await),
-                Err(error) => return self.abort(Vec::new(), decision, prepare_error(&error)).await.map(Err),
+                Err(error) => {
+                    self.halves = open.take();
+                    return self.abort(Vec::new(), decision, prepare_error(&error)).await.map(Err);
+                }
             };
             let pass = match Self::pass_gate(&hub, log.ddl, &mut closed).await {
                 Ok(pass) => pass,
-                Err(error) => return self.abort(Vec::new(), decision, error).await.map(Err),
+                Err(error) => {
+                    self.halves = open.take();
+                    return self.abort(Vec::new(), decision, error).await.map(Err);
+                }
             };
             let set = &hub.view().set;
             if (set.epoch, set.version) == reserved.version {
@@ -101,6 +107,8 @@ impl Session {
             }
             Err(error) => {
                 self.abandon(std::mem::take(held), decision).await;
+                self.halves = open.take();
+                self.roll_halves_back().await;
                 self.finish_prepared(decision, false).await?;
                 return Ok(Err(client_error_frame(&prepare_error(&error))));
             }

@@ -188,7 +188,7 @@ impl Session {
                     self.release_held_tag();
                 }
             } else {
-                self.hidden_query("ROLLBACK").await?;
+                self.roll_back_everywhere().await?;
             }
             self.forget_transaction();
         }
@@ -307,6 +307,13 @@ impl Session {
             Control::Savepoint { .. } if self.wire.status == b'T' => {
                 if let Err(error) = self.may_savepoint() {
                     self.refuse_in_text(&error).await?;
+                    return Ok(false);
+                }
+            }
+            // Names of constraints are found by the search_path, which may have been set since it was last read.
+            Control::SetConstraints if self.facts.is_none() && self.wire.status == b'T' => {
+                if let Some(error) = self.read_context().await? {
+                    self.wire.to_client.extend_from_slice(&error_frame(&error));
                     return Ok(false);
                 }
             }

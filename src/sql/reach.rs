@@ -195,6 +195,10 @@ impl Reach {
         if let Some(why) = &code.unproven {
             self.open(format!("{place}: {why}"));
         }
+        let own = |name: &&Name| name.schema.as_deref() == Some("pgtandem");
+        if code.calls.iter().chain(&code.written).any(|name| own(&name)) {
+            self.varies(format!("{place}: it uses the schema pgtandem, which belongs to pgtandem itself"));
+        }
         for name in &code.calls {
             if self.asked_functions.insert(name.name.clone()) {
                 self.new_functions.insert(name.name.clone());

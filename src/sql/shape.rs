@@ -132,6 +132,44 @@ pub fn mask(text: &str) -> Shape {
     Shape { key, literals, statements }
 }
 
+/// A shape's key for people: every literal is `?`. Of a DO block's code between dollar quotes the literals are.
+#[must_use]
+pub fn without_literals(key: &str) -> String {
+    let mut text = String::with_capacity(key.len());
+    let mut letters = key.chars();
+    while let Some(letter) = letters.next() {
+        if letter == '\0' {
+            letters.next();
+            text.push('?');
+        } else {
+            text.push(letter);
+        }
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut words = Lexer::new(&text).filter(|token| token.kind == Kind::Word);
+    let first = words.next().and_then(|token| text.get(token.range)).unwrap_or_default();
+    hide_literals(&text, first.eq_ignore_ascii_case("do"), &mut out);
+    out
+}
+
+/// `has_code`: what is between dollar quotes is code.
+fn hide_literals(text: &str, has_code: bool, out: &mut String) {
+    for token in Lexer::new(text) {
+        let part = text.get(token.range).unwrap_or_default();
+        let quote = part.strip_prefix('$').and_then(|rest| rest.find('$')).and_then(|at| part.get(..at + 2));
+        match (token.kind, quote) {
+            (Kind::String, Some(quote)) if has_code => {
+                out.push_str(quote);
+                let code = part.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote)).unwrap_or_default();
+                hide_literals(code, false, out);
+                out.push_str(quote);
+            }
+            (kind, _) if kind.is_literal() || kind == Kind::Unterminated => out.push('?'),
+            _ => out.push_str(part),
+        }
+    }
+}
+
 #[cfg(test)]
 #[path = "shape_tests.rs"]
 mod tests;

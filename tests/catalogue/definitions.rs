@@ -158,6 +158,22 @@ async fn c09_constraints_that_fail_at_commit(case: &Case<'_>) {
     assert_eq!(code_of(&b, "commit").await, "23505");
     run(&b, "begin; set constraints all immediate; insert into c values (7, 1, 70); commit").await;
     assert_eq!(value(&a, "select string_agg(id || ':' || u, ',' order by id) from c").await, "1:2,2:1,5:50,7:70");
+    // The constraint is found by a search_path that was set in the same transaction.
+    let other = format!("{}_other", case.schema);
+    let only_here =
+        format!("create table {other}.d (id int primary key, p int constraint only_here references p deferrable)");
+    run(&a, &format!("create schema {other}; {only_here}")).await;
+    for text in [
+        "begin",
+        &format!("set local search_path = {other}, {}", case.schema),
+        "set constraints only_here deferred",
+        "insert into d values (1, 77)",
+        "insert into p values (77)",
+        "commit",
+    ] {
+        run(&a, text).await;
+    }
+    assert_eq!(value(&a, &format!("select count(*) from {other}.d")).await, "1");
 }
 
 async fn c11_unlogged_tables(case: &Case<'_>) {
