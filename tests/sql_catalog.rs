@@ -186,6 +186,7 @@ async fn the_catalog_says_what_a_text_can_not() {
             CREATE TABLE identities (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v int, twice int GENERATED ALWAYS AS (v * 2) STORED);
             CREATE TABLE stamped (id int PRIMARY KEY, at timestamptz DEFAULT now(), by text DEFAULT current_user);
             CREATE TABLE keyless (v int);
+            CREATE TABLE excluded (id int PRIMARY KEY, v int);
             CREATE FUNCTION noisy() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
             CREATE TABLE triggered (id int PRIMARY KEY, v int);
             CREATE TRIGGER t BEFORE UPDATE ON triggered FOR EACH ROW EXECUTE FUNCTION noisy();
@@ -241,6 +242,7 @@ async fn the_catalog_says_what_a_text_can_not() {
         "DELETE FROM serials USING scratch WHERE scratch.id = serials.id",
         "INSERT INTO plain (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = excluded.v",
         "INSERT INTO identities (v) VALUES (1), (2) ON CONFLICT (id) DO UPDATE SET v = excluded.v",
+        "INSERT INTO excluded AS e (id, v) VALUES (1, 2) ON CONFLICT (id) DO UPDATE SET v = excluded.v + e.v",
     ] {
         let write = write(&client, text).await;
         let EffectPlan::Rows { texts, .. } = &write.effect else { panic!("{text}: {write:?}") };

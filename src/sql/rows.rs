@@ -106,20 +106,22 @@ pub(super) fn refuse(statement: &str, not: &NotRows) -> Refusal {
 pub(super) fn insert(relation: &Relation, columns: &[&Column]) -> RowTexts {
     let (table, list) = (relation.qualified(), names(columns));
     RowTexts {
-        one: insert_one(relation, columns).into(),
+        one: insert_one(&table, columns).into(),
         many: Many::Copy(format!("COPY {table} ({list}) FROM STDIN").into()),
     }
 }
 
-fn insert_one(relation: &Relation, columns: &[&Column]) -> String {
+fn insert_one(table: &str, columns: &[&Column]) -> String {
     let numbers = (1..=columns.len()).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ");
-    format!("INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({numbers})", relation.qualified(), names(columns))
+    format!("INSERT INTO {table} ({}) OVERRIDING SYSTEM VALUE VALUES ({numbers})", names(columns))
 }
 
 /// INSERT ... ON CONFLICT DO UPDATE: `columns` is the whole row as it became, whether it was new or not. The statement changes no
 /// key, so the row with this key is the one, and becomes what it is on the leader whatever it was.
 pub(super) fn upsert(relation: &Relation, columns: &[&Column], context: &Context<'_>) -> Result<RowTexts, NotRows> {
     let key: Vec<&Column> = key_columns(relation)?;
+    // The alias, because the table's own name may be `excluded`.
+    let table = format!("{} AS {TABLE}", relation.qualified());
     let sets = columns
         .iter()
         .filter(|column| !relation.key.contains(&column.name) && !column.identity_always)
@@ -127,14 +129,13 @@ pub(super) fn upsert(relation: &Relation, columns: &[&Column], context: &Context
         .collect::<Vec<_>>()
         .join(", ");
     let conflict = format!("ON CONFLICT ({}) DO UPDATE SET {sets}", names(&key));
-    let one = format!("{} {conflict}", insert_one(relation, columns));
+    let one = format!("{} {conflict}", insert_one(&table, columns));
     let at_end = relation.self_referencing || !relation.deferrable_unique_columns.is_empty();
     let many = match Arrays::of(columns, context) {
         Some(arrays) if relation.unique_columns.is_empty() => Many::Arrays {
             text: counting(
                 &format!(
-                    "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} {conflict}",
-                    relation.qualified(),
+                    "INSERT INTO {table} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} {conflict}",
                     names(columns),
                     arrays.values.join(", "),
                     arrays.from
