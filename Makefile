@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential torture catalogue check
+.PHONY: demo test setup bench differential torture catalogue mutants check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -40,6 +40,10 @@ torture: setup
 # The catalogue of anomalies, on NODES nodes; CASE=a17 plays one.
 catalogue: setup
 	CATALOGUE_NODES=$(NODES) CATALOGUE_CASE=$(CASE) $(CARGO) test --locked --test catalogue -- --nocapture --test-threads=1
+
+# Each rule of replication broken in a copy, and a test red for it; MUTANT=barrier tries one.
+mutants: setup
+	scripts/mutants $(MUTANT)
 
 check:
 	$(CARGO) fmt --all --check

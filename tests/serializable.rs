@@ -210,6 +210,37 @@ async fn the_first_snapshot_is_taken_when_a_lone_server_would() {
     cluster.assert_identical().await;
 }
 
+/// A DEFERRABLE snapshot waits for writers; commits of others must not wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deferrable_transaction_that_calls_code_does_not_hold_commits_back() {
+    let cluster = common::cluster();
+    let (first, second) = (cluster.connect("postgres").await, cluster.connect("postgres").await);
+    let reader = cluster.connect("postgres").await;
+    run(&first, "create table t (id int primary key, v int); insert into t values (1, 10), (2, 10)").await;
+    run(
+        &first,
+        "create function writes() returns int language plpgsql as $$ begin update t set v = 0 where id = 1; return 1; end $$",
+    )
+    .await;
+    let watch = cluster.connect_node(0, "postgres").await;
+    run(&first, "begin isolation level serializable; update t set v = v + 1 where id = 1").await;
+    let waiting = tokio::spawn(async move {
+        run(&reader, "begin isolation level serializable read only deferrable").await;
+        refused(&reader, "select writes()", "0A000").await
+    });
+    common::wait_for("the snapshot waits", async || {
+        value(&watch, "select count(*) from pg_stat_activity where wait_event = 'SafeSnapshot'").await == "1"
+    })
+    .await;
+    // A snapshot that is taken again from here on waits for the second.
+    run(&second, "begin isolation level serializable; update t set v = v + 1 where id = 2").await;
+    run(&first, "commit").await;
+    let refusal = tokio::time::timeout(common::LIMIT, waiting).await.expect("an answer").unwrap();
+    assert!(refusal.contains("DEFERRABLE"), "{refusal}");
+    run(&second, "commit").await;
+    cluster.assert_identical().await;
+}
+
 /// What the leader only holds prepared was never decided, whatever followers hold.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_leader_had_only_prepared_is_rolled_back_everywhere() {

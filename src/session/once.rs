@@ -107,6 +107,14 @@ impl Session {
         if let Some(refusal) = self.refuses_once(call, &name) {
             return Ok(refusal);
         }
+        let serializable = self.facts.as_ref().is_some_and(|facts| facts.isolation == "serializable");
+        if serializable && self.chain_modes().await? == "READ ONLY, DEFERRABLE" {
+            // Its snapshot waits for the writers that are open, and behind the closed gate those could not end.
+            return Ok(refused(
+                "code that may write is not called or fired in a SERIALIZABLE READ ONLY DEFERRABLE transaction",
+                "Leave out DEFERRABLE.",
+            ));
+        }
         let hub = Arc::clone(&self.hub);
         let turn = Arc::clone(&hub.once.order).lock_owned();
         let Ok(turn) = tokio::time::timeout(Duration::from_millis(TURN_MS_MAX), turn).await else {

@@ -132,7 +132,7 @@ impl Session {
     }
 
     /// The modes that COMMIT AND CHAIN keeps, read before the transaction is gone from the session.
-    async fn chain_modes(&mut self) -> Result<String, End> {
+    pub(super) async fn chain_modes(&mut self) -> Result<String, End> {
         self.hidden_query(
             "SELECT CASE pg_catalog.current_setting('transaction_read_only') WHEN 'on' THEN 'READ ONLY' ELSE 'READ WRITE' END || \
              CASE pg_catalog.current_setting('transaction_deferrable') WHEN 'on' THEN ', DEFERRABLE' ELSE ', NOT DEFERRABLE' END",

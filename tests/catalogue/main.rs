@@ -1,5 +1,5 @@
 //! The catalogue of anomalies, a case each, named by its number: A order and snapshots, B evaluation, C definitions and objects. Every case
-//! leaves identical servers, or is refused with a reason. A5, A8, A9, C1, C7, C8 need a held message: tests/half_committed.rs; the crash
+//! leaves identical servers; what is refused in it is refused with a reason. A5, A8, A9, C1, C7, C8 need a held message: tests/half_committed.rs; the crash
 //! points are in tests/crash_points.rs.
 //!
 //! `CATALOGUE_NODES=3` plays them on three nodes, `CATALOGUE_CASE=a17` one of them (`make catalogue NODES=3 CASE=a17`).

@@ -4,7 +4,8 @@ use bytes::Bytes;
 use futures_util::SinkExt;
 use tokio_postgres::Client;
 
-use crate::stage::{Case, Stage, code_of, exact_or_refused, play, run, value};
+use crate::stage::Fate::{Exact, Refused};
+use crate::stage::{Case, Stage, check, code_of, play, refused, run, value};
 
 pub async fn play(stage: &mut Stage) {
     play!(
@@ -23,13 +24,13 @@ pub async fn play(stage: &mut Stage) {
 async fn c10_large_objects(case: &Case<'_>) {
     let a = case.client().await;
     run(&a, "create table t (id int primary key, o oid)").await;
-    for text in [
-        "select lo_create(0)",
-        "insert into t values (1, lo_from_bytea(0, 'hello'))",
-        "select lo_put(o, 0, 'x') from t",
-        "select lo_unlink(o) from t",
+    for (fate, text) in [
+        (Exact, "select lo_create(0)"),
+        (Refused, "insert into t values (1, lo_from_bytea(0, 'hello'))"),
+        (Refused, "select lo_put(o, 0, 'x') from t"),
+        (Exact, "select lo_unlink(o) from t"),
     ] {
-        exact_or_refused(&a, text).await;
+        check(&a, fate, text).await;
     }
     case.same_on_each_node("select coalesce(string_agg(oid::text, ',' order by oid), '') from pg_largeobject_metadata")
         .await;
@@ -41,8 +42,8 @@ async fn c12_temporary_tables(case: &Case<'_>) {
     run(&a, "create temp table source (id int, v int); insert into source select i, i from generate_series(1, 5) i")
         .await;
     run(&a, "insert into t select * from source").await;
-    exact_or_refused(&a, "update t set v = s.v * 10 from source s where s.id = t.id").await;
-    exact_or_refused(&a, "delete from t where id in (select id from source where v > 3)").await;
+    run(&a, "update t set v = s.v * 10 from source s where s.id = t.id").await;
+    run(&a, "delete from t where id in (select id from source where v > 3)").await;
     run(&a, "begin; create temp table gone (i int) on commit drop; insert into gone values (9); insert into t select i, i from gone; commit").await;
     // Hides the permanent one from this session alone.
     run(&a, "create temp table t (id int, v int); insert into t values (77, 77); drop table pg_temp.t").await;
@@ -66,7 +67,7 @@ async fn c13_foreign_servers(case: &Case<'_>) {
     ] {
         // The contributed modules may not be installed.
         if value(&a, &format!("select count(*) from pg_available_extensions where name = '{extension}'")).await == "1" {
-            exact_or_refused(&a, &format!("create extension if not exists {extension} schema public")).await;
+            run(&a, &format!("create extension if not exists {extension} schema public")).await;
             run(&a, "set search_path = c13_foreign_servers, public").await;
             let worked = code_of(&a, &text).await;
             assert!(["0A000", "00000", "42883", "2F003", "42601"].contains(&worked.as_str()), "{text}: {worked}");
@@ -94,11 +95,9 @@ async fn c14_copy_with_defaults(case: &Case<'_>) {
     assert_eq!(value(&a, "select count(*) from plain").await, "3");
     assert_eq!(value(&a, "select v from plain where id = 1").await, "5");
     for _ in 0..2 {
-        // A client of its own: the driver does not survive a COPY that fails before its data.
-        let b = case.client().await;
-        let done = copy(&b, "copy s (v) from stdin", "1\n2\n3\n").await;
-        assert!(["00000", "0A000"].contains(&done.as_str()), "{done}");
+        assert_eq!(copy(&a, "copy s (v) from stdin", "1\n2\n3\n").await, "00000");
     }
+    assert_eq!(value(&a, "select max(id) || '/' || count(distinct u) from s").await, "6/6");
     run(&a, "begin").await;
     assert_eq!(copy(&a, "copy plain from stdin", "7\t7\tseven\n").await, "00000");
     run(&a, "savepoint s").await;
@@ -116,29 +115,27 @@ async fn c18_queries_with_side_effects(case: &Case<'_>) {
          create function stable_lie() returns int language plpgsql stable as $$ begin return 1; end $$",
     )
     .await;
-    for text in [
-        "select set_config('work_mem', '2MB', false)",
-        "select nextval('s')",
-        "select pg_notify('x', 'y')",
-        "select writes()",
-        "select * from t where writes() = 1",
-        "select stable_lie()",
-        "explain analyze delete from t where id = 2",
-        "explain delete from t where id = 2",
-        "copy (delete from t where id = 3 returning *) to stdout",
-        "prepare p as delete from t where id = 4",
-        "prepare q as select 1",
-        "execute q",
-        "with w as (select writes()) select * from w",
-        "declare c cursor with hold for select writes()",
-        "values (writes())",
+    for (fate, text) in [
+        (Exact, "select set_config('work_mem', '2MB', false)"),
+        (Exact, "select nextval('s')"),
+        (Exact, "select pg_notify('x', 'y')"),
+        (Exact, "select writes()"),
+        (Refused, "select * from t where writes() = 1"),
+        (Exact, "select stable_lie()"),
+        (Refused, "explain analyze delete from t where id = 2"),
+        (Exact, "explain delete from t where id = 2"),
+        (Exact, "prepare p as delete from t where id = 4"),
+        (Exact, "prepare q as select 1"),
+        (Exact, "execute p"),
+        (Exact, "execute q"),
+        (Refused, "with w as (select writes()) select * from w"),
+        (Refused, "declare c cursor with hold for select writes()"),
+        (Exact, "values (writes())"),
     ] {
-        // COPY TO gives data, which this driver's simple protocol does not take.
-        if !text.starts_with("copy") {
-            exact_or_refused(&a, text).await;
-        }
+        check(&a, fate, text).await;
     }
     assert_eq!(value(&a, "select current_setting('work_mem')").await, "2MB");
+    assert_eq!(value(&a, "select string_agg(id::text, ',' order by id) from t").await, "2,3,5,6,7,8,9");
 }
 
 async fn c19_what_a_name_means(case: &Case<'_>) {
@@ -185,11 +182,10 @@ async fn c20_roles(case: &Case<'_>) {
     run(&a, "set role c20_a; insert into t values (1); create table mine (i int primary key); reset role").await;
     run(&a, "begin; set local role c20_a; insert into t (id) values (2); commit; insert into t (id) values (3)").await;
     run(&a, "set role c20_b").await;
-    let done = code_of(&a, "insert into t values (4)").await;
-    assert!(["42501", "0A000"].contains(&done.as_str()), "{done}");
+    refused(&a, "insert into t values (4)").await;
     assert_eq!(code_of(&a, "insert into mine values (4)").await, "42501");
     run(&a, "reset role").await;
-    exact_or_refused(&a, "set session authorization c20_a").await;
+    run(&a, "set session authorization c20_a").await;
     run(&a, "reset session authorization").await;
     run(&a, "create table security (id int primary key); alter table security owner to c20_a; insert into security values (1)").await;
     assert_eq!(value(&a, "select string_agg(who, ',' order by id) from t").await, "c20_a,c20_a,postgres");
