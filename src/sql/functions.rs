@@ -123,6 +123,9 @@ const STABLE_BY_SETTINGS: &[&str] = &[
     "array_to_string",
     "concat",
     "concat_ws",
+    "convert",
+    "convert_from",
+    "convert_to",
     "date",
     "date_add",
     "date_bin",
@@ -146,6 +149,8 @@ const STABLE_BY_SETTINGS: &[&str] = &[
     "jsonb_path_query_array_tz",
     "jsonb_path_query_first_tz",
     "jsonb_path_query_tz",
+    // of bytea and an encoding; all others of this name are immutable
+    "length",
     "make_timestamptz",
     "overlaps",
     "phraseto_tsquery",
@@ -350,4 +355,25 @@ pub fn is_float_aggregate(name: &str) -> bool {
 #[must_use]
 pub fn session_value(name: &str) -> Option<&'static str> {
     SESSION_VALUES.iter().find(|(known, _)| *known == name).map(|(_, sql_type)| *sql_type)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In the body of a function the name alone is known, and one function of this name is stable.
+    #[test]
+    fn the_length_of_a_text_is_the_same_everywhere() {
+        let length = |volatility: &str| Function {
+            schema: "pg_catalog".to_owned(),
+            name: "length".to_owned(),
+            volatility: volatility.to_owned(),
+            builtin: true,
+            kind: "f".to_owned(),
+            ..Function::default()
+        };
+        assert_eq!(effect(&[length("i"), length("s")], Some(1)), Some(Effect::Pure));
+        let now = Function { name: "now".to_owned(), ..length("s") };
+        assert_eq!(effect(&[now], Some(0)), Some(Effect::Varies));
+    }
 }

@@ -142,6 +142,8 @@ const SAME_IN_A_HALF: &[&str] = &[
     "pg_trigger_depth",
     "pg_typeof",
     "row_security_active",
+    "tsvector_update_trigger",
+    "tsvector_update_trigger_column",
     "set_config",
 ];
 
