@@ -148,7 +148,8 @@ fn a_node_is_recovered_again_and_again() {
 
         // Ended by an operator on its way: out, stopped, and the next attempt succeeds.
         let mut third = recoveries.start("b", true).unwrap().report;
-        third.wait_for(|report| report.phase == Phase::Seeding).await.unwrap();
+        // Before its agent has begun to compare, its PostgreSQL would simply go on.
+        third.wait_for(|report| report.progress.bytes_compared > 0).await.unwrap();
         recoveries.abort("b").unwrap();
         let failed = third.wait_for(|report| report.ended).await.unwrap().failed.clone().unwrap();
         assert_eq!(recoveries.replication().members().nodes, ["a"], "{failed}");
