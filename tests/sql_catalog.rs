@@ -295,8 +295,15 @@ async fn the_catalog_says_what_a_text_can_not() {
         let lane = plan(&client, text).await.lane;
         assert!(matches!(lane, Lane::Once(_)), "{text}: {lane:?}");
     }
-    let lane = plan(&client, "UPDATE pg_class SET relname = 'x'").await.lane;
-    assert!(matches!(lane, Lane::Refused(_)), "{lane:?}");
+    for text in [
+        "UPDATE pg_class SET relname = 'x'",
+        "CREATE FUNCTION first() RETURNS scratch LANGUAGE sql AS 'SELECT * FROM scratch'",
+        "CREATE FUNCTION all_of() RETURNS SETOF scratch LANGUAGE sql AS 'SELECT * FROM scratch'",
+        "CREATE DOMAIN over_scratch AS scratch",
+    ] {
+        let lane = plan(&client, text).await.lane;
+        assert!(matches!(lane, Lane::Refused(_)), "{text}: {lane:?}");
+    }
 }
 
 #[tokio::test]

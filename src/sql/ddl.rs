@@ -352,7 +352,13 @@ fn on_temporary(node: &NodeEnum, context: &Context<'_>) -> Temporary {
     let temporary = known.iter().find(|relation| relation.is_temporary());
     match (created, temporary) {
         (true, _) => Temporary::All,
-        (false, None) => Temporary::None,
+        // a function that returns a row of a temporary table, a domain over its type
+        (false, None) => {
+            let types = &mut context.facts.types.values();
+            types
+                .find(|kind| kind.schema.starts_with("pg_temp"))
+                .map_or(Temporary::None, |kind| Temporary::Some(kind.name.clone()))
+        }
         (false, Some(_))
             if matches!(node, NodeEnum::ViewStmt(_)) || known.iter().all(|relation| relation.is_temporary()) =>
         {
