@@ -54,7 +54,8 @@ impl Pool {
         database: &Arc<str>,
     ) -> Result<(Connection, bool), ServerError> {
         let key = (follower.id, Arc::clone(database));
-        if let Some(connection) = self.idle.borrow_mut().get_mut(&key).and_then(Vec::pop) {
+        if let Some(mut connection) = self.idle.borrow_mut().get_mut(&key).and_then(Vec::pop) {
+            connection.at_schema(hub.schema_number.load(Ordering::Acquire));
             return Ok((connection, true));
         }
         if let Some(connection) = follower.take_spare(database) {

@@ -171,7 +171,7 @@ impl<'c> Writer<'c> {
                 Effect::Statement { context, role, text, types, parameters } => {
                     self.enter(context, role);
                     let out_name = match text {
-                        StatementText::Shared(text) => self.named(context, text, types),
+                        StatementText::Shared(text) => self.named(log, context, text, types),
                         StatementText::Once(text) => {
                             self.read(log, *text)?;
                             build::parse(&mut self.connection.out, b"", &self.buffer, types);
@@ -201,11 +201,12 @@ impl<'c> Writer<'c> {
         Ok(())
     }
 
-    /// The name under which the text is prepared. Texts that are not UTF-8 share none: the same string may be another text.
-    fn named(&mut self, context: &Context, text: &Arc<str>, types: &Arc<[u8]>) -> String {
+    /// The name under which the text is prepared. Texts that are not UTF-8 share none: the same string may be another text. Nor
+    /// beside definitions, after which the same text may have parameters of another type.
+    fn named(&mut self, log: &EffectLog, context: &Context, text: &Arc<str>, types: &Arc<[u8]>) -> String {
         match encoding::encode(text, context.client_encoding()) {
-            Cow::Borrowed(_) => self.connection.prepare(text, types),
-            Cow::Owned(text) => {
+            Cow::Borrowed(_) if !log.ddl => self.connection.prepare(text, types),
+            text => {
                 build::parse(&mut self.connection.out, b"", &text, types);
                 String::new()
             }
@@ -224,15 +225,15 @@ impl<'c> Writer<'c> {
         let kept = KeptRows::new(log, data);
         match &texts.many {
             Many::Copy(text) if rows != 1 => {
-                let name = self.named(context, text, &no_types);
+                let name = self.named(log, context, text, &no_types);
                 self.rows_by_copy(kept, &name).await
             }
             Many::Arrays { text, whole } if rows != 1 => {
-                let name = self.named(context, text, &no_types);
+                let name = self.named(log, context, text, &no_types);
                 self.rows_by_arrays(kept, &name, *whole).await
             }
             _ => {
-                let name = self.named(context, &texts.one, &no_types);
+                let name = self.named(log, context, &texts.one, &no_types);
                 self.rows_one_by_one(kept, &name).await
             }
         }

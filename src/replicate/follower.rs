@@ -103,6 +103,8 @@ pub struct Connection {
     input: BytesMut,
     pub out: BytesMut,
     prepared: HashMap<(Arc<str>, Arc<[u8]>), String>,
+    /// Under which schema number they were prepared.
+    schema_number: u64,
     /// The context that the session is in; `None` when it is not known.
     pub context: Option<Arc<Context>>,
 }
@@ -116,7 +118,8 @@ impl std::fmt::Debug for Connection {
 impl Connection {
     /// Logs in as `pgtandem` (no password: `peer` on the other end). With a secret and an epoch: enters it and prepares what
     /// effects need; without, the database may not even have the schema `pgtandem` yet. Bodies of functions are checked by the leader
-    /// alone: they may name temporary tables of the client's.
+    /// alone: they may name temporary tables of the client's. No name of ours is looked for where the owner of a database may have put
+    /// something by `ALTER DATABASE ... SET search_path`.
     ///
     /// # Errors
     /// If the server refuses, or the connection ends.
@@ -136,11 +139,17 @@ impl Connection {
                 "-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 \
                  -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
                  -c synchronous_commit=on -c session_replication_role=origin \
-                 -c check_function_bodies=off",
+                 -c check_function_bodies=off -c search_path=pg_catalog,pg_temp",
             ),
         ]);
-        let mut connection =
-            Self { stream, input: BytesMut::with_capacity(8192), out, prepared: HashMap::new(), context: None };
+        let mut connection = Self {
+            stream,
+            input: BytesMut::with_capacity(8192),
+            out,
+            prepared: HashMap::new(),
+            schema_number: 0,
+            context: None,
+        };
         connection.exchange().await?.ok()?;
         let Some((secret, epoch)) = enter else { return Ok(connection) };
         let epoch = epoch.to_string();
@@ -279,11 +288,24 @@ impl Connection {
 
     /// After an error nothing is known of what the failed batch would have prepared or set.
     pub fn forget(&mut self) {
+        self.forget_prepared();
+        self.context = None;
+    }
+
+    /// What follows is of this schema number. PostgreSQL plans a prepared statement again after a change of what it names, but the
+    /// types of its parameters stay, and one of them may have been dropped and made again.
+    pub fn at_schema(&mut self, number: u64) {
+        if self.schema_number != number {
+            self.forget_prepared();
+            self.schema_number = number;
+        }
+    }
+
+    fn forget_prepared(&mut self) {
         for name in self.prepared.values() {
             build::close(&mut self.out, b'S', name.as_bytes());
         }
         self.prepared.clear();
-        self.context = None;
     }
 }
 

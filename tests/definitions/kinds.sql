@@ -267,3 +267,23 @@ drop operator === (int, int);
 drop materialized view if exists nothing;
 drop table if exists nothing, kid;
 drop role member_role, login_role;
+
+-- section: what is dropped and made again
+create domain again as int;
+create table anew (a again default 1);
+insert into anew values (1 + (random() * 0)::int);
+insert into anew values (2 + (random() * 0)::int);
+drop table anew;
+drop domain again;
+create domain again as int;
+create table anew (a again default 1);
+insert into anew values (1 + (random() * 0)::int);
+begin;
+insert into anew values (3 + (random() * 0)::int);
+drop table anew;
+drop domain again;
+create domain again as int;
+create table anew (a again default 1);
+insert into anew values (3 + (random() * 0)::int);
+commit;
+insert into anew values (4 + (random() * 0)::int);
