@@ -4,12 +4,13 @@
 //! `pgtandem.mark`: a row per mark: the last of its transactions that is decided.
 //! `pgtandem.prepared`, used in database `postgres`: transactions that clients have prepared, and their marks.
 //! `pgtandem.intent`, used in database `postgres`: a statement that runs node by node and is not finished everywhere.
-//! The functions run with the rights of their owner and a fixed `search_path`; they take the secret of the epoch,
-//! always as a bound parameter, so no client can call them although they are callable by everybody.
+//! The functions run with the rights of their owner, and a fixed `search_path` or whole names of all that they use; they take the
+//! secret of the epoch, always as a bound parameter, so no client can call them although they are callable by everybody.
 //! `pgtandem.catalog` runs a query of the proxy's with the caller's rights and search_path, but without the settings of the session
 //! that would change its plan or its answer.
 //! `pgtandem.mark` must not scan its table: with `enable_seqscan = off` a plan that has no index costs so much that PostgreSQL
-//! would compile it (a tenth of a second for each session), hence `jit = off` and a condition on each key.
+//! would compile it (a tenth of a second for each session), hence a condition on each key. Each setting of a function costs microseconds
+//! at each commit, so it has only that one.
 
 use std::fmt::Write;
 
@@ -46,27 +47,32 @@ BEGIN
     END IF;
 END $$;
 CREATE OR REPLACE FUNCTION pgtandem.mark(given text, mark_id integer, mark_n bigint) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET enable_seqscan = off AS $$
+DECLARE
+    serializable CONSTANT boolean :=
+        pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.=) 'serializable'::pg_catalog.text;
 BEGIN
-    PERFORM 1 FROM pgtandem.epoch e WHERE e.one AND e.secret_hash = sha256(convert_to(given, 'UTF8'));
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'pgtandem.mark is for the proxy alone' USING ERRCODE = '42501';
+    IF NOT serializable THEN
+        UPDATE pgtandem.mark m SET n = mark_n
+            WHERE m.id OPERATOR(pg_catalog.=) mark_id AND m.n OPERATOR(pg_catalog.<) mark_n
+            AND (SELECT e.secret_hash FROM pgtandem.epoch e WHERE e.one)
+                OPERATOR(pg_catalog.=) pg_catalog.sha256(pg_catalog.convert_to(given, 'UTF8'));
     END IF;
-    IF current_setting('transaction_isolation') = 'serializable' THEN
+    IF serializable OR NOT FOUND THEN
+        PERFORM 1 FROM pgtandem.epoch e
+            WHERE e.one AND e.secret_hash OPERATOR(pg_catalog.=) pg_catalog.sha256(pg_catalog.convert_to(given, 'UTF8'));
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'pgtandem.mark is for the proxy alone' USING ERRCODE = '42501';
+        END IF;
         -- Marks must not make transactions depend on each other. An arbiter index is searched without predicate locks.
         INSERT INTO pgtandem.mark AS m (id, n) VALUES (mark_id, mark_n)
-            ON CONFLICT (id) DO UPDATE SET n = excluded.n WHERE m.n < excluded.n;
+            ON CONFLICT (id) DO UPDATE SET n = excluded.n WHERE m.n OPERATOR(pg_catalog.<) excluded.n;
         IF NOT FOUND THEN
             RAISE EXCEPTION 'mark % has reached % already', mark_id, mark_n USING ERRCODE = '23505';
         END IF;
-    ELSE
-        UPDATE pgtandem.mark m SET n = mark_n WHERE m.id = mark_id AND m.n < mark_n;
-        IF NOT FOUND THEN
-            INSERT INTO pgtandem.mark (id, n) VALUES (mark_id, mark_n);
-        END IF;
     END IF;
-    IF current_setting('synchronous_commit') = 'off' THEN
-        PERFORM set_config('synchronous_commit', 'local', true);
+    IF pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) 'off'::pg_catalog.text THEN
+        PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
     END IF;
 END $$;
 CREATE OR REPLACE FUNCTION pgtandem.catalog(query text) RETURNS text
@@ -147,10 +153,11 @@ pub const PREPARED: &[(&str, &str)] = &[
 ];
 
 /// The mark of a half: followers' sessions are the proxy's own role, so they need no function and no secret for it.
-/// A half that was made already fails here, with a division by zero: n only grows.
-pub const MARK_ON_FOLLOWER: &str = "WITH m AS (INSERT INTO pgtandem.mark AS k (id, n) VALUES ($1, $2) \
-     ON CONFLICT (id) DO UPDATE SET n = excluded.n WHERE k.n < excluded.n RETURNING 1) \
-     SELECT 1 / pg_catalog.count(*) FROM m";
+/// A half that was made already fails here, with a division by zero: n only grows. Operators have their schema, because the session has
+/// a client's `search_path` and the rights of a superuser.
+pub const MARK_ON_FOLLOWER: &str = "INSERT INTO pgtandem.mark AS k (id, n) VALUES ($1, $2) \
+     ON CONFLICT (id) DO UPDATE SET n = excluded.n OPERATOR(pg_catalog./) \
+     (k.n OPERATOR(pg_catalog.<) excluded.n)::pg_catalog.int4";
 
 /// Settings of a client's session under which the text of an effect means the same on a follower.
 pub const MIRRORED: &[&str] = &[
