@@ -325,3 +325,29 @@ async fn a_begin_reaches_the_server_although_nothing_follows_it() {
     assert!(said.contains("C ROLLBACK") && said.ends_with("Z I\n"), "{said}");
     assert!(client.query("select 'begun'::regclass").contains("C42P01"));
 }
+
+/// The leader has the shape of such a write prepared, and looks at its names again when it has waited for a change of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_is_in_the_clients_text_although_the_leader_has_another() {
+    let cluster = common::cluster();
+    let mut client = Raw::connect(cluster.layout.proxy_port());
+    let mut other = Raw::connect(cluster.layout.proxy_port());
+    client.query("create table p (i int primary key, a int, b int)");
+    client.query("insert into p values (1, 1, 1)");
+    for number in [1, 20, 300, 4000] {
+        assert!(client.query(&format!("update p set a = {number}, b = b + 1 where i = 1")).starts_with("C UPDATE 1"));
+    }
+    assert!(other.query("begin").starts_with('C') && other.query("alter table p drop b").starts_with('C'));
+    client.send(&message(b'Q', &zero(b"update p set a = 50000, b = b + 1 where i = 1")));
+    let leader = cluster.connect_node(0, "postgres").await;
+    common::wait_for("a writer that waits for the lock", async || {
+        let waits = "select count(*) from pg_locks where relation = 'p'::regclass and not granted";
+        leader.query_one(waits, &[]).await.is_ok_and(|row| row.get::<_, i64>(0) == 1)
+    })
+    .await;
+    assert!(other.query("commit").starts_with('C'));
+    let said = client.until(b'Z');
+    assert!(said.contains("C42703") && said.contains("P29") && said.ends_with("Z I\n"), "{said}");
+    cluster.wait_member(1, true).await;
+    cluster.assert_identical().await;
+}

@@ -27,6 +27,7 @@ pub mod parameters;
 pub mod password;
 pub mod planning;
 pub mod renew;
+mod reused;
 pub mod rewrite;
 pub mod run;
 pub mod sequences;

@@ -17,6 +17,7 @@ use crate::replicate::schema::{Context, SessionFacts};
 use crate::session::copy_file::OpenFile;
 use crate::session::large_objects::Objects;
 use crate::session::planning::PlanCache;
+use crate::session::reused::Reused;
 use crate::session::sequences::Touched;
 use crate::session::statements::Statements;
 use crate::session::tls::ClientTls;
@@ -96,6 +97,7 @@ pub struct Session {
     /// An error of ours was sent: the client's messages are skipped until its Sync.
     pub skip_until_sync: bool,
     pub statements: Statements,
+    pub(super) reused: Reused,
     /// Temp objects or uncommitted DDL: plans of this session are its own.
     pub has_own_catalog: bool,
     pub has_temp_objects: bool,
@@ -152,6 +154,7 @@ impl Session {
             in_batch: false,
             skip_until_sync: false,
             statements: Statements::default(),
+            reused: Reused::default(),
             has_own_catalog: false,
             has_temp_objects: false,
             ddl_under_way: false,

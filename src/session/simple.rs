@@ -13,6 +13,7 @@ use crate::session::copy_file::FromFile;
 use crate::session::effect::put_tag;
 use crate::session::once::{How, OnceCall};
 use crate::session::planning::{Parts, Planned, mode_of, schema_changed};
+use crate::session::reused::Reused;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::encoding;
@@ -158,6 +159,7 @@ impl Session {
         }
         if plan.drops_prepared && ok {
             self.statements.clear();
+            self.reused = Reused::default();
             self.reprepare();
         }
         if matches!(plan.lane, Lane::Read { .. }) {
@@ -235,13 +237,16 @@ impl Session {
         }
         let position = self.log.position();
         self.touched.begin(&plan.sequences);
-        let leader_text = self.encoded(leader_text.as_deref().unwrap_or(text));
-        build::query(&mut self.wire.to_server, &leader_text);
-        self.wire.expects.push_back(Expect::Query { mode });
         self.wire.clear_results();
+        let reused = leader_text.is_none() && self.send_reused(write, shape, text, mode);
+        if !reused {
+            let leader_text = self.encoded(leader_text.as_deref().unwrap_or(text));
+            build::query(&mut self.wire.to_server, &leader_text);
+            self.wire.expects.push_back(Expect::Query { mode });
+        }
         self.wire.hold_ready = true;
         self.wire.hold_tag = hold_tag;
-        let done = self.run_write(write, shape, text).await;
+        let done = self.run_write(write, shape, text, reused).await;
         self.wire.hold_ready = false;
         self.wire.hold_tag = false;
         let mut ok = self.end_server_file(&file, done?).await?;
@@ -259,9 +264,17 @@ impl Session {
     }
 
     /// Takes the answer of a write, with its rows or its COPY data, and keeps the effect. False: the client has an error.
-    async fn run_write(&mut self, write: &Write, shape: &Shape, text: &str) -> Result<bool, End> {
-        let effect = self.take_write(write, shape, text, &[], Arc::from([])).await?;
+    async fn run_write(&mut self, write: &Write, shape: &Shape, text: &str, reused: bool) -> Result<bool, End> {
+        self.wire.hide_errors = reused;
+        let effect = self.take_write(write, shape, text, &[], Arc::from([])).await;
+        if reused {
+            self.wire.hide_errors = false;
+        }
+        let effect = effect?;
         if self.wire.results.error.is_some() {
+            if reused {
+                self.fail_reused(shape);
+            }
             return Ok(false);
         }
         match effect {

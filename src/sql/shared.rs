@@ -30,7 +30,10 @@ const NUMERIC: u32 = 1700;
 /// A text with parameters in the places of literals.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedText {
+    /// What followers get: it may assert its count.
     pub text: Arc<str>,
+    /// The statement alone.
+    pub plain: Arc<str>,
     /// Number and types of the parameters, as in `Parse`.
     pub types: Arc<[u8]>,
 }
@@ -88,7 +91,23 @@ pub fn share(text: &str, shape: &Shape, cut: Range<usize>) -> Option<SharedText>
     let (before, after) = (parse::parse_one(text).ok()?, parse::parse_one(&shared).ok()?);
     let mut found = 0;
     let same = same(&parse::tree(&before.node), &parse::tree(&after.node), &kinds, &mut found);
-    (same && found == kinds.len()).then_some(SharedText { text: shared.into(), types: types.into() })
+    let shared: Arc<str> = shared.into();
+    (same && found == kinds.len()).then(|| SharedText { text: Arc::clone(&shared), plain: shared, types: types.into() })
+}
+
+/// What a position in the shared text, from 1, lacks to the same position in the statement's own. Both are ASCII.
+#[must_use]
+pub fn position_offset(shape: &Shape, position: usize) -> isize {
+    let mut offset = 0_isize;
+    for (i, literal) in shape.literals.iter().enumerate() {
+        let start = isize::try_from(literal.start).unwrap_or(isize::MAX).saturating_sub(offset);
+        if isize::try_from(position).unwrap_or(isize::MAX) <= start.saturating_add(1) {
+            break;
+        }
+        let parameter = 1 + (i + 1).to_string().len();
+        offset += isize::try_from(literal.len()).unwrap_or(0) - isize::try_from(parameter).unwrap_or(0);
+    }
+    offset
 }
 
 /// The values of a statement's literals, as the parameters of its shared text. `None`: one of them is a number that only newer
@@ -159,6 +178,24 @@ mod tests {
         let (text, values) = shared("UPDATE t SET a = a + -45, r = 1.5, b = 3000000000 WHERE id = 7").unwrap();
         assert_eq!(text, "UPDATE t SET a = a + -$1, r = $2, b = $3 WHERE id = $4");
         assert_eq!(values, ["45", "1.5", "3000000000", "7"]);
+    }
+
+    #[test]
+    fn a_position_in_the_shared_text_is_told_in_the_statements_own() {
+        let text = "UPDATE t SET a = 123456 + b, c = 7 - d WHERE id = 99 AND nothing";
+        let shape = mask(text);
+        let made = share(text, &shape, 0..text.len()).unwrap();
+        for word in ["t", "a", "123456", "b", "c", "7", "d", "id", "99", "nothing"] {
+            let here = text.find(&format!(" {word}")).unwrap() + 2;
+            let word = shape
+                .literals
+                .iter()
+                .position(|l| text.get(l.clone()) == Some(word))
+                .map_or(word.to_owned(), |i| format!("${}", i + 1));
+            let there = made.plain.find(&format!(" {word}")).unwrap() + 2;
+            let offset = position_offset(&shape, there);
+            assert_eq!(isize::try_from(there).unwrap() + offset, isize::try_from(here).unwrap(), "{word}");
+        }
     }
 
     #[test]
