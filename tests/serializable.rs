@@ -194,19 +194,29 @@ async fn the_first_snapshot_is_taken_when_a_lone_server_would() {
 
     // A function that is not known runs read only, which must not make the transaction itself read only in the eyes of the server.
     run(&a, "create function opaque() returns int language sql volatile as 'select sum(v)::int from t'").await;
-    run(&a, "update t set v = 10").await;
     for client in [&a, &b] {
-        run(client, "set default_transaction_isolation = 'serializable'").await;
-        // Its plan is there already when the transaction begins.
-        run(client, "select opaque()").await;
-        run(client, "begin").await;
-        assert_eq!(value(client, "select opaque()").await, "20");
+        run(client, "set default_transaction_isolation = 'serializable'; prepare seen as select opaque()").await;
     }
-    run(&a, "update t set v = v - 15 where id = 1").await;
-    run(&b, "update t set v = v - 15 where id = 2").await;
-    let results = [a.batch_execute("commit").await, b.batch_execute("commit").await];
-    let failed: Vec<_> = results.iter().filter_map(|r| r.as_ref().err()).map(sqlstate).collect();
-    assert_eq!(failed, ["40001"]);
+    for by_execute in [false, true] {
+        run(&a, "update t set v = 10").await;
+        for client in [&a, &b] {
+            // What is known of it is known before the transaction begins.
+            let execute = client.prepare("execute seen").await.unwrap();
+            run(client, "select opaque()").await;
+            run(client, "select v from t").await;
+            run(client, "begin").await;
+            if by_execute {
+                assert_eq!(client.query_one(&execute, &[]).await.unwrap().get::<_, i32>(0), 20);
+            } else {
+                assert_eq!(value(client, "select opaque()").await, "20");
+            }
+        }
+        run(&a, "update t set v = v - 15 where id = 1").await;
+        run(&b, "update t set v = v - 15 where id = 2").await;
+        let results = [a.batch_execute("commit").await, b.batch_execute("commit").await];
+        let failed: Vec<_> = results.iter().filter_map(|r| r.as_ref().err()).map(sqlstate).collect();
+        assert_eq!(failed, ["40001"], "by EXECUTE: {by_execute}");
+    }
     cluster.assert_identical().await;
 }
 

@@ -334,13 +334,22 @@ impl Session {
     /// The leader's connection ended with a COMMIT under way. Its mark says whether it was committed: once the backend is gone,
     /// or, if a new epoch was raised, as that found it before anybody could use the mark again.
     async fn outcome(&mut self, decision: &Decision) -> Result<bool, End> {
+        self.outcome_by(decision, async |session| session.mark_of_dead_backend(decision.mark_id).await).await
+    }
+
+    /// Asks for a decision's mark by `attempt` until it is known, or a new reign knows it.
+    pub(super) async fn outcome_by(
+        &mut self,
+        decision: &Decision,
+        attempt: impl AsyncFn(&Self) -> Result<i64, HubError>,
+    ) -> Result<bool, End> {
         // What the server said last was about this statement at most; the end of the session is told by itself.
         self.wire.results.error = None;
         let deadline = Instant::now() + Duration::from_millis(OUTCOME_MS_MAX);
         while Instant::now() < deadline {
             match self.hub.reign_epoch() {
                 Some(epoch) if epoch == self.epoch => {
-                    let read = self.mark_of_dead_backend(decision.mark_id).await;
+                    let read = attempt(self).await;
                     // A new reign that began meanwhile may have counted the mark on.
                     if self.hub.reign_epoch() == Some(self.epoch) {
                         match read {

@@ -9,7 +9,6 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
@@ -22,7 +21,7 @@ use crate::replicate::gate::{Closed, Pass};
 use crate::replicate::hub::HubError;
 use crate::replicate::once::Halves;
 use crate::replicate::resolve;
-use crate::session::commit::{Entered, OUTCOME_MS_MAX, OUTCOME_POLL_MS, SchemaChange, prepare_error};
+use crate::session::commit::{Entered, SchemaChange, prepare_error};
 use crate::session::effect::client_error_frame;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Until};
@@ -206,32 +205,7 @@ impl Session {
     /// The same on a connection of the proxy's own, as often as it takes. If a new epoch was raised, nothing is finished here: it
     /// has read the marks and rolled back what the leader had only prepared.
     async fn finish_on_leader(&mut self, decision: &Decision, commit: bool, session_lost: bool) -> Result<bool, End> {
-        self.wire.results.error = None;
-        let deadline = tokio::time::Instant::now() + Duration::from_millis(OUTCOME_MS_MAX);
-        while tokio::time::Instant::now() < deadline {
-            match self.hub.reign_epoch() {
-                Some(epoch) if epoch == self.epoch => {
-                    let read = self.finish_once(decision, commit, session_lost).await;
-                    // The mark of a new reign may have been counted on.
-                    if self.hub.reign_epoch() == Some(self.epoch)
-                        && let Ok(n) = read
-                    {
-                        return Ok(n >= decision.mark_n);
-                    }
-                }
-                Some(_) => {
-                    let n = self.hub.marks.decided_after(self.epoch, &self.database, decision.mark_id);
-                    return n.map(|n| n >= decision.mark_n).ok_or(End::Unknown);
-                }
-                None => {}
-            }
-            tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;
-        }
-        tracing::error!(
-            gid = decision.gid,
-            "the outcome of a COMMIT is not known: the leader did not come back in time"
-        );
-        Err(End::Unknown)
+        self.outcome_by(decision, async |session| session.finish_once(decision, commit, session_lost).await).await
     }
 
     /// One attempt; gives the mark afterwards.

@@ -1,5 +1,6 @@
 //! A1 to A19: snapshots, locks and the order of rows.
 
+use crate::common;
 use crate::stage::{Case, Stage, code, code_of, play, refused, run, start, value};
 
 const T: &str =
@@ -89,6 +90,11 @@ async fn a07_an_insert_that_is_not_committed_yet(case: &Case<'_>) {
     assert_eq!(b.execute("update t set v = 0 where id = 7", &[]).await.unwrap(), 0);
     run(&b, "begin; update t set v = 0 where id = 7; update t set v = 0 where id = 3").await;
     run(&a, "commit").await;
+    // Followers have finished it, too: the same text would find the row there.
+    common::wait_for("the row on every node", async || {
+        case.on_each_node("select count(*) from t where id = 7").await.iter().all(|count| count == "1")
+    })
+    .await;
     run(&b, "commit").await;
     assert_eq!(value(&a, "select v from t where id = 7").await, "7");
 }
