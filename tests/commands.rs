@@ -273,6 +273,14 @@ async fn commands_reach_the_running_proxy() {
 
     // The node was not told; the contact does that.
     assert_eq!(site.status(1).await.record.state, NodeState::InSync);
+    let smaller = hub.members();
+    let mut leader =
+        Control::connect(&Identity::load(&site.config.proxy.state_dir).unwrap(), &site.config.nodes[0]).await.unwrap();
+    let (state, uncertain) = (NodeState::InSync, false);
+    leader
+        .request(&Request::Store { members: smaller, state, uncertain, new_generation: None, note: None })
+        .await
+        .unwrap();
     let contacts = tokio::spawn(contact::run(hub.clone(), agents, names, seen, stop.clone()));
     while site.status(1).await.record.state != NodeState::Stale {
         assert!(!contacts.is_finished());

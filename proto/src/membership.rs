@@ -57,4 +57,10 @@ pub struct Record {
     pub verified_at: Option<u64>,
     /// What operators overrode, one sentence each, oldest first; only appended to.
     pub overrides: Vec<String>,
+    /// This node was made the leader, and its proxy has not settled yet what the one before left undecided here.
+    #[serde(default)]
+    pub taking_over: bool,
+    /// When a proxy last vouched for this node, seconds since 1970; written when `uncertain` is. For people.
+    #[serde(default)]
+    pub last_contact: Option<u64>,
 }

@@ -52,6 +52,13 @@ pub enum Request {
     DropSlot { node: String },
     /// End every tunnel of this epoch and older, without promising anything. -> `Done`
     CutTunnels,
+    /// As `Promise`, and no session of an older epoch is left on this node's PostgreSQL, the sessions of a proxy on its own host
+    /// included: the epoch stands in every database, and whoever was connected is ended. For a change of the leader. -> `Record`
+    Fence { epoch: Epoch },
+    /// The last step of a recovery: the data of this node are the leader's, with their generations. -> `Record`
+    Join { members: MemberSet, generations: Vec<String> },
+    /// Of a node that is Forked: its data directory is moved aside, and it is Blank. -> `Record`
+    DiscardFork { note: String },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -57,6 +57,8 @@ fn record() -> Record {
         generations: vec!["g2".into(), "g1".into()],
         verified_at: Some(1_700_000_000),
         overrides: vec!["by hand".into()],
+        taking_over: false,
+        last_contact: Some(1_700_000_100),
     }
 }
 
@@ -101,6 +103,10 @@ fn control_is_as_it_always_was() {
     check("request_leave_recovery", &Request::LeaveRecovery { x: Lsn(0x2_0000_0028) });
     check("request_drop_slot", &Request::DropSlot { node: "b".into() });
     check("request_cut_tunnels", &Request::CutTunnels);
+    check("request_fence", &Request::Fence { epoch: 8 });
+    let members = record().members.unwrap();
+    check("request_join", &Request::Join { members, generations: vec!["g2".into(), "g1".into()] });
+    check("request_discard_fork", &Request::DiscardFork { note: "nothing in it is needed".into() });
     check(
         "reply_status",
         &Reply::Status(Box::new(NodeStatus {

@@ -52,6 +52,12 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// The node obeys a newer epoch, or has stored a newer member set.
+    #[must_use]
+    pub fn is_old_epoch(&self) -> bool {
+        matches!(self, ClientError::Refused { failure, .. } | ClientError::Failed { failure, .. } if failure.code == FailureCode::OldEpoch)
+    }
+
     /// The four parts, for whoever shows it or passes it on.
     #[must_use]
     pub fn failure(&self) -> Failure {

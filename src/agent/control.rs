@@ -114,6 +114,10 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             if state == NodeState::InSync {
                 node.recovery.finish();
             }
+            if state == NodeState::Forked {
+                let why = "this node went on alone while the other side did, too; its data are kept";
+                node.supervisor.stop(false, why).await.map_err(|error| error.failure())?;
+            }
             if Node::state_serves(state) {
                 cut_tunnels(node, Some(record.promised)).await?;
             } else {
@@ -153,7 +157,44 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             cut_tunnels(node, None).await?;
             Ok(Reply::Done)
         }
+        Request::Fence { epoch } => {
+            let reply = promise(node, epoch).await?;
+            super::fence::fence(node, epoch).await.map_err(|error| Failure {
+                code: FailureCode::Postgres,
+                what: format!("sessions of older epochs could not be ended: {error}"),
+                hint: format!("stop PostgreSQL of {} by hand, then try again", node.config.name),
+            })?;
+            Ok(reply)
+        }
+        Request::Join { members, generations } => {
+            let record = node
+                .change_record(move |record| rules::join(record, &members, &generations))
+                .await
+                .map_err(|error| error.failure())?;
+            node.recovery.finish();
+            cut_tunnels(node, Some(record.promised)).await?;
+            Ok(Reply::Record(Box::new((*record).clone())))
+        }
+        Request::DiscardFork { note } => discard_fork(node, note).await,
     }
+}
+
+async fn discard_fork(node: &Node, note: String) -> Result<Reply, Failure> {
+    rules::discard_fork(&node.record(), &note).map_err(|error| super::node::ChangeError::from(error).failure())?;
+    let why = "its data, which are those of a fork, are moved aside";
+    node.supervisor.stop(false, why).await.map_err(|error| error.failure())?;
+    let pgdata = node.config.pgdata.clone();
+    let moved = tokio::task::spawn_blocking(move || super::fork::move_aside(&pgdata)).await;
+    let moved = moved.map_err(std::io::Error::other).and_then(|moved| moved).map_err(|error| Failure {
+        code: FailureCode::Internal,
+        what: format!("{} could not be moved aside: {error}", node.config.pgdata.display()),
+        hint: "move its content to a safe place by hand, then the same command again".to_owned(),
+    })?;
+    let aside = moved.map_or_else(String::new, |aside| format!("; the data are in {}", aside.display()));
+    let note = format!("{note}{aside}");
+    let record =
+        node.change_record(move |record| rules::discard_fork(record, &note)).await.map_err(|error| error.failure())?;
+    Ok(Reply::Record(Box::new((*record).clone())))
 }
 
 async fn promise(node: &Node, epoch: Epoch) -> Result<Reply, Failure> {

@@ -9,6 +9,8 @@ pub mod client;
 pub mod connection;
 mod control;
 pub mod daemon;
+mod fence;
+mod fork;
 mod node;
 pub mod postgres;
 pub mod record;

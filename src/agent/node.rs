@@ -36,6 +36,9 @@ impl ChangeError {
             ChangeError::Rule(RecordError::Transition { .. }) => {
                 (FailureCode::WrongState, "fill this node: pgtandem recover NODE; a member is detached first")
             }
+            ChangeError::Rule(RecordError::NotForked(_)) => {
+                (FailureCode::WrongState, "a node that is not forked is simply filled again: pgtandem recover NODE")
+            }
             ChangeError::Rule(_) => (FailureCode::Request, "see pgtandem status"),
             ChangeError::File(_) => (FailureCode::Internal, "check the disk of the node's state_dir"),
             ChangeError::Task(_) => (FailureCode::Internal, "see the agent's log"),

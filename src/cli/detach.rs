@@ -24,6 +24,7 @@ use crate::proxy::control::client::{ControlClient, ControlClientError};
 use crate::proxy::control::message::{ControlAnswer, ControlRequest, Detached, Outcome};
 use crate::recovery::agents::{self, Agents};
 use crate::recovery::client::AgentClients;
+use crate::recovery::report::CauseKind;
 
 /// Longest wait for an answer on the port of a proxy that should not run.
 const LISTEN_PROBE_MAX: Duration = Duration::from_secs(2);
@@ -45,8 +46,15 @@ impl Detach {
         let config = Config::load(config)?;
         let detached = super::runtime()?.block_on(async {
             match ControlClient::connect(&config.proxy.state_dir.join(SOCKET_NAME)).await {
-                Ok(client) => self.by_proxy(client).await.map(Some),
-                Err(ControlClientError::NotRunning(_)) => self.by_override(&config).await,
+                Ok(client) => match self.by_proxy(client).await? {
+                    Some(detached) => Ok(Some(detached)),
+                    // It waits for what this command writes.
+                    None => self.by_override(&config).await,
+                },
+                Err(ControlClientError::NotRunning(_)) => {
+                    refuse_while_somebody_serves(&config).await?;
+                    self.by_override(&config).await
+                }
                 Err(error) => Err(explained(&error).into()),
             }
         })?;
@@ -65,10 +73,12 @@ impl Detach {
         Ok(ExitCode::SUCCESS)
     }
 
-    async fn by_proxy(&self, mut client: ControlClient) -> anyhow::Result<Detached> {
+    /// `None`: the proxy serves nobody.
+    async fn by_proxy(&self, mut client: ControlClient) -> anyhow::Result<Option<Detached>> {
         client.send(&ControlRequest::Detach { node: self.node.clone() }).await.map_err(|error| explained(&error))?;
         match client.next().await.map_err(|error| explained(&error))? {
-            ControlAnswer::Result { result: Outcome::Detach(detached) } => Ok(detached),
+            ControlAnswer::Result { result: Outcome::Detach(detached) } => Ok(Some(detached)),
+            ControlAnswer::Error { error } if error.kind == CauseKind::Waiting => Ok(None),
             ControlAnswer::Error { error } => Err(Explained { what: error.what, hint: error.hint }.into()),
             _ => anyhow::bail!("the proxy answered detach with something else"),
         }
@@ -76,7 +86,6 @@ impl Detach {
 
     /// `None`: the operator said no.
     async fn by_override(&self, config: &Config) -> anyhow::Result<Option<Detached>> {
-        refuse_while_somebody_serves(config).await?;
         let clients = records::clients(config)?;
         let found = records::read(config, &clients).await;
         let plan = plan(&self.node, &found)?;
@@ -142,8 +151,7 @@ fn plan(node: &str, found: &[Found]) -> Result<Option<Plan>, Explained> {
     let smaller = if members::contains(&set, node) {
         members::without(&set, node).map_err(|error| Explained {
             what: format!("{node} can not be detached: {error}"),
-            hint: "start PostgreSQL and the agent of the leader; this version can not make another node the leader"
-                .into(),
+            hint: "if its host is lost, on the host of another member: pgtandem promote; else start its agent".into(),
         })?
     } else if set.nodes.iter().any(is_behind) {
         // An earlier override, or a proxy, did not get to write all records.
@@ -191,7 +199,7 @@ fn plan(node: &str, found: &[Found]) -> Result<Option<Plan>, Explained> {
 
 fn meaning(node: &str, plan: &Plan) -> String {
     format!(
-        "no proxy is running here. This writes into the records of {} that {node} is no member any more, so that a proxy \
+        "no proxy serves here. This writes into the records of {} that {node} is no member any more, so that a proxy \
          starts without it. It is right if {node} is lost or stays stopped; it is wrong if {node} serves clients \
          through another proxy now, because then both sides go on alone",
         plan.set.nodes.join(", ")

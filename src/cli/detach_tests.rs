@@ -17,6 +17,8 @@ fn found(node: &str, answer: Result<(NodeState, u64, &MemberSet), &str>) -> Foun
             generations: Vec::new(),
             verified_at: None,
             overrides: Vec::new(),
+            taking_over: false,
+            last_contact: None,
         },
         postgres: PostgresState::Running,
         postgres_detail: String::new(),

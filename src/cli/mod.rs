@@ -5,6 +5,9 @@
 mod agent;
 mod demo;
 mod detach;
+mod discard_fork;
+mod here;
+mod promote;
 mod proxy;
 mod records;
 mod recover;
@@ -46,6 +49,10 @@ enum Command {
     Recover(recover::Recover),
     /// Take a node out of the member set, or end its recovery.
     Detach(detach::Detach),
+    /// Make the node of this host the leader, because the leader's host is lost. Says first whether that is safe.
+    Promote(promote::Promote),
+    /// Empty a node that went on alone while the other side did, too; its data are moved aside.
+    DiscardFork(discard_fork::DiscardFork),
     /// Show members, states and what to do about whatever is not as it should be.
     Status(status::Status),
     /// A whole cluster on this machine, for trying out, tests and benchmarks.
@@ -75,6 +82,8 @@ pub fn main() -> ExitCode {
         Command::Proxy(command) => command.run(&arguments.config),
         Command::Recover(command) => command.run(&arguments.config),
         Command::Detach(command) => command.run(&arguments.config),
+        Command::Promote(command) => command.run(&arguments.config),
+        Command::DiscardFork(command) => command.run(&arguments.config),
         Command::Status(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),
         Command::Demo(command) => command.run(),

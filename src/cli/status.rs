@@ -38,7 +38,7 @@ impl Status {
     }
 }
 
-async fn find(config: &Config) -> anyhow::Result<ClusterStatus> {
+pub(super) async fn find(config: &Config) -> anyhow::Result<ClusterStatus> {
     match ask_proxy(config).await {
         // Nobody there, or a proxy that ends at this moment.
         Err(ControlClientError::NotRunning(_) | ControlClientError::Ended { .. }) => ask_agents(config).await,

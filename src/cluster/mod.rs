@@ -1,4 +1,6 @@
-//! The member set and the durable record: pure. No I/O, no clock.
+//! The member set, the durable record, and who may serve: pure. No I/O, no clock.
 
 pub mod members;
+pub mod promote;
 pub mod record;
+pub mod start;

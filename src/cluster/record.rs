@@ -29,6 +29,8 @@ pub enum RecordError {
     Transition { from: NodeState, to: NodeState },
     #[error("this record has {OVERRIDES_MAX} overrides already")]
     TooManyOverrides,
+    #[error("this node is {0:?}, not forked: there is nothing to discard")]
+    NotForked(NodeState),
 }
 
 /// The record of a node that knows nothing about its data: a new one, or one whose record was lost.
@@ -44,6 +46,8 @@ pub fn blank(cluster: &str, node: &str) -> Record {
         generations: Vec::new(),
         verified_at: None,
         overrides: Vec::new(),
+        taking_over: false,
+        last_contact: None,
     }
 }
 
@@ -101,11 +105,16 @@ pub fn store(
     if !may_be_told(record.state, state, first, note.is_some()) {
         return Err(RecordError::Transition { from: record.state, to: state });
     }
+    let leads = set.leader == record.node;
+    let was_led_by_another = record.members.as_ref().is_some_and(|recorded| recorded.leader != record.node);
+    // An operator's override settles nothing in the databases: only a set that this node's own reign stores says that it did.
+    let still_taking_over = record.taking_over && note.is_some();
     let mut next = Record {
         promised: record.promised.max(set.epoch),
         members: Some(set.clone()),
         state,
         uncertain,
+        taking_over: leads && (was_led_by_another || still_taking_over),
         ..record.clone()
     };
     if let Some(generation) = new_generation
@@ -114,13 +123,45 @@ pub fn store(
         next.generations.insert(0, generation.to_owned());
         next.generations.truncate(GENERATIONS_MAX);
     }
-    if let Some(note) = note {
-        if next.overrides.len() >= OVERRIDES_MAX {
-            return Err(RecordError::TooManyOverrides);
-        }
-        next.overrides.push(note.to_owned());
+    match note {
+        Some(note) => overridden(next, note),
+        None => Ok(next),
     }
-    Ok(next)
+}
+
+fn overridden(mut record: Record, note: &str) -> Result<Record, RecordError> {
+    if record.overrides.len() >= OVERRIDES_MAX {
+        return Err(RecordError::TooManyOverrides);
+    }
+    record.overrides.push(note.to_owned());
+    Ok(record)
+}
+
+/// The end of a recovery: this node has the leader's data, and with them their generations.
+pub fn join(record: &Record, set: &MemberSet, generations: &[String]) -> Result<Record, RecordError> {
+    let next = store(record, set, NodeState::InSync, false, None, None)?;
+    let generations = generations.iter().take(GENERATIONS_MAX).cloned().collect();
+    Ok(Record { generations, ..next })
+}
+
+/// A person has looked at the data of a fork and needs none of them: the node is empty. Its data are moved aside first.
+pub fn discard_fork(record: &Record, note: &str) -> Result<Record, RecordError> {
+    if record.state != NodeState::Forked {
+        return Err(RecordError::NotForked(record.state));
+    }
+    let blank = Record { state: NodeState::Blank, generations: Vec::new(), taking_over: false, ..record.clone() };
+    overridden(blank, note)
+}
+
+/// What a node is that is InSync by its own record and not in the set of a newer reign: left behind, or, if its data have a
+/// generation that the leader's do not descend from, one that went on alone. Those may be the only copy of an acknowledged write
+/// (I12), so they are kept.
+#[must_use]
+pub fn left_behind(record: &Record, leader_generations: &[String]) -> NodeState {
+    match record.generations.first() {
+        Some(current) if !leader_generations.contains(current) => NodeState::Forked,
+        _ => NodeState::Stale,
+    }
 }
 
 /// The agent itself begins to fill this node, or to let it catch up.
@@ -137,7 +178,10 @@ pub fn enter(record: &Record, epoch: Epoch, state: NodeState) -> Result<Record, 
     if !allowed {
         return Err(RecordError::Transition { from: record.state, to: state });
     }
-    Ok(Record { promised: record.promised.max(epoch), state, ..record.clone() })
+    let promised = record.promised.max(epoch);
+    // Other data come now: what was known of the old ones is over.
+    let generations = if state == NodeState::Seeding { Vec::new() } else { record.generations.clone() };
+    Ok(Record { promised, state, generations, taking_over: false, ..record.clone() })
 }
 
 /// Which state a node may be told that it is in. What it lacks it cannot be told away: a way back to `InSync` leads
@@ -148,8 +192,8 @@ fn may_be_told(from: NodeState, to: NodeState, first: bool, overridden: bool) ->
         return true;
     }
     match from {
-        // By `discard-fork`, which renames the data first.
-        Forked => to == Blank && overridden,
+        // Only `discard-fork` leads out, which moves the data aside first.
+        Forked => false,
         // A fill is gone on with by its own agent only.
         Seeding => matches!(to, Stale | Suspect | Forked | Blank),
         CatchingUp => to != Seeding,
@@ -226,6 +270,39 @@ mod tests {
         let forked = store(&member(), &set(3, 2, &["b"]), NodeState::Forked, false, None, None).unwrap();
         assert!(enter(&forked, 3, NodeState::Seeding).is_err());
         assert!(store(&forked, &set(3, 2, &["b"]), NodeState::Stale, false, None, None).is_err());
+    }
+
+    #[test]
+    fn a_fork_is_empty_only_after_a_person_has_discarded_it() {
+        let forked = store(&member(), &set(3, 2, &["b"]), NodeState::Forked, false, None, None).unwrap();
+        assert!(store(&forked, &set(3, 2, &["b"]), NodeState::Blank, false, None, Some("by hand")).is_err());
+        let discarded = discard_fork(&forked, "nothing in it is needed").unwrap();
+        assert_eq!((discarded.state, discarded.overrides.len()), (NodeState::Blank, 1));
+        assert!(enter(&discarded, 3, NodeState::Seeding).is_ok());
+        assert_eq!(discard_fork(&member(), "x"), Err(RecordError::NotForked(NodeState::InSync)));
+    }
+
+    #[test]
+    fn a_new_leader_takes_over_until_its_own_reign_has_stored_a_set() {
+        let follower = Record { node: "b".into(), ..member() };
+        let promoted = MemberSet { leader: "b".into(), proxy: "b".into(), ..set(4, 1, &["b"]) };
+        let record = store(&follower, &promoted, NodeState::InSync, false, Some("g2"), Some("promoted")).unwrap();
+        assert!(record.taking_over);
+        let detached = MemberSet { epoch: 5, ..promoted.clone() };
+        let record = store(&record, &detached, NodeState::InSync, false, None, Some("by hand")).unwrap();
+        assert!(record.taking_over, "an override settles nothing");
+        let reign = MemberSet { epoch: 6, ..promoted };
+        assert!(!store(&record, &reign, NodeState::InSync, false, None, None).unwrap().taking_over);
+    }
+
+    #[test]
+    fn a_node_that_went_on_alone_is_told_apart_from_one_that_was_left_behind() {
+        let record = member();
+        assert_eq!(left_behind(&record, &["g3".into(), "g1".into()]), NodeState::Stale);
+        let alone = store(&record, &set(3, 2, &["a"]), NodeState::InSync, false, Some("g2"), None).unwrap();
+        assert_eq!(left_behind(&alone, &["g3".into(), "g1".into()]), NodeState::Forked);
+        let joined = join(&Record { node: "b".into(), ..record }, &set(3, 3, &["a", "b"]), &["g2".into(), "g1".into()]);
+        assert_eq!(joined.unwrap().generations, ["g2", "g1"]);
     }
 
     #[test]

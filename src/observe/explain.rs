@@ -112,7 +112,7 @@ fn outside(node: &NodeView) -> Problem {
         Some(NodeState::Forked) => problem(
             format!("{name} went on alone while this side did, too; its data are kept for a person to look at"),
             format!(
-                "look at its data first; when nothing is needed, move its data directory and record away, then: {recover}"
+                "look at its data first; when nothing in them is needed: pgtandem discard-fork {name}; then: {recover}"
             ),
         ),
     }
@@ -123,10 +123,7 @@ fn outside(node: &NodeView) -> Problem {
 pub fn cluster_problems(status: &ClusterStatus) -> Vec<Problem> {
     let mut problems = Vec::new();
     if !status.proxy_running {
-        problems.push(problem(
-            "the proxy is not running: clients can not connect",
-            "on the proxy's host: systemctl start pgtandem-proxy, or pgtandem proxy",
-        ));
+        problems.push(not_running());
     }
     if status.members.is_empty() {
         problems.push(problem(
@@ -150,6 +147,20 @@ pub fn cluster_problems(status: &ClusterStatus) -> Vec<Problem> {
         ));
     }
     problems
+}
+
+#[must_use]
+pub fn not_running() -> Problem {
+    problem(
+        "the proxy is not running: clients can not connect",
+        "on the proxy's host: systemctl start pgtandem-proxy, or pgtandem proxy",
+    )
+}
+
+/// The proxy of this host must not serve.
+#[must_use]
+pub fn waiting(why: Problem) -> Problem {
+    problem(format!("the proxy of this host runs and serves nobody: {}", why.what), why.hint)
 }
 
 /// The proxy runs and serves nobody; `why` is a sentence.

@@ -5,3 +5,4 @@ pub mod explain;
 pub mod progress;
 pub mod status;
 pub mod table;
+pub mod time;

@@ -54,6 +54,11 @@ pub trait StatusSource: Send + Sync + 'static {
         None
     }
 
+    /// Why this proxy must not serve and what to do about it, if it waits for another node or for a person.
+    fn waiting(&self) -> Option<Problem> {
+        None
+    }
+
     /// Why the node left the member set, or the last thing that went wrong with it: one sentence.
     fn last_error(&self, node: &str) -> Option<String> {
         let _ = node;
@@ -167,6 +172,12 @@ impl ClusterStatus {
         };
         status.problems = explain::cluster_problems(&status);
         status
+    }
+
+    /// A proxy runs on this host and waits.
+    pub fn set_waiting(&mut self, why: Problem) {
+        self.problems.retain(|problem| *problem != explain::not_running());
+        self.problems.insert(0, explain::waiting(why));
     }
 
     /// Nothing to explain anywhere.

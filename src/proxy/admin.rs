@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use bytes::{BufMut, BytesMut};
 
+use crate::observe::time;
 use crate::pg::build;
 use crate::replicate::hub::Hub;
 
@@ -68,7 +69,9 @@ pub fn pool_node_rows(hub: &Hub, out: &mut BytesMut) {
         };
         let role = if leads { "main" } else { "replica" };
         let weight = if leads { "1.000000" } else { "0.000000" };
-        let changed = hub.changed_at(&node.name).map_or_else(String::new, seconds_utc);
+        let changed = hub.changed_at(&node.name).map_or_else(String::new, |at| {
+            time::utc(at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+        });
         let row = [
             i.to_string(),
             node.agent.ip().to_string(),
@@ -94,33 +97,4 @@ pub fn pool_node_rows(hub: &Hub, out: &mut BytesMut) {
         });
     }
     build::command_complete(out, &format!("SELECT {}", nodes.len()));
-}
-
-/// `2026-11-23 09:05:01` in UTC. The civil calendar from days, after Howard Hinnant's `civil_from_days`.
-fn seconds_utc(at: SystemTime) -> String {
-    let seconds = at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    let z = days + 719_468;
-    let (era, doe) = (z / 146_097, z % 146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
-    let year = yoe + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", rest / 3600, rest / 60 % 60, rest % 60)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn times_are_written_as_people_write_them() {
-        let at = |s| seconds_utc(SystemTime::UNIX_EPOCH + Duration::from_secs(s));
-        assert_eq!(at(0), "1970-01-01 00:00:00");
-        assert_eq!(at(951_782_400), "2000-02-29 00:00:00");
-        assert_eq!(at(1_795_424_701), "2026-11-23 09:05:01");
-    }
 }

@@ -5,10 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgtandem_proto::membership::NodeState;
+use pgtandem_proto::message::{Reply, Request};
 use tokio_util::sync::CancellationToken;
 
+use crate::agent::client::Control;
+use crate::cluster::start::Occasion;
+use crate::observe::status::Problem;
 use crate::pg::build;
-use crate::proxy::reign;
+use crate::proxy::reign::{self, ReignError};
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
 
@@ -35,15 +39,59 @@ async fn ask(connection: &mut Connection) -> Result<(), ServerError> {
 
 async fn keep_leader(hub: &Arc<Hub>) {
     loop {
-        let lost = watch_leader(hub).await;
-        tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
-        hub.set_trouble(Some(format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again")));
-        while let Err(e) = reign::raise(hub, reign::Occasion::LeaderBack).await {
-            tracing::error!(error = %e, "no new epoch yet");
-            hub.set_trouble(Some(e.to_string()));
-            tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
+        let epoch = hub.reign_epoch().unwrap_or(0);
+        tokio::select! {
+            lost = watch_leader(hub) => {
+                tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
+                hub.set_trouble(Some(format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again")));
+            }
+            promised = watch_promise(hub, epoch) => {
+                tracing::error!(epoch, promised, "this node has promised a newer epoch: this reign is over");
+            }
         }
+        raise_again(hub, epoch).await;
         hub.set_trouble(None);
+    }
+}
+
+/// Returns when an epoch serves again. Where it must not, clients are told so meanwhile.
+async fn raise_again(hub: &Arc<Hub>, epoch: u64) {
+    while let Err(error) = reign::raise(hub, Occasion::LeaderBack { epoch }).await {
+        if let ReignError::Refused(refusal) = &error {
+            let why = Problem { what: refusal.to_string(), hint: refusal.hint() };
+            let is_new = !matches!(&*hub.reign.borrow(), Reign::Waiting(known) if **known == why);
+            if is_new {
+                tracing::warn!(next = why.hint, "no client is served here: {}", why.what);
+                hub.reign.send_replace(Reign::Waiting(Arc::new(why)));
+            }
+        } else {
+            tracing::error!(%error, "no new epoch yet");
+            hub.set_trouble(Some(error.to_string()));
+        }
+        tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
+    }
+}
+
+/// Returns when this host's agent has promised more than `epoch`, with what: whoever asked for that has ended this reign.
+async fn watch_promise(hub: &Hub, epoch: u64) -> u64 {
+    let mut control: Option<Control> = None;
+    loop {
+        tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+        let Ok(own) = hub.node(&hub.config.proxy.node) else { continue };
+        let mut asked = match control.take() {
+            Some(asked) => asked,
+            None => match Control::connect(&hub.identity, own).await {
+                Ok(asked) => asked,
+                Err(_) => continue,
+            },
+        };
+        // An agent that does not answer promises nothing either.
+        if let Ok(Reply::Status(status)) = asked.request(&Request::Status).await {
+            if status.record.promised > epoch {
+                return status.record.promised;
+            }
+            control = Some(asked);
+        }
     }
 }
 
@@ -126,6 +174,9 @@ async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
     };
     let reason = format!("its PostgreSQL did not answer: {error}");
     while let Err(e) = hub.lost(&follower, NodeState::Stale, &reason).await {
+        if follower.gone.is_cancelled() {
+            return;
+        }
         tracing::error!(error = %e, "a lost follower could not be taken out of the member set");
         tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
     }

@@ -1,6 +1,6 @@
 //! The daemon that speaks PostgreSQL's protocol to clients.
 //!
-//! It takes its folder's lock, binds its port, raises a new epoch ([`reign`]), then serves: sessions on threads of their own
+//! It takes its folder's lock, binds its port, raises a new epoch ([`reign`]) or waits until it may ([`wait`]), then serves: sessions on threads of their own
 //! ([`threads`]), commands on `control.sock` ([`control`]), and a watch over the servers ([`keeper`]).
 
 use std::io;
@@ -23,7 +23,9 @@ pub mod control;
 pub mod keeper;
 pub mod local_rules;
 pub mod reign;
+mod settle;
 pub mod threads;
+mod wait;
 
 /// Name of the lock in the proxy's folder.
 const LOCK_NAME: &str = "proxy.lock";
@@ -61,8 +63,8 @@ pub enum ProxyError {
 /// If it can not start: port, certificate, another proxy, or a member that does not agree.
 pub async fn run(config: Config) -> Result<(), ProxyError> {
     let config = Arc::new(config);
-    let identity = Identity::load(&config.proxy.state_dir)?;
-    let tls = ClientTls::load(&config.proxy)?;
+    let identity = identity(&config)?;
+    let tls = ClientTls::load(&config.proxy)?.map(Arc::new);
     let _lock = lock(&config.proxy.state_dir)?;
     let address = config.proxy.listen;
     let listener = TcpListener::bind(address).await.map_err(|source| ProxyError::Listen { address, source })?;
@@ -70,14 +72,23 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(io("signals can not be watched"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals can not be watched"))?;
     let hub = Arc::new(Hub::new(Arc::clone(&config), identity, members::first(&config.proxy.node)));
-    reign::raise(&hub, reign::Occasion::Start).await?;
-    local_rules::check(&hub).await?;
     let stop = CancellationToken::new();
-    let threads = threads::start(&hub, tls, &stop).map_err(io("threads can not be started"))?;
-    let keeper = tokio::spawn(keeper::run(Arc::clone(&hub), stop.clone()));
+    // Before anything is served: a proxy that waits says why.
     let control = tokio::spawn(control::daemon::run(Arc::clone(&hub), stop.clone()));
-    tracing::info!(%address, set = ?hub.view().set, "serving");
     let mut control = std::pin::pin!(control);
+    let waited = tokio::select! {
+        waited = wait::until_served(&hub, &listener, tls.as_ref()) => waited.map(|()| true).map_err(ProxyError::from),
+        _ = terminate.recv() => Ok(false),
+        _ = interrupt.recv() => Ok(false),
+        ended = &mut control => control_ended(ended).map(|()| false),
+    };
+    if !waited? {
+        return Ok(());
+    }
+    local_rules::check(&hub).await?;
+    let threads = threads::start(&hub, tls.as_ref(), &stop).map_err(io("threads can not be started"))?;
+    let keeper = tokio::spawn(keeper::run(Arc::clone(&hub), stop.clone()));
+    tracing::info!(%address, set = ?hub.view().set, "serving");
     let result = loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -90,8 +101,7 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
             },
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            ended = &mut control => break ended.map_err(|e| ProxyError::Io { what: "control.sock", source: e.into() })?
-                .map_err(ProxyError::from),
+            ended = &mut control => break control_ended(ended),
         }
     };
     hub.reign.send_replace(Reign::Stopping);
@@ -103,6 +113,20 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     }
     threads.join();
     result
+}
+
+fn control_ended(
+    ended: Result<Result<(), control::server::ControlError>, tokio::task::JoinError>,
+) -> Result<(), ProxyError> {
+    Ok(ended.map_err(|e| ProxyError::Io { what: "control.sock", source: e.into() })??)
+}
+
+/// The proxy's own certificate, or that of the node on whose host it runs: either may ask every agent.
+fn identity(config: &Config) -> Result<Identity, TlsError> {
+    Identity::load(&config.proxy.state_dir).or_else(|error| {
+        let node = config.node(&config.proxy.node).ok_or(error)?;
+        Identity::load(&node.state_dir)
+    })
 }
 
 /// One proxy per folder. The lock ends with the process, however that ends.

@@ -1,9 +1,9 @@
 //! A new epoch: at each start of the proxy, and when the leader's PostgreSQL came back.
 //!
-//! Everybody promises it first; every session of older epochs is ended; then the leader's marks decide what is still
-//! prepared on followers; then the member set of the new epoch is stored on all of them, and only then clients are served.
+//! Whether it may be begun is judged in `cluster::start`. Everybody promises it first; every session of older epochs is ended; then the
+//! leader's marks decide what is still prepared on followers ([`settle`]); then the member set of the new epoch is stored on all
+//! of them, and only then clients are served.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,18 +12,22 @@ use pgtandem_proto::message::{NodeStatus, PostgresState, Reply, Request};
 
 use crate::agent::client::{ClientError, Control};
 use crate::cluster::members::{self, MembersError};
+use crate::cluster::start::{self, Occasion, Other, Refusal};
 use crate::config::NodeConfig;
+use crate::proxy::settle::{self, Found};
 use crate::replicate::follower::ServerError;
 use crate::replicate::hub::{Hub, HubError, Reign, store_on};
 use crate::replicate::nodewise::{self, Intent, Place, Servers};
-use crate::replicate::resolve::{self, Marks, Verdict};
-use crate::replicate::two_phase::{self, Fate, Note, Transaction};
+use crate::replicate::resolve::Verdict;
+use crate::replicate::two_phase::{self, Fate, Transaction};
 
 /// How long the leader's agent and its PostgreSQL may take to be there.
 const LEADER_MS_MAX: u64 = 120_000;
 const POLL_MS: u64 = 100;
 /// How long another member's agent may take to answer.
 const MEMBER_MS_MAX: u64 = 10_000;
+/// How long the agent of a node that is no member may take: it need not answer, but it may know better.
+const OTHER_MS_MAX: u64 = 2_000;
 /// How long the PostgreSQL of another member may take to start (crash recovery included) once the leader's runs; clients wait.
 const MEMBER_START_MS_MAX: u64 = 10_000;
 
@@ -31,27 +35,8 @@ const MEMBER_START_MS_MAX: u64 = 10_000;
 pub enum ReignError {
     #[error("the agent of this host (node {node}) does not answer: {source}. Start it: pgtandem agent --node {node}")]
     OwnAgent { node: String, source: ClientError },
-    #[error(
-        "node {node} is a member, but its agent does not answer: {source}. Start it; or, if that host is lost, type: \
-         pgtandem detach {node}"
-    )]
-    MemberSilent { node: String, source: ClientError },
-    #[error(
-        "node {node} has no member set in its record: it was never set up as the first node. Recover it from another one"
-    )]
-    NoMembers { node: String },
-    #[error(
-        "the record of node {node} says that the proxy of this cluster runs on {proxy}, not on {own}: start it there, or make \
-         this host the leader's"
-    )]
-    NotHere { node: String, proxy: String, own: String },
-    #[error(
-        "node {node} knows a newer member set (epoch {epoch}, version {version}) than the leader's node: this host was left \
-         behind and must not serve. Type on {node}: pgtandem status"
-    )]
-    Newer { node: String, epoch: u64, version: u64 },
-    #[error("the leader {node} is {state:?}, not in sync: it must not serve. Type: pgtandem status")]
-    LeaderState { node: String, state: NodeState },
+    #[error("{0}. Next: {hint}", hint = .0.hint())]
+    Refused(Refusal),
     #[error("PostgreSQL on {node} did not start within {LEADER_MS_MAX} ms: {why}. See postgresql.log of that node")]
     LeaderDown { node: String, why: String },
     #[error(
@@ -70,21 +55,19 @@ pub enum ReignError {
     Members(#[from] MembersError),
 }
 
-/// A follower of the set, and what its agent said.
+impl ReignError {
+    /// Another node, or a person, has to do something: the proxy waits for it.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        matches!(self, Self::Refused(_))
+    }
+}
+
+/// A node, and what its agent said.
 struct Member {
     node: NodeConfig,
     control: Control,
     status: Box<NodeStatus>,
-}
-
-/// Why an epoch is raised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Occasion {
-    /// The proxy starts. What happened while none ran is not known, so every recorded member must be asked.
-    Start,
-    /// The leader's PostgreSQL came back under the same proxy. Nobody else has served, so a member that does not answer
-    /// leaves the set, as it would have at the next commit.
-    LeaderBack,
 }
 
 /// Raises a new epoch and begins to serve.
@@ -92,42 +75,45 @@ pub enum Occasion {
 /// # Errors
 /// If it must not: somebody does not agree, or does not answer.
 pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError> {
-    hub.reign.send_replace(Reign::Starting);
+    // One that waits goes on saying why until it serves.
+    hub.reign.send_if_modified(|reign| {
+        let starts = !matches!(reign, Reign::Waiting(_));
+        if starts {
+            *reign = Reign::Starting;
+        }
+        starts
+    });
     // A change of the member set that is under way ends first; the next one finds the new epoch's followers.
     let _one_at_a_time = hub.changing.lock().await;
     hub.forget_followers();
     hub.marks.reset();
     let own = hub.node(&hub.config.proxy.node)?.clone();
     let mut leader = own_agent(hub, &own).await?;
-    let record = &leader.status.record;
-    let set = record.members.clone().ok_or_else(|| ReignError::NoMembers { node: own.name.clone() })?;
-    if set.proxy != own.name || set.leader != own.name {
-        return Err(ReignError::NotHere { node: own.name.clone(), proxy: set.proxy, own: own.name });
+    let recorded = leader.status.record.members.as_ref().map_or(&[][..], |set| &set.nodes);
+    let mut answers = ask_others(hub, &own.name, recorded).await;
+    let start = {
+        let others: Vec<Other<'_>> = answers
+            .iter()
+            .map(|(node, answer)| Other { node, record: answer.as_ref().ok().map(|m| &m.status.record) })
+            .collect();
+        start::judge(&leader.status.record, &others, occasion).map_err(ReignError::Refused)?
+    };
+    for (node, state) in &start.leaving {
+        leaves(hub, node, &format!("its own record said {state:?} at a new epoch"));
     }
-    if record.state != NodeState::InSync {
-        return Err(ReignError::LeaderState { node: own.name, state: record.state });
+    for node in &start.silent {
+        leaves(hub, node, "its agent did not answer when the leader came back");
     }
-    let (mut followers, mut silent) = (Vec::new(), Vec::new());
-    for name in set.nodes.iter().filter(|n| **n != own.name) {
-        let node = hub.node(name)?.clone();
-        match ask(hub, &node, MEMBER_MS_MAX).await {
-            Ok(member) => followers.push(member),
-            Err(e) if occasion == Occasion::LeaderBack => {
-                leaves(hub, name, &format!("its agent did not answer when the leader came back: {e}"));
-                silent.push(name.clone());
-            }
-            Err(source) => return Err(ReignError::MemberSilent { node: name.clone(), source }),
-        }
-    }
-    let (followers, mut dropped) = agree(hub, &set, followers)?;
-    let promised = followers.iter().chain(&dropped).chain([&leader]).map(|m| m.status.record.promised);
-    let sets = followers.iter().chain(&dropped).filter_map(|m| m.status.record.members.as_ref()).map(|s| s.epoch);
-    let epoch = promised.chain(sets).fold(set.epoch, u64::max) + 1;
+    let mut take = |name: &String| {
+        let at = answers.iter().position(|(node, answer)| node == name && answer.is_ok())?;
+        answers.swap_remove(at).1.ok()
+    };
+    let mut promising: Vec<Member> = start.followers.iter().filter_map(&mut take).collect();
+    let mut dropped: Vec<Member> = start.leaving.iter().filter_map(|(name, _)| take(name)).collect();
+    let epoch = start.epoch;
     promise(&mut leader, epoch).await?;
-    let mut promising = Vec::new();
-    for mut follower in followers {
-        promise(&mut follower, epoch).await?;
-        promising.push(follower);
+    for follower in &mut promising {
+        promise(follower, epoch).await?;
     }
     wait_for_leader(hub, &own).await?;
     let nodes: Vec<NodeConfig> = promising.iter().map(|member| member.node.clone()).collect();
@@ -135,10 +121,29 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
         wait_for_start(hub, node).await;
     }
     let secret: Arc<str> = format!("{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>()).into();
-    let found = raise_on_leader(hub, epoch, &secret).await?;
+    let (mut followers, mut survivors) = (Vec::new(), None);
+    if leader.status.record.taking_over {
+        let mut found = Vec::new();
+        for member in promising {
+            match settle::ask_survivor(hub, &member.node, epoch, &secret).await {
+                Ok(survivor) => {
+                    found.push(survivor);
+                    followers.push(member);
+                }
+                Err(e) => {
+                    leaves(hub, &member.node.name, &format!("it could not be asked when the leader changed: {e}"));
+                    dropped.push(member);
+                }
+            }
+        }
+        survivors = Some(found);
+    } else {
+        followers = promising;
+    }
+    let found = settle::leader(hub, epoch, &secret, survivors.as_deref()).await?;
     let mut staying = Vec::new();
-    for follower in promising {
-        match settle_follower(hub, &follower.node, epoch, &secret, &found).await {
+    for follower in followers {
+        match settle::follower(hub, &follower.node, epoch, &secret, &found).await {
             Ok(None) => staying.push(follower),
             Ok(Some((database, Verdict::Ahead { mark, leader: ours, follower: theirs }))) => {
                 let (leader, follower) = (own.name, follower.node.name);
@@ -158,14 +163,14 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             }
         }
     }
-    let mut new = set;
-    for name in dropped.iter().map(|member| &member.node.name).chain(&silent) {
+    let mut new = start.set;
+    for name in dropped.iter().map(|member| &member.node.name).chain(&start.silent) {
         if members::contains(&new, name) {
             new = members::without(&new, name)?;
         }
     }
     let new = members::in_epoch(&new, epoch, &own.name)?;
-    let shrunk = !dropped.is_empty() || !silent.is_empty();
+    let shrunk = !dropped.is_empty() || !start.silent.is_empty();
     let generation = shrunk.then(|| format!("{:032x}", rand::random::<u128>()));
     for member in std::iter::once(&mut leader).chain(&mut staying) {
         store_on(&mut member.control, &new, NodeState::InSync, generation.as_deref(), None)
@@ -182,6 +187,18 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
     begin(hub, epoch, secret, found, new).await?;
     tracing::info!(epoch, "a new epoch serves");
     Ok(())
+}
+
+/// Asks every other configured node at once; whoever is recorded as a member has longer to answer.
+async fn ask_others(hub: &Hub, own: &str, recorded: &[String]) -> Vec<(String, Result<Member, ClientError>)> {
+    let others = hub.config.nodes.iter().filter(|node| node.name != own);
+    let asked = others.map(|node| async {
+        let ms_max = if recorded.contains(&node.name) { MEMBER_MS_MAX } else { OTHER_MS_MAX };
+        let answer = tokio::time::timeout(Duration::from_millis(ms_max + POLL_MS), ask(hub, node, ms_max)).await;
+        let silent = || ClientError::Silent { node: node.name.clone() };
+        (node.name.clone(), answer.unwrap_or_else(|_| Err(silent())))
+    });
+    futures_util::future::join_all(asked).await
 }
 
 /// Every member is settled: from here clients are served, with what was found.
@@ -230,27 +247,6 @@ async fn own_agent(hub: &Hub, own: &NodeConfig) -> Result<Member, ReignError> {
     ask(hub, own, LEADER_MS_MAX).await.map_err(|source| ReignError::OwnAgent { node: own.name.clone(), source })
 }
 
-/// Who goes on as a member. One that is not in sync, or that stored a set without itself, leaves; one that stored a newer set
-/// in which it is a member means that this host was left behind.
-fn agree(hub: &Hub, set: &MemberSet, followers: Vec<Member>) -> Result<(Vec<Member>, Vec<Member>), ReignError> {
-    let (mut staying, mut dropped) = (Vec::new(), Vec::new());
-    for member in followers {
-        let record = &member.status.record;
-        let newer = record.members.as_ref().filter(|s| members::number(s) > members::number(set));
-        if record.state == NodeState::InSync {
-            if let Some(newer) = newer {
-                let (node, epoch, version) = (member.node.name, newer.epoch, newer.version);
-                return Err(ReignError::Newer { node, epoch, version });
-            }
-            staying.push(member);
-        } else {
-            leaves(hub, &member.node.name, &format!("its own record said {:?} at a new epoch", record.state));
-            dropped.push(member);
-        }
-    }
-    Ok((staying, dropped))
-}
-
 fn leaves(hub: &Hub, node: &str, reason: &str) {
     tracing::warn!(node, reason, "member leaves the set at a new epoch");
     hub.note_reason(node, reason);
@@ -293,105 +289,4 @@ async fn wait_for_start(hub: &Hub, node: &NodeConfig) {
             Ok(_) | Err(_) => return,
         }
     }
-}
-
-/// What the leader has when all older sessions have ended.
-struct Found {
-    marks: HashMap<String, Marks>,
-    /// Statements outside transactions that are not done everywhere.
-    intents: Vec<Intent>,
-    /// Transactions that clients have prepared.
-    fates: Vec<(Note, Fate)>,
-}
-
-/// The epoch in every database of the leader, old sessions ended, its share of what was under way, then its marks.
-async fn raise_on_leader(hub: &Hub, epoch: u64, secret: &str) -> Result<Found, ReignError> {
-    let mut first = hub.leader_connection("postgres").await?;
-    let databases = resolve::databases(&mut first).await?;
-    drop(first);
-    for database in &databases {
-        let mut connection = hub.leader_connection(database).await?;
-        resolve::install(&mut connection).await?;
-        resolve::raise_epoch(&mut connection, epoch, secret).await?;
-    }
-    resolve::end_sessions(&mut hub.leader_connection("postgres").await?).await?;
-    let servers = Servers { hub, epoch, secret };
-    for database in &databases {
-        let mut connection = hub.leader_connection(database).await?;
-        let marks = resolve::marks(&mut connection).await?;
-        // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
-        let undecided = resolve::resolve(&mut connection, &hub.config.cluster.name, Some(&marks)).await?;
-        if undecided > 0 {
-            tracing::info!(database, undecided, "transactions that the leader had only prepared were rolled back");
-        }
-    }
-    let intents = servers.intents().await?;
-    for intent in intents.iter().filter(|intent| !nodewise::may_take_long(intent)) {
-        tracing::info!(text = intent.text, "a statement outside transactions is gone on with");
-        servers.settle_leader(intent, &intent.work()?).await?;
-    }
-    let mut marks = HashMap::new();
-    for database in resolve::databases(&mut hub.leader_connection("postgres").await?).await? {
-        let mut connection = hub.leader_connection(&database).await?;
-        let of_database = resolve::marks(&mut connection).await?;
-        marks.insert(database, of_database);
-    }
-    let fates = two_phase::fates(&servers, &marks).await?;
-    Ok(Found { marks, intents, fates })
-}
-
-/// The same on a follower, and the fate of what it holds prepared. Gives where it differs from the leader, if it does.
-async fn settle_follower(
-    hub: &Hub,
-    node: &NodeConfig,
-    epoch: u64,
-    secret: &str,
-    found: &Found,
-) -> Result<Option<(String, Verdict)>, HubError> {
-    let Found { marks: leader, intents, fates } = found;
-    let mut first = hub.tunnel_connection(node, "postgres", epoch, None).await?;
-    let databases = resolve::databases(&mut first).await?;
-    drop(first);
-    for database in &databases {
-        let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
-        resolve::install(&mut connection).await?;
-        resolve::raise_epoch(&mut connection, epoch, secret).await?;
-    }
-    resolve::end_sessions(&mut hub.tunnel_connection(node, "postgres", epoch, None).await?).await?;
-    let none = Marks::default();
-    for database in &databases {
-        let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
-        let marks = nodewise::renamed(database, leader, intents).unwrap_or(&none);
-        let resolved = resolve::resolve(&mut connection, &hub.config.cluster.name, Some(marks)).await?;
-        if resolved > 0 {
-            tracing::info!(node = %node.name, database, resolved, "transactions in doubt were resolved by the leader's marks");
-        }
-    }
-    for (note, _) in fates.iter().filter(|(note, _)| databases.contains(&note.database)) {
-        let mut connection = hub.tunnel_connection(node, &note.database, epoch, None).await?;
-        two_phase::resolve(&mut connection, &note.database, fates).await?;
-    }
-    let servers = Servers { hub, epoch, secret };
-    for intent in intents.iter().filter(|intent| !nodewise::may_take_long(intent)) {
-        servers.follow(node, intent, &intent.work()?, false).await?;
-    }
-    let mut first = hub.tunnel_connection(node, "postgres", epoch, None).await?;
-    let databases = resolve::databases(&mut first).await?;
-    drop(first);
-    if let Some(missing) = leader.keys().find(|name| !databases.contains(name)) {
-        return Err(HubError::Other(format!("it has no database {missing}")));
-    }
-    for database in &databases {
-        let Some(marks) = leader.get(database) else {
-            return Err(HubError::Other(format!("it has a database {database} that the leader does not have")));
-        };
-        let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
-        let verdict = resolve::compare(marks, &resolve::marks(&mut connection).await?);
-        if verdict != Verdict::Same {
-            return Ok(Some((database.clone(), verdict)));
-        }
-    }
-    two_phase::forget_decided(&servers, Place::Follower(node), fates).await?;
-    servers.forget(Place::Follower(node)).await?;
-    Ok(None)
 }

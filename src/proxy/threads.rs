@@ -43,13 +43,12 @@ pub fn count(config: &Config) -> usize {
 ///
 /// # Errors
 /// If the system refuses one.
-pub fn start(hub: &Arc<Hub>, tls: Option<ClientTls>, stop: &CancellationToken) -> io::Result<Threads> {
-    let tls = tls.map(Arc::new);
+pub fn start(hub: &Arc<Hub>, tls: Option<&Arc<ClientTls>>, stop: &CancellationToken) -> io::Result<Threads> {
     let count = count(&hub.config);
     let mut threads = Vec::with_capacity(count);
     for i in 0..count {
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
-        let (hub, tls, stop) = (Arc::clone(hub), tls.clone(), stop.clone());
+        let (hub, tls, stop) = (Arc::clone(hub), tls.cloned(), stop.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let body = move || runtime.block_on(serve(hub, tls, count, receiver, stop));
         threads.push((

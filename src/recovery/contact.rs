@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use pgtandem_proto::membership::{MemberSet, NodeState};
+use pgtandem_proto::membership::{MemberSet, NodeState, Record};
 use pgtandem_proto::message::{Failure, FailureCode, NodeStatus, Request};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::agents::{self, Agents};
 use super::replication::Replication;
-use crate::cluster::members;
+use crate::cluster::{members, record};
 
 /// Wait between two contacts with one agent.
 pub const CONTACT_EVERY: Duration = Duration::from_secs(1);
@@ -59,9 +59,10 @@ impl Seen {
     }
 }
 
-/// What a contact has to write into a node's record, if anything. Pure.
+/// What a contact has to write into a node's record, if anything. `leader`: the leader's record, if it is known under this set.
+/// Pure.
 #[must_use]
-pub fn duty(node: &str, set: &MemberSet, status: &NodeStatus) -> Option<Request> {
+pub fn duty(node: &str, set: &MemberSet, leader: Option<&Record>, status: &NodeStatus) -> Option<Request> {
     let record = &status.record;
     let recorded = record.members.as_ref().map_or((0, 0), members::number);
     let ours = members::number(set);
@@ -70,9 +71,11 @@ pub fn duty(node: &str, set: &MemberSet, status: &NodeStatus) -> Option<Request>
         return None;
     }
     if !members::contains(set, node) {
+        // Whether it went on alone is told by the generations of the leader's data.
+        let leader = leader.filter(|leader| leader.members.as_ref() == Some(set))?;
         return Some(Request::Store {
             members: set.clone(),
-            state: NodeState::Stale,
+            state: record::left_behind(record, &leader.generations),
             uncertain: false,
             new_generation: None,
             note: None,
@@ -110,7 +113,7 @@ async fn keep_contact<R: Replication, A: Agents>(replication: &R, agents: &A, no
     let mut control: Option<A::Control> = None;
     loop {
         // Taken out of its place: a contact that fails or is late ends its connection.
-        let answer = timeout(CONTACT_MAX, contact(replication, agents, node, control.take()))
+        let answer = timeout(CONTACT_MAX, contact(replication, agents, node, seen, control.take()))
             .await
             .unwrap_or_else(|_| Err(silent(node)));
         let (answer, failure) = match answer {
@@ -134,6 +137,7 @@ async fn contact<R: Replication, A: Agents>(
     replication: &R,
     agents: &A,
     node: &str,
+    seen: &Seen,
     control: Option<A::Control>,
 ) -> Result<(A::Control, NodeStatus), Failure> {
     let mut control = match control {
@@ -142,7 +146,13 @@ async fn contact<R: Replication, A: Agents>(
     };
     let mut status = agents::status(&mut control).await?;
     // The set is read after the record: a record that is newer than the set is left alone.
-    if let Some(request) = duty(node, &replication.members(), &status) {
+    if replication.epoch() == 0 {
+        // Nobody is served: this proxy decides nothing about anybody.
+        return Ok((control, status));
+    }
+    let set = replication.members();
+    let leader = seen.get(&set.leader).status.map(|status| status.record);
+    if let Some(request) = duty(node, &set, leader.as_ref(), &status) {
         let told = request.clone();
         match agents::order(&mut control, request, &mut |_| {}).await {
             Ok(()) => {
@@ -169,7 +179,6 @@ pub(crate) fn silent(node: &str) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use pgtandem_proto::membership::Record;
     use pgtandem_proto::message::PostgresState;
 
     use super::*;
@@ -186,6 +195,8 @@ mod tests {
                 generations: Vec::new(),
                 verified_at: None,
                 overrides: Vec::new(),
+                taking_over: false,
+                last_contact: None,
             },
             postgres: PostgresState::Running,
             postgres_detail: String::new(),
@@ -194,7 +205,9 @@ mod tests {
     }
 
     fn told(node: &str, set: &MemberSet, status: &NodeStatus) -> Option<(NodeState, bool)> {
-        match duty(node, set, status) {
+        let leader = Record { generations: vec!["g2".into(), "g1".into()], ..status.record.clone() };
+        let leader = Record { members: Some(set.clone()), ..leader };
+        match duty(node, set, Some(&leader), status) {
             Some(Request::Store { state, uncertain, .. }) => Some((state, uncertain)),
             _ => None,
         }
@@ -210,19 +223,39 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_went_on_alone_is_kept_for_a_person() {
+        let before = members::with(&members::first("a"), "b").unwrap();
+        let now = members::in_epoch(&members::without(&before, "b").unwrap(), 7, "a").unwrap();
+        let with = |generation: &str| {
+            let status = status(NodeState::InSync, true, &before);
+            NodeStatus {
+                record: Record { generations: vec![generation.into(), "g1".into()], ..status.record },
+                ..status
+            }
+        };
+        assert_eq!(told("b", &now, &with("g2")), Some((NodeState::Stale, false)));
+        assert_eq!(told("b", &now, &with("alone")), Some((NodeState::Forked, false)));
+        assert_eq!(duty("b", &now, None, &with("g2")), None, "the leader's generations are not known yet");
+    }
+
+    #[test]
     fn a_member_under_the_same_set_is_told_that_it_is_current() {
         let set = members::with(&members::first("a"), "b").unwrap();
         assert_eq!(told("b", &set, &status(NodeState::InSync, true, &set)), Some((NodeState::InSync, false)));
-        assert_eq!(duty("b", &set, &status(NodeState::InSync, false, &set)), None);
+        assert_eq!(duty("b", &set, None, &status(NodeState::InSync, false, &set)), None);
         let older = members::first("a");
-        assert_eq!(duty("b", &set, &status(NodeState::InSync, true, &older)), None, "another version proves nothing");
+        assert_eq!(
+            duty("b", &set, None, &status(NodeState::InSync, true, &older)),
+            None,
+            "another version proves nothing"
+        );
     }
 
     #[test]
     fn a_node_that_knows_more_than_we_do_is_left_alone() {
         let before = members::first("a");
         let joined = members::with(&before, "b").unwrap();
-        assert_eq!(duty("b", &before, &status(NodeState::InSync, false, &joined)), None);
+        assert_eq!(duty("b", &before, None, &status(NodeState::InSync, false, &joined)), None);
     }
 
     #[test]
@@ -231,7 +264,7 @@ mod tests {
         for state in
             [NodeState::Seeding, NodeState::CatchingUp, NodeState::Joining, NodeState::Forked, NodeState::Blank]
         {
-            assert_eq!(duty("b", &set, &status(state, true, &set)), None);
+            assert_eq!(duty("b", &set, None, &status(state, true, &set)), None);
         }
     }
 }

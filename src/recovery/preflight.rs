@@ -19,9 +19,7 @@ pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStat
     match target.record.state {
         NodeState::Forked => Err(refused(
             format!("{node} went on alone while this side did, too; its data may hold the only copy of writes"),
-            format!(
-                "look at the data of {node} first; when nothing of it is needed, move its data directory and its record away"
-            ),
+            format!("look at the data of {node} first; when nothing in them is needed: pgtandem discard-fork {node}"),
         )),
         NodeState::Blank
         | NodeState::Seeding
@@ -113,6 +111,8 @@ mod tests {
                 generations: Vec::new(),
                 verified_at: None,
                 overrides: Vec::new(),
+                taking_over: false,
+                last_contact: None,
             },
             postgres: PostgresState::Running,
             postgres_detail: String::new(),

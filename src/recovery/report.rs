@@ -75,6 +75,8 @@ pub enum CauseKind {
     Record,
     /// The proxy is stopping, or its reign ended.
     Stopping,
+    /// This proxy must not serve, and waits.
+    Waiting,
 }
 
 /// What went wrong and what to do about it, a sentence each.

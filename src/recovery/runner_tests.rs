@@ -178,6 +178,8 @@ impl Connection {
                 generations: Vec::new(),
                 verified_at: None,
                 overrides: Vec::new(),
+                taking_over: false,
+                last_contact: None,
             },
             postgres: PostgresState::Running,
             postgres_detail: String::new(),

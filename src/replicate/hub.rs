@@ -19,6 +19,7 @@ use crate::agent::client::{self, ClientError, Control};
 use crate::agent::tls::Identity;
 use crate::cluster::members::{self, MembersError};
 use crate::config::{Config, NodeConfig};
+use crate::observe::status::Problem;
 use crate::replicate::backlog::{Backlog, Entry};
 use crate::replicate::cuts::Cuts;
 use crate::replicate::effects::{EffectLog, SpillBudget};
@@ -53,7 +54,7 @@ pub enum HubError {
     Members(#[from] MembersError),
     #[error(transparent)]
     Server(#[from] ServerError),
-    #[error("the member set without {node} could not be stored within {STORE_MS_MAX} ms: {why}")]
+    #[error("the member set without {node} could not be stored: {why}")]
     NotStored { node: String, why: String },
     #[error("node {0} is not in the configuration")]
     UnknownNode(String),
@@ -103,6 +104,8 @@ pub enum Reign {
         epoch: u64,
         secret: Arc<str>,
     },
+    /// This proxy must not serve, and waits for another node or for a person.
+    Waiting(Arc<Problem>),
     Stopping,
 }
 
@@ -201,7 +204,7 @@ impl Hub {
     pub fn epoch_and_secret(&self) -> Option<(u64, Arc<str>)> {
         match &*self.reign.borrow() {
             Reign::Serving { epoch, secret } => Some((*epoch, Arc::clone(secret))),
-            Reign::Starting | Reign::Stopping => None,
+            Reign::Starting | Reign::Waiting(_) | Reign::Stopping => None,
         }
     }
 
@@ -430,7 +433,8 @@ impl Hub {
             loop {
                 match self.store(node, &smaller, NodeState::InSync, Some(&generation), None).await {
                     Ok(()) => break,
-                    Err(e) if tokio::time::Instant::now() >= deadline => {
+                    // Another reign has begun: no commit of this one may be acknowledged any more.
+                    Err(e) if tokio::time::Instant::now() >= deadline || e.is_old_epoch() => {
                         return Err(HubError::NotStored { node: name.to_owned(), why: e.to_string() });
                     }
                     Err(e) => {

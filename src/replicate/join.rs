@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pgtandem_proto::membership::{MemberSet, NodeState};
-use pgtandem_proto::message::Lsn;
+use pgtandem_proto::message::{Lsn, Reply, Request};
 
 use crate::agent::client::Control;
 use crate::cluster::members;
@@ -183,6 +183,17 @@ impl Hub {
         Ok(Applier { hub: self, node, epoch, secret, connections: HashMap::new(), written: HashSet::new() })
     }
 
+    /// Generations of the leader's data, which are those of a node that was filled from it.
+    async fn generations(&self, controls: &mut [(String, Control)]) -> Result<Vec<String>, ReplicationError> {
+        let leader = self.view().set.leader.clone();
+        let control = controls.iter_mut().find(|(name, _)| *name == leader).map(|(_, control)| control);
+        let control = control.ok_or_else(|| record_error(&leader, &"it is not asked"))?;
+        match control.request(&Request::Status).await.map_err(|e| record_error(&leader, &e))? {
+            Reply::Status(status) => Ok(status.record.generations),
+            other => Err(record_error(&leader, &control.unexpected("Status", &other))),
+        }
+    }
+
     async fn close_gate(&self) -> Result<crate::replicate::gate::Closed<'_>, ReplicationError> {
         self.gate
             .close(Duration::from_millis(self.config.proxy.gate_ms_max))
@@ -269,6 +280,7 @@ impl Replication for Hub {
             let control = Control::connect(&self.identity, config).await.map_err(|e| record_error(name, &e))?;
             controls.push((name.clone(), control));
         }
+        let generations = self.generations(&mut controls).await?;
         applier.connect_everywhere().await?;
         let ignore = |_: Drained| ();
         applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
@@ -284,7 +296,14 @@ impl Replication for Hub {
         let mut stored: Vec<String> = Vec::new();
         let mut failure = None;
         for (name, control) in &mut controls {
-            let store = store_on(control, &larger, NodeState::InSync, None, None);
+            let is_new = name == node;
+            let store = async {
+                if is_new {
+                    let request = Request::Join { members: larger.clone(), generations: generations.clone() };
+                    return control.request(&request).await.map(|_| ());
+                }
+                store_on(control, &larger, NodeState::InSync, None, None).await
+            };
             // Counted as stored even if that is not known: the smaller set goes there, too.
             stored.push(name.clone());
             failure = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {

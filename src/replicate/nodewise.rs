@@ -397,7 +397,7 @@ pub async fn go_on(hub: &Arc<Hub>, epoch: u64, secret: &str, intents: Vec<Intent
     let (hub, secret) = (Arc::clone(hub), secret.to_owned());
     tokio::spawn(async move {
         let mut reign = hub.reign.subscribe();
-        if reign.wait_for(|reign| *reign != Reign::Starting).await.is_err() {
+        if reign.wait_for(|reign| !matches!(reign, Reign::Starting | Reign::Waiting(_))).await.is_err() {
             return;
         }
         drop(reign);

@@ -3,7 +3,7 @@
 //! Order: commit the epoch row in every database, end every session that is not ours until none is left, and only
 //! then read marks: no lock is trusted that a client could release. The leader's mark decides: n reached means commit.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use crate::pg::build;
@@ -53,6 +53,48 @@ pub fn compare(leader: &Marks, follower: &Marks) -> Verdict {
         }
     }
     behind.unwrap_or(Verdict::Same)
+}
+
+/// What another member has when no session of an older epoch is left: names that it holds prepared, and marks, by database.
+#[derive(Clone, Debug, Default)]
+pub struct Survivor {
+    pub held: HashSet<String>,
+    pub marks: HashMap<String, Marks>,
+}
+
+impl Survivor {
+    fn has_finished(&self, database: &str, mark: i32, n: i64) -> bool {
+        self.marks.get(database).and_then(|marks| marks.get(&mark)).is_some_and(|reached| *reached >= n)
+    }
+}
+
+/// What becomes of a transaction that a new leader holds prepared and whose old leader is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// A member has finished it, so it was decided.
+    Decided,
+    /// Every member holds it: it may have been acknowledged, and nobody was told that it failed, because that is told only after
+    /// every member has rolled back.
+    AllHold,
+    /// Some member never prepared it, or has rolled it back: the old leader can not have decided to commit.
+    NotEverywhere,
+}
+
+/// The fate of what this node holds prepared, by what the other members that take part in the new reign have. Pure.
+#[must_use]
+pub fn without_leader(database: &str, gid: &str, mark: i32, n: i64, others: &[Survivor]) -> Fate {
+    if others.iter().any(|other| other.has_finished(database, mark, n)) {
+        Fate::Decided
+    } else if others.iter().all(|other| other.held.contains(gid)) {
+        Fate::AllHold
+    } else {
+        Fate::NotEverywhere
+    }
+}
+
+/// Names of what is prepared on this server, in every database.
+pub async fn held(connection: &mut Connection) -> Result<HashSet<String>, ServerError> {
+    Ok(query(connection, "SELECT gid FROM pg_catalog.pg_prepared_xacts").await?.into_iter().collect())
 }
 
 async fn query(connection: &mut Connection, text: &str) -> Result<Vec<String>, ServerError> {
@@ -134,6 +176,26 @@ pub async fn mark(connection: &mut Connection, id: i32) -> Result<i64, ServerErr
 
 /// Finishes what is prepared in this database and ours: by the leader's marks, or all rolled back without them.
 pub async fn resolve(connection: &mut Connection, cluster: &str, leader: Option<&Marks>) -> Result<usize, ServerError> {
+    let decided = |_: &str, mark: i32, n: i64| leader.is_some_and(|marks| marks.get(&mark).copied().unwrap_or(0) >= n);
+    finish_all(connection, cluster, decided).await
+}
+
+/// The same on a new leader, whose old one is gone: see [`without_leader`].
+pub async fn take_over(
+    connection: &mut Connection,
+    cluster: &str,
+    database: &str,
+    others: &[Survivor],
+) -> Result<usize, ServerError> {
+    let decided = |gid: &str, mark, n| without_leader(database, gid, mark, n, others) != Fate::NotEverywhere;
+    finish_all(connection, cluster, decided).await
+}
+
+async fn finish_all(
+    connection: &mut Connection,
+    cluster: &str,
+    is_decided: impl Fn(&str, i32, i64) -> bool,
+) -> Result<usize, ServerError> {
     let gids = query(
         connection,
         "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
@@ -142,8 +204,7 @@ pub async fn resolve(connection: &mut Connection, cluster: &str, leader: Option<
     let mut resolved = 0;
     for gid in gids {
         let Some((mark, n)) = flight::parse_gid(&gid, cluster) else { continue };
-        let commit = leader.is_some_and(|marks| marks.get(&mark).copied().unwrap_or(0) >= n);
-        flight::finish(connection, &gid, commit).await?;
+        flight::finish(connection, &gid, is_decided(&gid, mark, n)).await?;
         resolved += 1;
     }
     Ok(resolved)
@@ -169,6 +230,22 @@ pub async fn backend_gone(connection: &mut Connection, pid: i32) -> Result<(), S
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_the_leader_what_may_have_been_acknowledged_is_committed_and_the_same_everywhere() {
+        let survivor = |held: &[&str], reached: i64| Survivor {
+            held: held.iter().map(ToString::to_string).collect(),
+            marks: HashMap::from([("shop".to_owned(), Marks::from([(1, reached)]))]),
+        };
+        let fate = |others: &[Survivor]| without_leader("shop", "g", 1, 5, others);
+        // Alone: whatever it holds may have been acknowledged.
+        assert_eq!(fate(&[]), Fate::AllHold);
+        assert_eq!(fate(&[survivor(&["g"], 4)]), Fate::AllHold);
+        assert_eq!(fate(&[survivor(&["g"], 4), survivor(&[], 4)]), Fate::NotEverywhere);
+        assert_eq!(fate(&[survivor(&[], 4), survivor(&[], 5)]), Fate::Decided);
+        // A mark of another database says nothing.
+        assert_eq!(without_leader("bench", "g", 1, 5, &[survivor(&[], 5)]), Fate::NotEverywhere);
+    }
 
     #[test]
     fn a_follower_that_knows_more_than_the_leader_is_told_apart_from_one_that_was_left_behind() {

@@ -14,7 +14,7 @@ use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::HubError;
 use crate::replicate::marks::Mark;
 use crate::replicate::nodewise::{HOME, Place, Servers};
-use crate::replicate::resolve::Marks;
+use crate::replicate::resolve::{self, Marks, Survivor};
 use crate::sql::facts::quote_literal;
 
 /// Prepared transactions of clients that are not finished, by name.
@@ -186,8 +186,24 @@ fn fate(note: &Note, held: &[String], marks: &HashMap<String, Marks>) -> Fate {
     }
 }
 
+/// On a new leader whose old one is gone: what clients have prepared stays open where every member holds it, because the old leader
+/// may have told the client so; what some member has finished is finished here. Before [`fates`], which then finds it settled.
+pub async fn take_over(servers: &Servers<'_>, others: &[Survivor]) -> Result<(), HubError> {
+    let mut connection = servers.open(Place::Leader, HOME).await?;
+    let notes = query(&mut connection, NOTES).await?;
+    let held = resolve::held(&mut connection).await?;
+    for note in notes.iter().filter_map(|row| Note::parse(row)).filter(|note| held.contains(&note.gid)) {
+        let fate = resolve::without_leader(&note.database, &note.gid, note.mark_id, note.mark_n, others);
+        if fate != resolve::Fate::AllHold {
+            let mut connection = servers.open(Place::Leader, &note.database).await?;
+            flight::finish(&mut connection, &note.gid, fate == resolve::Fate::Decided).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Brings a follower to what the leader has. `connection`: to one of its databases.
-pub async fn resolve(connection: &mut Connection, database: &str, fates: &[(Note, Fate)]) -> Result<(), HubError> {
+pub async fn follow(connection: &mut Connection, database: &str, fates: &[(Note, Fate)]) -> Result<(), HubError> {
     let held = query(
         connection,
         "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
@@ -221,7 +237,7 @@ pub async fn forget_decided(servers: &Servers<'_>, place: Place<'_>, fates: &[(N
 pub async fn look(servers: &Servers<'_>, note: &Note) -> Result<Fate, HubError> {
     let mut connection = servers.open(Place::Leader, &note.database).await?;
     let held = query(&mut connection, "SELECT gid FROM pg_catalog.pg_prepared_xacts").await?;
-    let n = crate::replicate::resolve::mark(&mut connection, note.mark_id).await?;
+    let n = resolve::mark(&mut connection, note.mark_id).await?;
     let marks = HashMap::from([(note.database.clone(), Marks::from([(note.mark_id, n)]))]);
     Ok(fate(note, &held, &marks))
 }

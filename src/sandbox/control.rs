@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Layout;
 use crate::observe::progress::RecoveryView;
+use crate::observe::status::Problem;
 use crate::proxy::control::client::{ControlClient, ControlClientError};
 use crate::proxy::control::message::{ControlAnswer, ControlFailure, ControlRequest, Outcome};
 
@@ -83,6 +84,19 @@ pub async fn members(layout: &Layout) -> Result<Vec<String>, ControlError> {
     match ask(layout, &ControlRequest::Status, |_| {}).await? {
         Outcome::Status { status } => Ok(status.members),
         _ => Err(ControlError::OtherAnswer),
+    }
+}
+
+/// Returns when the proxy says that it serves nobody and waits, and why.
+pub async fn until_waiting(layout: &Layout) -> Problem {
+    loop {
+        if let Ok(Outcome::Status { status }) = ask(layout, &ControlRequest::Status, |_| {}).await
+            && !status.proxy_running
+            && let Some(why) = status.problems.into_iter().next()
+        {
+            return why;
+        }
+        tokio::time::sleep(POLL).await;
     }
 }
 

@@ -120,7 +120,7 @@ impl Starting {
         Ok(())
     }
 
-    fn failed(&self, why: String) -> SandboxError {
+    pub fn failed(&self, why: String) -> SandboxError {
         SandboxError::Daemon { name: self.name.clone(), why, log: self.log.clone(), tail: tail(&self.log) }
     }
 }

@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::layout::{NODES_MAX, Plan};
+use super::layout::{CLUSTER, NODES_MAX, Plan};
 use super::process::Starting;
 use super::{Layout, SandboxError, control, first, initdb, ports, process, report, stop, user};
+use crate::agent::record::RecordStore;
+use crate::cluster::members;
 
 /// How long an agent may take until it listens.
 const AGENT_LIMIT: Duration = Duration::from_secs(20);
@@ -214,11 +216,25 @@ async fn start_agent(layout: &Layout, index: usize) -> Result<(), SandboxError> 
 /// Returns when the proxy answers a query, and commands.
 async fn start_proxy(layout: &Layout) -> Result<(), SandboxError> {
     let log = layout.proxy_log();
-    let child = daemon(layout, &["proxy"], &log, &layout.proxy_pid_file())?;
+    let child = daemon(layout, &["proxy", "--node", &proxy_node(layout)], &log, &layout.proxy_pid_file())?;
     let port = layout.proxy_port();
-    Starting { name: "the proxy".into(), child, log }
-        .wait(PROXY_LIMIT, async || answers(port).await && control::members(layout).await.is_ok())
-        .await
+    let mut starting = Starting { name: "the proxy".into(), child, log };
+    let served = starting.wait(PROXY_LIMIT, async || answers(port).await && control::members(layout).await.is_ok());
+    let why = tokio::select! {
+        served = served => return served,
+        why = control::until_waiting(layout) => why,
+    };
+    // One that stands by for other hosts is no use to anybody here.
+    process::signal(starting.child.id(), rustix::process::Signal::TERM);
+    let _ = starting.child.wait();
+    Err(starting.failed(format!("{}. Next: {}", why.what, why.hint)))
+}
+
+/// The node on which the proxy of the newest member set runs, by the records on this machine.
+fn proxy_node(layout: &Layout) -> String {
+    let record = |index| RecordStore::open(&layout.node_dir(index), CLUSTER, &Layout::node_name(index)).ok();
+    let sets = (0..layout.plan.nodes).filter_map(|index| record(index)?.record().members.clone());
+    sets.max_by_key(members::number).map_or_else(|| Layout::node_name(0), |set| set.proxy)
 }
 
 fn daemon(layout: &Layout, command: &[&str], log: &Path, pid_file: &Path) -> Result<std::process::Child, SandboxError> {

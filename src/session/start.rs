@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use tokio::net::{TcpStream, UnixStream};
 
+use crate::observe::status::Problem;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame::{self, Sender};
 use crate::pg::message::{self, Reader};
@@ -19,6 +20,7 @@ use crate::replicate::hub::{Hub, Reign};
 use crate::replicate::schema;
 use crate::session::greet::{self, Greeted};
 use crate::session::run::{Session, Thread};
+use crate::session::tls::ClientTls;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
 
 /// From connect to login.
@@ -45,6 +47,20 @@ pub async fn serve(client: TcpStream, hub: Arc<Hub>, thread: Thread) {
         session.run().await;
         hub.counters.sessions.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Tells a client that this proxy must not serve. libpq tries its next host then.
+pub async fn refuse(client: TcpStream, hub: &Hub, tls: Option<&ClientTls>, why: &Problem) {
+    let limit = Duration::from_millis(LOGIN_MS_MAX);
+    if let Ok(Some(mut greeted)) = tokio::time::timeout(limit, greet::greet(client, hub, tls)).await {
+        greet::tell(&mut greeted.client, &not_here(why)).await;
+    }
+}
+
+fn not_here(why: &Problem) -> ClientError {
+    let Problem { what, hint } = why;
+    let hint = format!("Connect to the host whose proxy serves. To see it, and what to type: pgtandem status ({hint})");
+    ClientError::fatal("57P03", format!("no client is served on this host: {what}"), hint)
 }
 
 /// A connection to the leader's PostgreSQL, and the reign under which it was made.
@@ -83,13 +99,16 @@ async fn connect_leader(hub: &Hub, database: &str) -> Result<Leader, ClientError
 
 async fn reign(hub: &Hub) -> Result<(u64, Arc<str>), ClientError> {
     let mut watch = hub.reign.subscribe();
-    let serving = watch.wait_for(|r| matches!(r, Reign::Serving { .. } | Reign::Stopping));
+    let serving = watch.wait_for(|r| matches!(r, Reign::Serving { .. } | Reign::Waiting(_) | Reign::Stopping));
     match tokio::time::timeout(Duration::from_millis(REIGN_MS_MAX), serving).await {
         Ok(Ok(reign)) => {
             if let Reign::Serving { epoch, secret } = &*reign {
                 return Ok((*epoch, Arc::clone(secret)));
             }
-            Err(ClientError::fatal("57P03", "pgtandem is stopping", "Connect again when it is started."))
+            Err(match &*reign {
+                Reign::Waiting(why) => not_here(why),
+                _ => ClientError::fatal("57P03", "pgtandem is stopping", "Connect again when it is started."),
+            })
         }
         _ => Err(ClientError::fatal(
             "57P03",

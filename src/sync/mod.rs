@@ -22,7 +22,7 @@ pub mod extent;
 pub mod facts;
 pub mod link;
 pub mod relay;
-mod rules;
+pub(crate) mod rules;
 pub mod scan;
 pub mod source;
 pub mod target;

@@ -112,6 +112,80 @@ impl Cluster {
         kill(&self.layout.proxy_pid_file());
     }
 
+    /// Everything on the host of the leader's node, the proxy too, is gone at once.
+    pub fn lose_host(&self, index: usize) {
+        self.kill_proxy();
+        self.kill_agent(index);
+        self.kill_postgres(index);
+    }
+
+    pub fn signal_proxy(&self, signal: rustix::process::Signal) {
+        let pid = pid_in(&self.layout.proxy_pid_file());
+        rustix::process::kill_process(pid, signal).expect("a signal");
+    }
+
+    /// The agent of a node, and nothing else of its host.
+    pub fn start_agent(&self, index: usize) {
+        let child = self.daemon(&["agent", "--node", &Layout::node_name(index)], &self.config_path());
+        std::fs::write(self.layout.agent_pid_file(index), format!("{}\n", child.id())).expect("a pid file");
+        std::thread::spawn(move || child.wait_with_output());
+        let started = Instant::now();
+        while std::net::TcpStream::connect(("127.0.0.1", self.layout.agent_port(index))).is_err() {
+            assert!(started.elapsed() < LIMIT, "the agent does not start\n{}", self.logs());
+            std::thread::yield_now();
+        }
+    }
+
+    /// `pgtandem proxy` of a node, as on its own host; `sandbox down` finds it.
+    pub fn start_proxy(&self, index: usize) {
+        let child = self.daemon(&["proxy", "--node", &Layout::node_name(index)], &self.config_path());
+        std::fs::write(self.layout.proxy_pid_file(), format!("{}\n", child.id())).expect("a pid file");
+        // It belongs to the sandbox now, and is waited for by whoever starts the test.
+        std::thread::spawn(move || child.wait_with_output());
+    }
+
+    /// A second proxy beside the first, as on another host: own port, own folder. It ends with the value.
+    pub fn other_proxy(&self, index: usize) -> OtherProxy {
+        let node = Layout::node_name(index);
+        let mut config = self.layout.config();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("a port");
+        config.proxy.listen = free;
+        config.proxy.state_dir = self.layout.socket_dir(index).join("p");
+        let folder = &config.proxy.state_dir;
+        if !folder.exists() {
+            std::fs::create_dir(folder).expect("a folder");
+            for file in ["ca.pem", "cert.pem", "key.pem"] {
+                std::fs::copy(self.layout.proxy_dir().join(file), folder.join(file)).expect("a certificate");
+            }
+            let user = sandbox::user::find("postgres").expect("user postgres");
+            let own = |path: &Path| std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).expect("chown");
+            if sandbox::user::is_root() {
+                own(folder);
+                for file in ["ca.pem", "cert.pem", "key.pem"] {
+                    own(&folder.join(file));
+                }
+            }
+        }
+        let path = self.dir().join(format!("other-{node}.toml"));
+        std::fs::write(&path, toml::to_string(&config).expect("a configuration")).expect("a configuration");
+        let child = self.daemon(&["proxy", "--node", &node], &path);
+        OtherProxy { child, config: path, port: free.port() }
+    }
+
+    fn daemon(&self, arguments: &[&str], config: &Path) -> std::process::Child {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.layout.proxy_log()).expect("a log");
+        let mut command = self.as_user();
+        command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
+        command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("pgtandem")
+    }
+
+    /// A command with another configuration.
+    pub fn command_with(&self, config: &Path, arguments: &[&str]) -> Output {
+        let mut command = self.as_user();
+        command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
+        command.output().expect("pgtandem")
+    }
+
     /// `sandbox up` once more: starts what was killed; returns when it answers.
     pub fn start_again(&self) {
         let output = pgtandem().args(["sandbox", "up", "--dir"]).arg(self.dir()).output().expect("pgtandem");
@@ -181,11 +255,23 @@ impl Drop for Cluster {
     }
 }
 
+/// See [`Cluster::other_proxy`].
+pub struct OtherProxy {
+    pub child: std::process::Child,
+    pub config: PathBuf,
+    pub port: u16,
+}
+
+impl Drop for OtherProxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// kill -9 of the process that the file names.
 fn kill(pid_file: &Path) {
-    let text = std::fs::read_to_string(pid_file).unwrap_or_else(|error| panic!("{}: {error}", pid_file.display()));
-    let pid: i32 = text.lines().next().and_then(|line| line.trim().parse().ok()).expect("a pid");
-    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+    let pid = pid_in(pid_file);
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill -9");
     // Until it is gone `sandbox up` takes it for one that runs.
     let started = Instant::now();
@@ -193,6 +279,12 @@ fn kill(pid_file: &Path) {
         assert!(started.elapsed() < LIMIT, "process {pid:?} does not die");
         std::thread::yield_now();
     }
+}
+
+fn pid_in(pid_file: &Path) -> rustix::process::Pid {
+    let text = std::fs::read_to_string(pid_file).unwrap_or_else(|error| panic!("{}: {error}", pid_file.display()));
+    let pid: i32 = text.lines().next().and_then(|line| line.trim().parse().ok()).expect("a pid");
+    rustix::process::Pid::from_raw(pid).expect("a pid")
 }
 
 /// Whether there is such a process, and not only its exit status.

@@ -9,11 +9,11 @@ use tokio_util::sync::CancellationToken;
 use super::SOCKET_NAME;
 use super::operations::Operations;
 use super::server::{ControlError, serve};
-use crate::observe::status::{OnceShape, ProxyCounters, StatusSource};
+use crate::observe::status::{OnceShape, Problem, ProxyCounters, StatusSource};
 use crate::recovery::client::AgentClients;
 use crate::recovery::contact::{self, Seen};
 use crate::recovery::recoveries::Recoveries;
-use crate::replicate::hub::Hub;
+use crate::replicate::hub::{Hub, Reign};
 use crate::replicate::shapes::{ShapeCount, ShapeName};
 
 /// Serves commands and keeps contact with the agents until `stop`; then ends the recoveries in order.
@@ -72,6 +72,13 @@ impl StatusSource for Hub {
 
     fn not_served(&self) -> Option<String> {
         self.trouble()
+    }
+
+    fn waiting(&self) -> Option<Problem> {
+        match &*self.reign.borrow() {
+            Reign::Waiting(why) => Some(Problem::clone(why)),
+            _ => None,
+        }
     }
 
     fn last_error(&self, node: &str) -> Option<String> {

@@ -14,7 +14,7 @@ use crate::cluster::members;
 use crate::config::NodeConfig;
 use crate::observe::explain;
 use crate::observe::progress::RecoveryView;
-use crate::observe::status::{ClusterStatus, NodeFindings, StatusSource};
+use crate::observe::status::{ClusterStatus, NodeFindings, Problem, StatusSource};
 use crate::recovery::agents::{self, Agents};
 use crate::recovery::contact::{CONTACT_MAX, Seen, silent};
 use crate::recovery::recoveries::Recoveries;
@@ -33,6 +33,10 @@ pub struct Operations<R, A, S> {
 
 impl<R: Replication + 'static, A: Agents, S: StatusSource> Handler for Operations<R, A, S> {
     async fn handle(&self, request: ControlRequest, answers: &mut Answers) -> io::Result<ControlAnswer> {
+        if let Some(why) = self.source.waiting().filter(|_| request != ControlRequest::Status) {
+            let Problem { what, hint } = explain::waiting(why);
+            return Ok(ControlAnswer::Error { error: Cause::new(CauseKind::Waiting, what, hint).into() });
+        }
         let outcome = match request {
             ControlRequest::Status => Ok(Outcome::Status { status: Box::new(self.status().await) }),
             ControlRequest::Recover { node, yes } => return self.recover(&node, yes, answers).await,
@@ -61,7 +65,15 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
                 *slot = answer;
             }
         }
-        let findings = self.nodes.iter().zip(given).map(|(node, answer)| self.findings(node, answer)).collect();
+        let findings: Vec<_> = self.nodes.iter().zip(given).map(|(node, answer)| self.findings(node, answer)).collect();
+        if let Some(why) = self.source.waiting() {
+            // What this proxy knows of members is not true: the records say more.
+            let sets = findings.iter().filter_map(|found| found.answer.as_ref().ok()?.record.members.as_ref());
+            let set = sets.max_by_key(|set| members::number(set)).cloned();
+            let mut status = ClusterStatus::new(&self.cluster, set.as_ref(), None, false, findings);
+            status.set_waiting(why);
+            return status;
+        }
         let set = self.recoveries.replication().members();
         let mut status = ClusterStatus::new(&self.cluster, Some(&set), Some(self.source.counters()), true, findings);
         status.once = self.source.once();
@@ -121,7 +133,7 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
             return Err(Cause::new(
                 CauseKind::Refused,
                 format!("{node} is the leader and can not be detached"),
-                "another node must become the leader first, which this version can not do",
+                "another node must become the leader first; if this host is to go: stop the proxy here, then on the other one: pgtandem promote",
             ));
         }
         let set = replication.remove(node, "an operator detached it").await?;

@@ -1,0 +1,86 @@
+//! The four cases of a promotion.
+
+use super::*;
+
+fn set(epoch: Epoch, version: u64, nodes: &[&str], leader: &str) -> MemberSet {
+    let nodes = nodes.iter().map(ToString::to_string).collect();
+    MemberSet { epoch, version, nodes, leader: leader.into(), proxy: leader.into() }
+}
+
+fn of(node: &str, state: NodeState, set: MemberSet, generations: &[&str]) -> Record {
+    let generations = generations.iter().map(ToString::to_string).collect();
+    Record { promised: set.epoch, state, members: Some(set), generations, ..record::blank("shop", node) }
+}
+
+fn promote(own: &str, found: &[(&str, Option<&Record>)]) -> Judgement {
+    let found: Vec<_> = found.iter().map(|(node, record)| Found { node, answer: record.ok_or("no answer") }).collect();
+    let judgement = judge(own, &found);
+    assert!(!judgement.evidence.is_empty());
+    assert_eq!(judgement.plan.is_none(), judgement.case == Case::Impossible);
+    assert_eq!(judgement.hint.is_empty(), judgement.case != Case::Impossible);
+    judgement
+}
+
+#[test]
+fn a_current_node_whose_peer_is_silent_needs_a_statement() {
+    let b = Record {
+        last_contact: Some(1_795_424_701),
+        ..of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"])
+    };
+    let judgement = promote("b", &[("a", None), ("b", Some(&b))]);
+    assert_eq!(judgement.case, Case::Assert);
+    assert!(judgement.evidence.iter().any(|line| line.contains("2026-11-23 09:05:01")), "{:?}", judgement.evidence);
+    let plan = judgement.plan.clone().unwrap();
+    assert_eq!(plan.set, set(4, 1, &["b"], "b"));
+    assert_eq!(judgement.missing(&Stated::default()), ["--peer-is-dead a"]);
+    assert_eq!(judgement.missing(&Stated { dead: vec!["c".into()], accept_data_loss: true }), ["--peer-is-dead a"]);
+    assert!(judgement.missing(&Stated { dead: vec!["a".into()], accept_data_loss: false }).is_empty());
+}
+
+#[test]
+fn it_is_safe_when_every_other_member_answers() {
+    let (a, b) = (
+        of("a", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]),
+        of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]),
+    );
+    let a = Record { promised: 9, ..a };
+    let judgement = promote("b", &[("a", Some(&a)), ("b", Some(&b))]);
+    assert_eq!(judgement.case, Case::Safe);
+    let plan = judgement.plan.clone().unwrap();
+    assert_eq!((plan.set, plan.fenced, plan.leaving), (set(10, 1, &["a", "b"], "b"), vec!["a".to_owned()], vec![]));
+    assert!(judgement.missing(&Stated::default()).is_empty());
+    // With a third one that was left behind, and is no member: it need not answer.
+    let c = of("c", NodeState::Stale, set(3, 1, &["a", "b", "c"], "a"), &["g0"]);
+    assert_eq!(promote("b", &[("a", Some(&a)), ("b", Some(&b)), ("c", None)]).case, Case::Safe);
+    assert_eq!(promote("b", &[("a", Some(&a)), ("b", Some(&b)), ("c", Some(&c))]).plan.unwrap().leaving, vec![]);
+}
+
+#[test]
+fn a_node_that_was_left_behind_can_only_be_promoted_at_a_loss() {
+    let stale = of("b", NodeState::Stale, set(3, 3, &["a"], "a"), &["g1"]);
+    let judgement = promote("b", &[("a", None), ("b", Some(&stale))]);
+    assert_eq!(judgement.case, Case::Lossy);
+    assert_eq!(judgement.missing(&Stated { dead: vec!["a".into()], accept_data_loss: false }), ["--accept-data-loss"]);
+    assert!(judgement.missing(&Stated { dead: Vec::new(), accept_data_loss: true }).is_empty());
+    // It was not told, but the other one knows. That one's data are the only copy of what was written since.
+    let untold = of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]);
+    let a = of("a", NodeState::InSync, set(3, 3, &["a"], "a"), &["g2", "g1"]);
+    let judgement = promote("b", &[("a", Some(&a)), ("b", Some(&untold))]);
+    assert_eq!(judgement.case, Case::Lossy);
+    assert_eq!(judgement.plan.unwrap().leaving, [("a".to_owned(), NodeState::Forked)]);
+}
+
+#[test]
+fn a_node_without_whole_data_is_never_promoted() {
+    let whole = set(3, 2, &["a", "b"], "a");
+    for state in [NodeState::Blank, NodeState::Seeding, NodeState::CatchingUp, NodeState::Joining, NodeState::Forked] {
+        let b = of("b", state, whole.clone(), &[]);
+        assert_eq!(promote("b", &[("a", None), ("b", Some(&b))]).case, Case::Impossible, "{state:?}");
+    }
+    assert_eq!(promote("b", &[("a", None), ("b", None)]).case, Case::Impossible);
+    let blank = record::blank("shop", "b");
+    assert_eq!(promote("b", &[("b", Some(&blank))]).case, Case::Impossible);
+    let leader = of("a", NodeState::InSync, whole, &[]);
+    let judgement = promote("a", &[("a", Some(&leader)), ("b", None)]);
+    assert!(judgement.hint.contains("pgtandem detach b --yes"), "{}", judgement.hint);
+}
