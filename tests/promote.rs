@@ -141,6 +141,7 @@ async fn a_proxy_that_hung_through_a_takeover_acknowledges_nothing() {
     open.batch_execute("begin; insert into t values ('open')").await.unwrap();
     cluster.signal_proxy(rustix::process::Signal::STOP);
 
+    // The leases that it granted run out first.
     let dry = cluster.command(&["promote", "--node", "node1", "--dry-run"]);
     assert!(text(&dry).contains("promote node1: SAFE\n"), "{}", text(&dry));
     let output = cluster.command(&["promote", "--node", "node1", "--yes"]);
@@ -221,4 +222,27 @@ async fn a_stale_node_is_promoted_only_at_an_accepted_loss() {
     // The other side has the only copy of what was lost.
     cluster.start_agent(0);
     wait_for("node0 is a fork", async || cluster.status().0.contains("forked")).await;
+}
+
+/// H1, H2: nobody is promoted while a proxy serves; and a member that is lost with its agent, so that it can not be told, is waited for
+/// as long as its lease may run, without an error.
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_are_believed_and_waited_out() {
+    let cluster = common::cluster();
+    cluster.wait_well().await;
+    let refused = cluster.command(&["promote", "--node", "node1", "--peer-is-dead", "node0", "--yes"]);
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+    assert!(text(&refused).contains("pgtandem switch node1"), "{}", text(&refused));
+    let probe = load::start(&cluster).await;
+    cluster.kill_agent(1);
+    cluster.kill_postgres(1);
+    cluster.wait_member(1, false).await;
+    load::wait_writes(&cluster, &probe, 50).await;
+    // It comes back by itself, doubts, and is told.
+    cluster.start_agent(1);
+    wait_for("node1 is told", async || cluster.status().0.contains("node1 left the member set")).await;
+    cluster.recover(1);
+    let seen = load::finish(&cluster, probe).await;
+    load::assert_unharmed(&cluster, &seen);
+    cluster.wait_well().await;
 }

@@ -7,7 +7,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::hello::{Hello, HelloReply};
-use crate::message::{Extent, ExtentContent, FilesReply, FilesRequest, Reply, Request, WalReply, WalRequest};
+use crate::message::{
+    Extent, ExtentContent, FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply, Request, WalReply, WalRequest,
+};
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"pgtD";
@@ -35,6 +37,8 @@ pub enum Kind {
     FilesReply,
     WalRequest,
     WalReply,
+    LeaseAsk,
+    LeaseGrant,
 }
 
 impl Kind {
@@ -49,6 +53,8 @@ impl Kind {
             Kind::FilesReply => 33,
             Kind::WalRequest => 48,
             Kind::WalReply => 49,
+            Kind::LeaseAsk => 64,
+            Kind::LeaseGrant => 65,
         }
     }
 
@@ -63,6 +69,8 @@ impl Kind {
             33 => Kind::FilesReply,
             48 => Kind::WalRequest,
             49 => Kind::WalReply,
+            64 => Kind::LeaseAsk,
+            65 => Kind::LeaseGrant,
             _ => return None,
         })
     }
@@ -260,7 +268,7 @@ pub(crate) fn payload_hash(payload: &[u8]) -> [u8; HASH_BYTES] {
 macro_rules! message {
     ($($message:ty => $kind:ident),*) => { $(impl Message for $message { const KIND: Kind = Kind::$kind; })* };
 }
-message!(Hello => Hello, HelloReply => HelloReply, Request => Request, Reply => Reply, FilesRequest => FilesRequest, WalRequest => WalRequest);
+message!(Hello => Hello, HelloReply => HelloReply, Request => Request, Reply => Reply, FilesRequest => FilesRequest, WalRequest => WalRequest, LeaseAsk => LeaseAsk, LeaseGrant => LeaseGrant);
 
 impl Message for FilesReply {
     const KIND: Kind = Kind::FilesReply;

@@ -25,6 +25,9 @@ pub enum Channel {
     Files,
     /// [`crate::message::WalRequest`] and [`crate::message::WalReply`].
     Wal,
+    /// Opened by the proxy of this epoch; the node asks with [`crate::message::LeaseAsk`], the proxy answers with
+    /// [`crate::message::LeaseGrant`].
+    Lease { epoch: Epoch },
 }
 
 /// From the side that connected.

@@ -108,6 +108,8 @@ pub struct NodeStatus {
     pub postgres_detail: String,
     /// Progress of the fill or recovery under way, if there is one.
     pub progress: Option<Progress>,
+    /// How long the node's lease still runs, milliseconds: a proxy has vouched for it a moment ago.
+    pub lease_ms: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -302,4 +304,23 @@ pub enum WalReply {
         flushed: Lsn,
     },
     Failed(Failure),
+}
+
+// ---------------------------------------------------------------- leases
+
+/// From the node to the proxy that opened the channel: is this node still a member?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseAsk {
+    /// Of this asking; the answer has it, too.
+    pub number: u64,
+}
+
+/// Until 3 s after the asking nothing is acknowledged without this node. No answer: the node is no member any more, or the proxy
+/// is about to go on without it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseGrant {
+    pub number: u64,
+    /// The member set under which commits are acknowledged.
+    pub epoch: Epoch,
+    pub version: u64,
 }

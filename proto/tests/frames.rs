@@ -73,6 +73,7 @@ fn hello_is_as_it_always_was() {
         ("hello_tunnel", Channel::Tunnel { epoch: 7 }),
         ("hello_files", Channel::Files),
         ("hello_wal", Channel::Wal),
+        ("hello_lease", Channel::Lease { epoch: 7 }),
     ] {
         check(name, &Hello::new("shop", "proxy", channel));
     }
@@ -114,6 +115,7 @@ fn control_is_as_it_always_was() {
             postgres: PostgresState::Standby,
             postgres_detail: "starting".into(),
             progress: Some(Progress { files: 3, wal_replayed: 9, ..Progress::default() }),
+            lease_ms: None,
         })),
     );
     check("reply_record", &Reply::Record(Box::new(record())));
@@ -128,6 +130,8 @@ fn control_is_as_it_always_was() {
     );
     check("reply_lsn", &Reply::Lsn(Lsn(1)));
     check("reply_done", &Reply::Done);
+    check("lease_ask", &LeaseAsk { number: 9 });
+    check("lease_grant", &LeaseGrant { number: 9, epoch: 7, version: 3 });
     check("reply_failed", &Reply::Failed(failure()));
 }
 

@@ -200,6 +200,7 @@ async fn discard_fork(node: &Node, note: String) -> Result<Reply, Failure> {
 async fn promise(node: &Node, epoch: Epoch) -> Result<Reply, Failure> {
     let record =
         node.change_record(move |record| rules::promise(record, epoch)).await.map_err(|error| error.failure())?;
+    node.with_lease(crate::cluster::lease::Lease::forget);
     node.recovery.cancel_below(record.promised);
     cut_tunnels(node, Some(record.promised)).await?;
     Ok(Reply::Record(Box::new((*record).clone())))

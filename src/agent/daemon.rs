@@ -26,7 +26,7 @@ use super::node::{ChangeError, Node};
 use super::record::{RecordFileError, RecordStore};
 use super::supervisor::SupervisorError;
 use super::tls::{Identity, TlsError, peer_name};
-use super::{client, control, tunnels};
+use super::{client, control, leases, tunnels};
 use crate::cluster::record as rules;
 use crate::config::{Config, NodeConfig};
 use crate::sync::source::{self, SourceContext};
@@ -121,6 +121,13 @@ impl Agent {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = node.supervisor.watch() => {}
+            }
+        });
+        let (node, stop) = (agent.node.clone(), agent.stop.clone());
+        agent.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = leases::watch(&node) => {}
             }
         });
         agent.tasks.spawn(accept(agent.node.clone(), listener, agent.stop.clone(), agent.tasks.clone()));
@@ -256,6 +263,7 @@ async fn serve(
                 answer(&node, &mut connection, &hello, Ok(())).await?;
                 Ok(control::serve(node.clone(), connection, number).await?)
             }
+            Channel::Lease { epoch } => lease(&node, connection, &hello, epoch).await,
             Channel::Tunnel { epoch } => tunnel(&node, connection, &hello, epoch).await,
             Channel::Files => {
                 let context = source_context(&node, &hello);
@@ -337,6 +345,29 @@ async fn answer(
         Err(failure) => HelloReply::Refused(failure),
     };
     Ok(connection.send(&reply).await?)
+}
+
+/// Ends with the channel, or when a newer epoch is promised: it is registered among the tunnels, which that cuts.
+async fn lease(node: &Node, mut connection: Connection, hello: &Hello, epoch: Epoch) -> Result<(), ServeError> {
+    let registered = node.tunnels.register(epoch);
+    let promised = node.record().promised;
+    let checked = match &registered {
+        Some(_) if promised == epoch => Ok(()),
+        _ => Err(Failure {
+            code: FailureCode::OldEpoch,
+            what: format!("a lease of epoch {epoch} is not asked for: this node has promised epoch {promised}"),
+            hint: "see pgtandem status".to_owned(),
+        }),
+    };
+    let refused = checked.as_ref().err().map(|failure| failure.what.clone());
+    answer(node, &mut connection, hello, checked).await?;
+    match (registered, refused) {
+        (Some(registered), None) => tokio::select! {
+            served = leases::serve(node, connection) => Ok(served?),
+            () = registered.is_cut() => Ok(()),
+        },
+        (_, refused) => Err(ServeError::Refused(refused.unwrap_or_default())),
+    }
 }
 
 async fn tunnel(node: &Node, mut connection: Connection, hello: &Hello, epoch: Epoch) -> Result<(), ServeError> {

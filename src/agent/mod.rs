@@ -11,6 +11,7 @@ mod control;
 pub mod daemon;
 mod fence;
 mod fork;
+pub mod leases;
 mod node;
 pub mod postgres;
 pub mod record;

@@ -1,10 +1,12 @@
 //! What all connections of one agent share: its record, its PostgreSQL, its tunnels, the recovery under way.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use pgtandem_proto::membership::{NodeState, Record};
 use pgtandem_proto::message::{Failure, FailureCode, NodeStatus};
+use tokio::sync::Notify;
 
 use super::postgres::Postgres;
 use super::record::{RecordFileError, RecordStore};
@@ -12,6 +14,7 @@ use super::recovery::RecoverySlot;
 use super::supervisor::Supervisor;
 use super::tls::Identity;
 use super::tunnels::Tunnels;
+use crate::cluster::lease::Lease;
 use crate::cluster::record::RecordError;
 use crate::config::{Config, NodeConfig};
 
@@ -57,6 +60,12 @@ pub struct Node {
     pub supervisor: Supervisor,
     pub tunnels: Tunnels,
     pub recovery: RecoverySlot,
+    /// What the proxy has granted last. Volatile: an agent that starts has none.
+    pub(super) lease: Mutex<Lease>,
+    /// When a proxy vouched for this node last, seconds since 1970; 0: not since the agent runs.
+    pub(super) last_contact: AtomicU64,
+    /// Wakes the asking for leases.
+    pub(super) record_changed: Notify,
     /// The file. Locked by blocking tasks only.
     store: Arc<Mutex<RecordStore>>,
     /// What the file says; read by everybody.
@@ -74,6 +83,9 @@ impl Node {
             identity,
             tunnels: Tunnels::default(),
             recovery: RecoverySlot::default(),
+            lease: Mutex::default(),
+            last_contact: AtomicU64::new(0),
+            record_changed: Notify::new(),
             store: Arc::new(Mutex::new(store)),
             record,
         }
@@ -96,7 +108,7 @@ impl Node {
         change: impl FnOnce(&Record) -> Result<Record, RecordError> + Send + 'static,
     ) -> Result<Arc<Record>, ChangeError> {
         let (store, current) = (self.store.clone(), self.record.clone());
-        tokio::task::spawn_blocking(move || {
+        let changed = tokio::task::spawn_blocking(move || {
             let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
             let next = change(store.record())?;
             if &next != store.record() {
@@ -108,7 +120,9 @@ impl Node {
             let current = current.read().unwrap_or_else(PoisonError::into_inner).clone();
             Ok(current)
         })
-        .await?
+        .await?;
+        self.record_changed.notify_one();
+        changed
     }
 
     #[must_use]
@@ -118,6 +132,7 @@ impl Node {
             postgres: self.postgres().state(),
             postgres_detail: self.supervisor.detail(),
             progress: self.recovery.progress(),
+            lease_ms: self.lease_ms(),
         }
     }
 

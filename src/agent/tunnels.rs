@@ -92,6 +92,11 @@ impl Tunnels {
 }
 
 impl Registered {
+    /// Returns when it is to end.
+    pub async fn is_cut(&self) {
+        self.cut.cancelled().await;
+    }
+
     /// Forwards both ways until one side ends or the tunnel is cut.
     pub async fn forward(self, mut carrier: BoxedCarrier, early: &[u8], mut server: UnixStream) {
         let copy = async {

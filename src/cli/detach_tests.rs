@@ -23,6 +23,7 @@ fn found(node: &str, answer: Result<(NodeState, u64, &MemberSet), &str>) -> Foun
         postgres: PostgresState::Running,
         postgres_detail: String::new(),
         progress: None,
+        lease_ms: None,
     });
     Found { node: node.into(), address: "10.0.0.1:7001".into(), answer }
 }

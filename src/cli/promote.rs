@@ -21,6 +21,7 @@ use tokio::time::timeout;
 use super::records::{self, Found};
 use super::recover::ask;
 use super::{Explained, here, status};
+use crate::cluster::lease::WAIT_OUT_MS;
 use crate::cluster::promote::{self, Case, Judgement, Plan, Stated};
 use crate::config::Config;
 use crate::observe::time;
@@ -85,7 +86,7 @@ impl Promote {
 
     async fn promote(&self, config: &Config, own: &str) -> anyhow::Result<ExitCode> {
         let clients = records::clients(config)?;
-        let judgement = judge(own, &records::read(config, &clients).await);
+        let judgement = judge(own, &self.when_leases_have_ended(config, &clients).await);
         let stated = Stated { dead: self.dead.clone(), accept_data_loss: self.accept_data_loss };
         let missing = judgement.missing(&stated);
         if !self.json {
@@ -142,6 +143,23 @@ impl Promote {
         Ok(ExitCode::SUCCESS)
     }
 
+    /// Reads all records. A proxy that was lost a moment ago has left leases that still run; one that lives renews them.
+    async fn when_leases_have_ended(&self, config: &Config, clients: &AgentClients) -> Vec<Found> {
+        let began = Instant::now();
+        let mut found = records::read(config, clients).await;
+        if !self.json && found.iter().any(is_leased) {
+            println!(
+                "A proxy served a moment ago. Whether it still does is known in {} s.",
+                WAIT_OUT_MS.div_ceil(1000)
+            );
+        }
+        while found.iter().any(is_leased) && began.elapsed() < Duration::from_millis(WAIT_OUT_MS) {
+            tokio::time::sleep(SERVE_POLL).await;
+            found = records::read(config, clients).await;
+        }
+        found
+    }
+
     /// The same command with what is missing.
     fn command(&self, missing: &[String]) -> String {
         let node = self.node.iter().map(|node| format!("--node {node}"));
@@ -196,7 +214,7 @@ impl Promote {
         let stays = |note: &str| Request::Store {
             members: set.clone(),
             state: NodeState::InSync,
-            uncertain: false,
+            uncertain: true,
             new_generation: Some(generation.clone()),
             note: Some(note.to_owned()),
         };
@@ -263,12 +281,17 @@ fn print(
     Ok(())
 }
 
+fn is_leased(found: &Found) -> bool {
+    found.answer.as_ref().is_ok_and(|status| status.lease_ms.is_some())
+}
+
 fn judge(own: &str, found: &[Found]) -> Judgement {
     let found: Vec<_> = found
         .iter()
         .map(|found| promote::Found {
             node: &found.node,
             answer: found.answer.as_ref().map(|status| &status.record).map_err(String::as_str),
+            is_leased: is_leased(found),
         })
         .collect();
     promote::judge(own, &found)

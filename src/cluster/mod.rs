@@ -1,5 +1,6 @@
 //! The member set, the durable record, and who may serve: pure. No I/O, no clock.
 
+pub mod lease;
 pub mod members;
 pub mod promote;
 pub mod record;

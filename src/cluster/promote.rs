@@ -15,6 +15,8 @@ use super::{members, record};
 pub struct Found<'a> {
     pub node: &'a str,
     pub answer: Result<&'a Record, &'a str>,
+    /// Its lease runs: a proxy vouched for it a moment ago, and serves.
+    pub is_leased: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -87,6 +89,12 @@ pub fn judge(own: &str, found: &[Found<'_>]) -> Judgement {
         }
         None => return impossible(format!("no node is named {own}"), "give a name of the configuration".into()),
     };
+    if let Some(leased) = found.iter().find(|found| found.is_leased) {
+        let what = format!("a proxy serves this cluster: it has vouched for {} a moment ago", leased.node);
+        let hint =
+            format!("for a planned change, on its host: pgtandem switch {own}; if that proxy is to go, stop it first");
+        return impossible(what, hint);
+    }
     let answers: Vec<(&str, &Record)> =
         found.iter().filter_map(|found| Some((found.node, found.answer.ok()?))).collect();
     let newest = match members::newest(answers.iter().filter_map(|(_, record)| record.members.as_ref())) {

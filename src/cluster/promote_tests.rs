@@ -13,7 +13,10 @@ fn of(node: &str, state: NodeState, set: MemberSet, generations: &[&str]) -> Rec
 }
 
 fn promote(own: &str, found: &[(&str, Option<&Record>)]) -> Judgement {
-    let found: Vec<_> = found.iter().map(|(node, record)| Found { node, answer: record.ok_or("no answer") }).collect();
+    let found: Vec<_> = found
+        .iter()
+        .map(|(node, record)| Found { node, answer: record.ok_or("no answer"), is_leased: false })
+        .collect();
     let judgement = judge(own, &found);
     assert!(!judgement.evidence.is_empty());
     assert_eq!(judgement.plan.is_none(), judgement.case == Case::Impossible);
@@ -68,6 +71,18 @@ fn a_node_that_was_left_behind_can_only_be_promoted_at_a_loss() {
     let judgement = promote("b", &[("a", Some(&a)), ("b", Some(&untold))]);
     assert_eq!(judgement.case, Case::Lossy);
     assert_eq!(judgement.plan.unwrap().leaving, [("a".to_owned(), NodeState::Forked)]);
+}
+
+#[test]
+fn nothing_is_promoted_while_a_proxy_serves() {
+    let b = of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]);
+    let found = [
+        Found { node: "a", answer: Err("no answer"), is_leased: false },
+        Found { node: "b", answer: Ok(&b), is_leased: true },
+    ];
+    let judgement = judge("b", &found);
+    assert_eq!(judgement.case, Case::Impossible);
+    assert!(judgement.hint.contains("pgtandem switch b"), "{}", judgement.hint);
 }
 
 #[test]

@@ -139,7 +139,8 @@ fn overridden(mut record: Record, note: &str) -> Result<Record, RecordError> {
 
 /// The end of a recovery: this node has the leader's data, and with them their generations.
 pub fn join(record: &Record, set: &MemberSet, generations: &[String]) -> Result<Record, RecordError> {
-    let next = store(record, set, NodeState::InSync, false, None, None)?;
+    // Sure of it with its first lease.
+    let next = store(record, set, NodeState::InSync, true, None, None)?;
     let generations = generations.iter().take(GENERATIONS_MAX).cloned().collect();
     Ok(Record { generations, ..next })
 }

@@ -21,6 +21,7 @@ use crate::session::tls::{ClientTls, ClientTlsError};
 pub mod admin;
 pub mod control;
 pub mod keeper;
+mod leases;
 pub mod local_rules;
 pub mod reign;
 mod settle;
@@ -87,6 +88,7 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     }
     local_rules::check(&hub).await?;
     let threads = threads::start(&hub, tls.as_ref(), &stop).map_err(io("threads can not be started"))?;
+    let leases = tokio::spawn(leases::run(Arc::clone(&hub), stop.clone()));
     let keeper = tokio::spawn(keeper::run(Arc::clone(&hub), stop.clone()));
     tracing::info!(%address, set = ?hub.view().set, "serving");
     let result = loop {
@@ -106,7 +108,7 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     };
     hub.reign.send_replace(Reign::Stopping);
     stop.cancel();
-    let _ = keeper.await;
+    let _ = tokio::join!(keeper, leases);
     if result.is_ok() {
         // Recoveries end in order: their nodes are told, their backlogs dropped.
         let _ = control.await;

@@ -91,6 +91,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
     let mut leader = own_agent(hub, &own).await?;
     let recorded = leader.status.record.members.as_ref().map_or(&[][..], |set| &set.nodes);
     let mut answers = ask_others(hub, &own.name, recorded).await;
+    let someone_is_silent = answers.iter().any(|(_, answer)| answer.is_err());
     let start = {
         let others: Vec<Other<'_>> = answers
             .iter()
@@ -114,6 +115,13 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
     promise(&mut leader, epoch).await?;
     for follower in &mut promising {
         promise(follower, epoch).await?;
+    }
+    // Whoever does not answer could hold a lease: of this proxy, or of one before it.
+    for name in &start.silent {
+        hub.wait_lease_out(name).await;
+    }
+    if someone_is_silent {
+        hub.wait_older_leases_out().await;
     }
     wait_for_leader(hub, &own).await?;
     let nodes: Vec<NodeConfig> = promising.iter().map(|member| member.node.clone()).collect();

@@ -1,7 +1,5 @@
-//! The proxy's contact with every agent, once a second: it remembers what they say for `status`, tells a node that was
-//! left behind that it is Stale, and a member that it is current.
-//!
-//! Both duties write records only in the direction that the member set already has; agents refuse what is older.
+//! The proxy's contact with every agent, once a second: it remembers what they say for `status`, and tells a node that was
+//! left behind what it is. That writes records only in the direction that the member set already has; agents refuse what is older.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -81,13 +79,7 @@ pub fn duty(node: &str, set: &MemberSet, leader: Option<&Record>, status: &NodeS
             note: None,
         });
     }
-    (record.uncertain && recorded == ours).then(|| Request::Store {
-        members: set.clone(),
-        state: NodeState::InSync,
-        uncertain: false,
-        new_generation: None,
-        note: None,
-    })
+    None
 }
 
 /// Keeps contact with every node until `stop`. One connection and one task for each, so that an agent that does not
@@ -201,6 +193,7 @@ mod tests {
             postgres: PostgresState::Running,
             postgres_detail: String::new(),
             progress: None,
+            lease_ms: None,
         }
     }
 
@@ -239,16 +232,9 @@ mod tests {
     }
 
     #[test]
-    fn a_member_under_the_same_set_is_told_that_it_is_current() {
+    fn nothing_is_told_to_a_member() {
         let set = members::with(&members::first("a"), "b").unwrap();
-        assert_eq!(told("b", &set, &status(NodeState::InSync, true, &set)), Some((NodeState::InSync, false)));
-        assert_eq!(duty("b", &set, None, &status(NodeState::InSync, false, &set)), None);
-        let older = members::first("a");
-        assert_eq!(
-            duty("b", &set, None, &status(NodeState::InSync, true, &older)),
-            None,
-            "another version proves nothing"
-        );
+        assert_eq!(told("b", &set, &status(NodeState::InSync, true, &set)), None);
     }
 
     #[test]

@@ -117,6 +117,7 @@ mod tests {
             postgres: PostgresState::Running,
             postgres_detail: String::new(),
             progress: None,
+            lease_ms: None,
         }
     }
 

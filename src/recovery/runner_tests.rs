@@ -184,6 +184,7 @@ impl Connection {
             postgres: PostgresState::Running,
             postgres_detail: String::new(),
             progress: None,
+            lease_ms: None,
         }
     }
 }

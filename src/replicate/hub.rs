@@ -16,7 +16,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::client::{self, ClientError, Control};
+use crate::agent::leases::now_ms;
 use crate::agent::tls::Identity;
+use crate::cluster::lease::{Grants, WAIT_OUT_MS};
 use crate::cluster::members::{self, MembersError};
 use crate::config::{Config, NodeConfig};
 use crate::observe::status::Problem;
@@ -146,6 +148,10 @@ pub struct Hub {
     next_follower_id: AtomicU64,
     /// Why no client is served at the moment.
     trouble: Mutex<Option<String>>,
+    /// What was granted to whom.
+    leases: Mutex<Grants>,
+    /// A proxy that has just started takes every lease for granted then.
+    started_ms: u64,
     /// How far the followers' sequences are.
     pub sequences: Sequences,
 }
@@ -185,6 +191,8 @@ impl Hub {
             changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),
             trouble: Mutex::default(),
+            leases: Mutex::default(),
+            started_ms: now_ms(),
             sequences: Sequences::default(),
         }
     }
@@ -347,6 +355,28 @@ impl Hub {
         within(OPEN_MS_MAX, open).await
     }
 
+    /// Whether this node, which has asked in this epoch, gets a lease; gives the number of the set. Noted before it is answered.
+    pub fn grant_lease(&self, node: &str, epoch: u64) -> Option<(u64, u64)> {
+        let set = self.view().set.clone();
+        let serves = self.reign_epoch() == Some(epoch) && set.epoch == epoch;
+        (serves && lock(&self.leases).grant(now_ms(), node, &set)).then(|| members::number(&set))
+    }
+
+    /// Grants this node no further lease, and waits until none that it was granted can run.
+    pub async fn wait_lease_out(&self, node: &str) {
+        let free_at = {
+            let mut leases = lock(&self.leases);
+            leases.stop(node);
+            leases.free_at(node)
+        };
+        wait_until(free_at).await;
+    }
+
+    /// Waits until no lease can run that was granted before this proxy started.
+    pub async fn wait_older_leases_out(&self) {
+        wait_until(Some(self.started_ms + WAIT_OUT_MS)).await;
+    }
+
     /// Shows a member set to sessions: it is recorded already. Followers that stay keep their identity.
     pub fn show(&self, set: MemberSet) {
         let mut view = lock(&self.view);
@@ -373,6 +403,7 @@ impl Hub {
                             spares: Mutex::default(),
                         }));
                         lock(&self.reasons).remove(name);
+                        lock(&self.leases).resume(name);
                     }
                 }
             }
@@ -425,7 +456,8 @@ impl Hub {
         let node = self.node(name)?;
         let tell = self.store(node, &smaller, state, None, Some(reason));
         if let Err(e) = within_agent(TELL_MS_MAX, tell).await {
-            tracing::info!(node = name, error = %e, "the node that leaves could not be told; it will be when it answers");
+            tracing::info!(node = name, error = %e, "the node that leaves could not be told; its lease is waited out");
+            self.wait_lease_out(name).await;
         }
         for member in &smaller.nodes {
             let node = self.node(member)?;
@@ -479,7 +511,8 @@ pub async fn store_on(
     let request = Request::Store {
         members: set.clone(),
         state,
-        uncertain: false,
+        // A member is sure of it from its next lease on.
+        uncertain: state == NodeState::InSync,
         new_generation: generation.map(str::to_owned),
         note: note.map(str::to_owned),
     };
@@ -490,6 +523,13 @@ pub async fn store_on(
 /// [`ServerError::Timeout`] past the limit.
 pub async fn within<T>(ms_max: u64, work: impl Future<Output = Result<T, ServerError>>) -> Result<T, ServerError> {
     tokio::time::timeout(Duration::from_millis(ms_max), work).await.unwrap_or(Err(ServerError::Timeout(ms_max)))
+}
+
+async fn wait_until(free_at_ms: Option<u64>) {
+    // Timers stand still while the host is suspended, the leases' clock does not: it is looked at again.
+    while let Some(left) = free_at_ms.and_then(|at| at.checked_sub(now_ms())).filter(|left| *left > 0) {
+        tokio::time::sleep(Duration::from_millis(left)).await;
+    }
 }
 
 async fn within_agent<T>(ms_max: u64, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, HubError> {
