@@ -210,7 +210,7 @@ async fn what_would_differ_is_refused_with_its_reason() {
          create table gone (id int primary key);
          create function stamp() returns trigger language plpgsql as $$ begin insert into numbered (v) values (new.id); return new; end $$;
          create trigger stamp after insert on gone for each row execute function stamp();
-         create function clock() returns trigger language plpgsql as $$ begin new.at := clock_timestamp(); return new; end $$;
+         create function clock() returns trigger language plpgsql as $$ begin insert into audit (old) values (extract(epoch from clock_timestamp())::int); return new; end $$;
          create trigger clock before insert on stamped for each row execute function clock();
          create function first_one() returns int language plpgsql as $$ declare n int; begin select id into n from total; insert into audit (item) values (n); return n; end $$;
          create function tells() returns void language plpgsql as $$ begin notify x; end $$;
@@ -505,4 +505,21 @@ async fn a_node_joins_while_clients_call_code() {
         assert!(done > 10, "worker {k} did {done}");
         everywhere(&cluster, &format!("select n::text from total where id = {k}"), &done.to_string()).await;
     }
+}
+
+/// What we prepare for such a statement is out of the way for the next one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_failed_does_not_hinder_the_next() {
+    let (cluster, client) = prepared().await;
+    let insert = client.prepare("insert into item values ($1, 0, 'x')").await.unwrap();
+    let update = client.prepare("update item set v = v + $1 where id = $2").await.unwrap();
+    client.execute(&insert, &[&1]).await.unwrap();
+    run(&client, "begin read only").await;
+    let error = client.execute(&update, &[&1, &1]).await.unwrap_err();
+    assert_eq!(error.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION), "{error:?}");
+    run(&client, "rollback").await;
+    assert_eq!(client.execute(&update, &[&1, &1]).await.unwrap(), 1);
+    assert_eq!(client.execute(&insert, &[&1]).await.unwrap_err().code(), Some(&SqlState::UNIQUE_VIOLATION));
+    assert_eq!(client.execute(&insert, &[&2]).await.unwrap(), 1);
+    cluster.assert_identical().await;
 }

@@ -186,8 +186,14 @@ impl<'c> Writer<'c> {
                     }
                 }
                 Effect::Rows { context, role, texts, data, rows } => {
+                    if texts.after_triggers {
+                        self.fire_triggers(false);
+                    }
                     self.enter(context, role);
                     self.rows(log, context, texts, *data, *rows).await?;
+                    if texts.after_triggers {
+                        self.fire_triggers(true);
+                    }
                 }
                 Effect::Changed { rows } => self.changed(*rows).await?,
                 Effect::Copy { context, role, text, data, rows } => {
@@ -339,6 +345,13 @@ impl<'c> Writer<'c> {
             }
             self.role = role;
         }
+    }
+
+    /// Off: neither the triggers of users nor those of foreign keys, both of which the leader has fired. A superuser's right.
+    fn fire_triggers(&mut self, fire: bool) {
+        self.leave_role();
+        let role: &[u8] = if fire { b"origin" } else { b"replica" };
+        self.execute("pgtandem_triggers", &[Some(role)]);
     }
 
     fn leave_role(&mut self) {

@@ -174,6 +174,8 @@ impl Connection {
         let encoding = b"SELECT pg_catalog.set_config('client_encoding', $1, false)";
         build::parse(&mut connection.out, b"pgtandem_encoding", encoding, &[]);
         build::parse(&mut connection.out, b"pgtandem_mark_here", schema::MARK_ON_FOLLOWER.as_bytes(), &[]);
+        let triggers = b"SELECT pg_catalog.set_config('session_replication_role', $1, true)";
+        build::parse(&mut connection.out, b"pgtandem_triggers", triggers, &[]);
         build::parse(&mut connection.out, b"pgtandem_role", b"SELECT pg_catalog.set_config('role', $1, true)", &[]);
         build::sync(&mut connection.out);
         connection.exchange().await?.ok()?;

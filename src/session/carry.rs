@@ -195,14 +195,13 @@ impl Session {
     /// A statement of ours that is parsed for this once.
     fn hidden_text(&mut self, text: &str, values: &[Option<&[u8]>], mode: Mode) {
         let (statement, portal) = (b"pgtandem_q", b"pgtandem_p");
-        let text = self.encoded(text);
-        build::parse(&mut self.wire.to_server, statement, &text, &[]);
+        let text = self.encoded(text).into_owned();
+        self.parse_ours(&text, &[]);
         build::bind_text(&mut self.wire.to_server, portal, statement, values);
         build::execute(&mut self.wire.to_server, portal, 0);
         build::close(&mut self.wire.to_server, b'P', portal);
         build::close(&mut self.wire.to_server, b'S', statement);
         self.wire.expects.extend([
-            Expect::Parse { hidden: true },
             Expect::Bind { hidden: true },
             Expect::Execute { mode },
             Expect::Close { hidden: true },

@@ -60,8 +60,7 @@ impl Session {
         let text = format!("SELECT v.x FROM (VALUES {}) AS v(i, x) ORDER BY v.i", rows.join(", "));
         self.wire.clear_results();
         self.wire.hide_errors = true;
-        build::parse(&mut self.wire.to_server, b"pgtandem_q", text.as_bytes(), &[]);
-        self.wire.expects.push_back(Expect::Parse { hidden: true });
+        self.parse_ours(text.as_bytes(), &[]);
         self.hidden("pgtandem_p", "pgtandem_q", &[]);
         self.close_statement("pgtandem_q");
         let done = self.end_ours().await;
@@ -72,6 +71,14 @@ impl Session {
         }
         let values = std::mem::take(&mut self.wire.results.values).into_iter();
         Ok(Some(values.map(|v| v.map(|v| String::from_utf8_lossy(&v).into_owned())).collect()))
+    }
+
+    /// Prepares a text that is needed this once, as `pgtandem_q`. The last one is still there if it failed, because the server
+    /// skipped the Close behind it.
+    pub(super) fn parse_ours(&mut self, text: &[u8], types: &[u8]) {
+        self.close_statement("pgtandem_q");
+        build::parse(&mut self.wire.to_server, b"pgtandem_q", text, types);
+        self.wire.expects.push_back(Expect::Parse { hidden: true });
     }
 
     fn close_statement(&mut self, name: &str) {
@@ -89,8 +96,7 @@ impl Session {
     pub(super) async fn parameter_types(&mut self, text: &str, types: &[u8]) -> Result<Option<Vec<String>>, End> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
-        build::parse(&mut self.wire.to_server, b"pgtandem_q", text.as_bytes(), types);
-        self.wire.expects.push_back(Expect::Parse { hidden: true });
+        self.parse_ours(text.as_bytes(), types);
         build::describe(&mut self.wire.to_server, b'S', b"pgtandem_q");
         self.wire.expects.push_back(Expect::Describe { mode: Mode::Hidden });
         self.close_statement("pgtandem_q");
@@ -187,14 +193,10 @@ impl Session {
             }
             How::Extended { types, parameters, formats, in_parts } => {
                 (self.wire.hold_rows, self.wire.hold_tag) = (in_parts, in_parts);
-                build::parse(&mut self.wire.to_server, b"pgtandem_q", call.text.as_bytes(), types);
+                self.parse_ours(call.text.as_bytes(), types);
                 build::bind_raw(&mut self.wire.to_server, b"pgtandem_p", b"pgtandem_q", parameters, formats);
                 build::execute(&mut self.wire.to_server, b"pgtandem_p", 0);
-                self.wire.expects.extend([
-                    Expect::Parse { hidden: true },
-                    Expect::Bind { hidden: true },
-                    Expect::Execute { mode: Mode::Forward },
-                ]);
+                self.wire.expects.extend([Expect::Bind { hidden: true }, Expect::Execute { mode: Mode::Forward }]);
                 build::close(&mut self.wire.to_server, b'P', b"pgtandem_p");
                 self.wire.expects.push_back(Expect::Close { hidden: true });
                 self.close_statement("pgtandem_q");

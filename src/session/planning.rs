@@ -24,6 +24,7 @@ use crate::sql::lex::{Kind, Lexer};
 use crate::sql::parse::Statement;
 use crate::sql::plan::{EffectPlan, Lane, Once, Plan, Proof, Refusal, Write};
 use crate::sql::reach::{Reach, Verdict};
+use crate::sql::sequences::SequenceUse;
 use crate::sql::shape::{self, Shape};
 use crate::sql::{catalog, classify, encoding, facts::Facts, needs::Needs, parse};
 
@@ -218,6 +219,9 @@ impl Session {
     async fn prove(&mut self, plan: Plan, statement: &Statement, text: &str) -> Result<Result<Plan, Bytes>, End> {
         let Lane::Once(once) = plan.lane else { return Ok(Ok(plan)) };
         let mut reach = Reach::of(statement, text, once.single);
+        if once.rows.is_some() {
+            reach = reach.wanting_rows();
+        }
         while let Some(query) = reach.query() {
             let json = match self.catalog_query(&query).await? {
                 Ok(json) => json,
@@ -231,6 +235,12 @@ impl Session {
                 ));
                 return Ok(Ok(Plan { lane, ..plan }));
             }
+        }
+        if let Some(rows) = &once.rows
+            && reach.only_rows(&rows.fixed)
+        {
+            let sequences = if reach.takes_values() { SequenceUse::Any } else { rows.sequences.clone() };
+            return Ok(Ok(Plan { lane: Lane::Write(Box::new(rows.write.clone())), sequences, ..plan }));
         }
         let lane = match reach.verdict() {
             Verdict::Varies(why) => Lane::Refused(crate::sql::refuse::varying_code(&why)),

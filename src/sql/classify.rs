@@ -91,13 +91,18 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
         }
         NodeEnum::DeallocateStmt(deallocate) if deallocate.isall => Plan { drops_prepared: true, ..plan(read(false)) },
         node => {
-            let lane = lane(node, &context);
+            let mut lane = lane(node, &context);
             let needs = Needs::of(statement);
             // set_config() and functions with SET-like effects run behind no guard
             let changes_settings = matches!(lane, Lane::Read { guard: true, .. } | Lane::Once(_))
                 || needs.functions.iter().any(|name| name.name == "set_config")
                 || matches!(node, NodeEnum::AlterRoleSetStmt(_) | NodeEnum::AlterDatabaseSetStmt(_));
             let sequences = sequences::of(node, &needs, &lane, facts);
+            if let Lane::Once(once) = &mut lane
+                && let Some(rows) = &mut once.rows
+            {
+                rows.sequences = sequences::of_rows(node, &needs, &rows.write, facts);
+            }
             Plan { changes_settings, sequences, ..plan(lane) }
         }
     }

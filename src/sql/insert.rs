@@ -7,13 +7,13 @@ use super::classify::{Context, read};
 use super::expressions::{Look, SessionValue};
 use super::facts::{Column, DefaultKind, Relation};
 use super::functions::Effect;
-use super::once::once;
+use super::once::{once, or_rows};
 use super::parse::{tree, walk};
 use super::pinned;
 use super::plan::{EffectPlan, Lane, Refusal, Write};
 use super::refuse::{not_yet, own_schema};
 use super::rows::{self, NotRows};
-use super::target::{ON_INSERT, ON_UPDATE, Target, target};
+use super::target::{ON_INSERT, ON_UPDATE, Target, behind_triggers, target};
 use super::text::Edits;
 
 pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
@@ -31,7 +31,18 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
     }
     let relation = match target(statement.relation.as_ref(), events, context) {
         Target::Decided(lane) => return lane,
-        Target::Once(_) => return once(context, single),
+        Target::Once(_) => {
+            let lane = once(context, single);
+            let Some(relation) = behind_triggers(statement.relation.as_ref(), events, context) else { return lane };
+            let rows = if updates {
+                pinned::upsert(statement, relation, context)
+            } else {
+                pinned::insert(statement, relation, context)
+            };
+            let given_out = relation.sequences.iter().map(|fact| fact.column.clone());
+            let fixed = if updates { pinned::fixed(relation) } else { Vec::new() };
+            return or_rows(lane, rows.ok().flatten(), fixed.into_iter().chain(given_out).collect());
+        }
         Target::Temporary => return read(inner.needs_guard() || returning.needs_guard()),
         Target::Table(relation) => relation,
     };

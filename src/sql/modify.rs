@@ -11,12 +11,12 @@ use super::expressions::Look;
 use super::facts::{DefaultKind, Relation};
 use super::insert::may_write;
 use super::needs::Name;
-use super::once::once;
+use super::once::{once, or_rows};
 use super::parse::{node_names, tree, walk};
 use super::plan::{EffectPlan, Lane, Refusal, Write};
 use super::refuse::{not_yet, own_schema};
 use super::rows::NotRows;
-use super::target::{ON_DELETE, ON_UPDATE, Target, target};
+use super::target::{ON_DELETE, ON_UPDATE, Target, behind_triggers, target};
 use super::text::Edits;
 
 /// What UPDATE and DELETE have in common.
@@ -74,7 +74,14 @@ fn lane(modify: &Modify<'_>, context: &Context<'_>) -> Lane {
         Target::Decided(lane) => return lane,
         Target::Once(_) => {
             let facts = modify.relation.and_then(|named| context.facts.relation(&named.schemaname, &named.relname));
-            return once(context, facts.is_some_and(|relation| is_point(modify, &inner, relation)));
+            let lane = once(context, facts.is_some_and(|relation| is_point(modify, &inner, relation)));
+            let Some(relation) = behind_triggers(modify.relation, modify.events, context) else { return lane };
+            let known = set_columns(modify.sets).all(|name| relation.column(name).is_some());
+            let rows = known.then(|| super::pinned::modify_behind_triggers(modify, relation, context)).flatten();
+            return match rows {
+                Some((write, fixed)) => or_rows(lane, Some(write), fixed),
+                None => lane,
+            };
         }
         Target::Temporary => return read(inner.needs_guard() || returning.needs_guard()),
         Target::Table(relation) => relation,

@@ -2,8 +2,10 @@
 
 use super::classify::{Context, read};
 use super::expressions::look;
-use super::plan::{Lane, Once, Proof};
+use super::plan::{EffectPlan, Lane, Once, Proof, RowsInstead, Write};
 use super::refuse::{not_yet, own_schema, refused};
+use super::rows::RowTexts;
+use super::sequences::SequenceUse;
 use super::text::Edits;
 
 /// A statement of this lane. What it can reach is found out later, see [`super::reach`]. `single`: it is about one row at most.
@@ -22,8 +24,23 @@ pub(super) fn once(context: &Context<'_>, single: bool) -> Lane {
     match Edits::find(context.text, context.shape, &found.session_values) {
         Some((mut edits, session_values)) => {
             edits.remember_dates(&found, context.text, context.shape);
-            Lane::Once(Box::new(Once { edits, session_values, single, proof: Proof::default() }))
+            Lane::Once(Box::new(Once { edits, session_values, single, proof: Proof::default(), rows: None }))
         }
         None => not_yet("this statement"),
+    }
+}
+
+/// A statement on a table with triggers: if their code changes nothing but its own rows, it is `write` instead, whose rows followers
+/// get as they became. `fixed`: columns that no trigger may give a value then.
+pub(super) fn or_rows(lane: Lane, write: Option<Write>, fixed: Vec<String>) -> Lane {
+    match (lane, write) {
+        (Lane::Once(once), Some(mut write)) => {
+            if let EffectPlan::Rows { texts, .. } = &mut write.effect {
+                *texts = RowTexts { after_triggers: true, ..RowTexts::clone(texts) }.into();
+            }
+            let sequences = SequenceUse::None;
+            Lane::Once(Box::new(Once { rows: Some(Box::new(RowsInstead { write, sequences, fixed })), ..*once }))
+        }
+        (lane, _) => lane,
     }
 }

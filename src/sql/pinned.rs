@@ -40,6 +40,42 @@ pub(super) fn modify(
     Ok(write(relation, texts, hidden, modify.returning.is_some(), cascades, context))
 }
 
+/// The same on a table with triggers, which may change any column of the rows. Gives the columns that they must not change, too.
+pub(super) fn modify_behind_triggers(
+    modify: &Modify<'_>,
+    relation: &Relation,
+    context: &Context<'_>,
+) -> Option<(Write, Vec<String>)> {
+    // Foreign keys do nothing there while triggers are off.
+    if modify.sets.is_empty() && relation.cascade_delete {
+        return None;
+    }
+    let key = rows::key_columns(relation).ok()?;
+    if relation.children && modify.relation.is_none_or(|relation| relation.inh) {
+        return None;
+    }
+    changed(set_columns(modify.sets), relation).ok()?;
+    let fixed = fixed(relation);
+    let free: Vec<&Column> =
+        relation.columns.iter().filter(|column| !column.generated && !fixed.contains(&column.name)).collect();
+    let texts = match (modify.sets.is_empty(), free.is_empty()) {
+        (true, _) => rows::delete(relation, context),
+        (false, true) => rows::update(relation, &key, context),
+        (false, false) => rows::update(relation, &free, context),
+    };
+    let columns: Vec<&Column> = if modify.sets.is_empty() { key } else { key.into_iter().chain(free).collect() };
+    let hidden = rows::returning(&columns, &qualifier(modify, relation), relation, context).ok()?;
+    let made = write(relation, texts.ok()?, hidden, modify.returning.is_some(), false, context)?;
+    let fixed = if modify.sets.is_empty() { Vec::new() } else { fixed };
+    Some((made, fixed))
+}
+
+/// Columns whose change the rows of an UPDATE do not carry.
+pub(super) fn fixed(relation: &Relation) -> Vec<String> {
+    let always = relation.columns.iter().filter(|column| column.identity_always).map(|column| &column.name);
+    relation.key.iter().chain(&relation.referenced).chain(always).cloned().collect()
+}
+
 /// INSERT ... ON CONFLICT DO UPDATE: whole rows as they became.
 ///
 /// # Errors

@@ -137,6 +137,17 @@ pub struct Once {
     /// It is about one row at most, or about none.
     pub single: bool,
     pub proof: Proof,
+    /// What it is instead, if the code that it fires turns out to change nothing but its own rows.
+    pub rows: Option<Box<RowsInstead>>,
+}
+
+/// A statement whose triggers the leader alone has to fire: followers get the rows as they became.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowsInstead {
+    pub write: Write,
+    pub sequences: SequenceUse,
+    /// Columns that the rows are not carried with, because nothing may change them: no trigger may give them a value.
+    pub fixed: Vec<String>,
 }
 
 /// What is known of all that a statement can reach.

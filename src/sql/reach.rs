@@ -61,6 +61,13 @@ pub struct Reach {
     has_floats: bool,
     float_code: bool,
     rounds: usize,
+    /// It is to be found out whether the statement's own rows are all that it changes, whatever their values are.
+    wants_rows: bool,
+    /// Why they may not be.
+    beside: Option<String>,
+    /// What the code of triggers gives NEW; `None` among them: anything.
+    assigned: BTreeSet<Option<String>>,
+    takes_values: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -119,6 +126,8 @@ struct ColumnFact {
 #[derive(Debug, Deserialize)]
 struct TriggerFact {
     deferrable: bool,
+    /// pg_trigger.tgenabled
+    enabled: String,
     /// As `pg_get_triggerdef` writes it.
     definition: String,
     function: FunctionFact,
@@ -189,6 +198,51 @@ impl Reach {
         self.unproven.get_or_insert(why);
     }
 
+    /// Not only the statement's own rows are changed, or nobody knows.
+    fn beside(&mut self, why: impl Into<String>) {
+        self.beside.get_or_insert(why.into());
+    }
+
+    /// Looks for whether the rows that the statement itself changes are all that is changed: see [`Self::only_rows`].
+    #[must_use]
+    pub fn wanting_rows(self) -> Self {
+        Self { wants_rows: true, ..self }
+    }
+
+    /// Whether the code that the statement calls and fires, known by now, changes nothing but the rows of the statement, and of those
+    /// none of the columns in `fixed`. Then it does not matter what else it does: the leader alone needs to run it.
+    #[must_use]
+    pub fn only_rows(&self, fixed: &[String]) -> bool {
+        let is_fixed = |column: &Option<String>| column.as_ref().is_none_or(|column| fixed.contains(column));
+        self.beside.is_none() && (fixed.is_empty() || !self.assigned.iter().any(is_fixed))
+    }
+
+    /// Whether that code may take values of sequences.
+    #[must_use]
+    pub fn takes_values(&self) -> bool {
+        self.takes_values
+    }
+
+    /// Code that is not the statement itself: what it does beside giving values.
+    fn called(&mut self, code: &Code, place: &str) {
+        if let Some(why) = &code.acts {
+            self.beside(format!("{place}: {why}"));
+        }
+        if let Some(table) = code.written.iter().next() {
+            self.beside(format!("{place}: it writes to {}", table.name));
+        }
+        let calls = |name: &str| code.calls.iter().any(|call| call.name == name);
+        if calls("setval") {
+            self.beside(format!("{place}: it sets a sequence"));
+        }
+        self.takes_values |= calls("nextval");
+        self.assigned.extend(code.assigned.iter().cloned().map(Some));
+        if code.assigns_all {
+            self.assigned.insert(None);
+        }
+        self.code(code, place);
+    }
+
     /// Takes in a piece of code; `place` names it for a person.
     fn code(&mut self, code: &Code, place: &str) {
         if let Some(why) = &code.varies {
@@ -253,12 +307,14 @@ impl Reach {
     #[must_use]
     pub fn query(&mut self) -> Option<String> {
         let nothing = self.new_functions.is_empty() && self.new_relations.is_empty() && self.new_written.is_empty();
-        if nothing || self.varies.is_some() {
+        if nothing || (self.varies.is_some() && (!self.wants_rows || self.beside.is_some())) {
             return None;
         }
         self.rounds += 1;
         if self.rounds > ROUNDS_MAX || self.seen_functions.len() + self.seen_relations.len() > PIECES_MAX {
-            self.open("it reaches more functions and tables than pgtandem looks at".to_owned());
+            let why = "it reaches more functions and tables than pgtandem looks at";
+            self.open(why.to_owned());
+            self.beside(why);
             return None;
         }
         let texts = |names: BTreeSet<String>| {
@@ -323,6 +379,7 @@ impl Reach {
             None => format!("the function {name}"),
         };
         if fact.temporary {
+            self.beside(format!("{place} is temporary"));
             return self.varies(format!("{place} is temporary, which followers do not have"));
         }
         if fact.config.as_deref().is_some_and(|config| {
@@ -330,6 +387,7 @@ impl Reach {
                 .iter()
                 .any(|closed| config.contains(closed))
         }) {
+            self.beside(format!("{place}: it changes a setting"));
             return self.varies(format!("{place}: it changes a setting that followers must keep"));
         }
         if fired_by.is_none()
@@ -342,6 +400,7 @@ impl Reach {
             return;
         }
         if !matches!(function.kind.as_str(), "f" | "p") {
+            self.beside(format!("{name} is an aggregate of users"));
             return self.open(format!("{name} is an aggregate of users"));
         }
         let varies = name.starts_with("uuid_generate") || matches!(name, "gen_salt" | "gen_random_bytes");
@@ -350,20 +409,27 @@ impl Reach {
             (Some(body), "sql") => {
                 let body = sql_body(body);
                 let code = scan(body, false);
-                self.code(&code, &place);
+                self.called(&code, &place);
                 let last = body.trim_end().trim_end_matches(';').rsplit(';').next().unwrap_or_default();
                 if !fact.returns_set && first_row(last) {
                     self.open(format!("{place}: it takes the first row that its last query finds"));
                 }
             }
-            (Some(body), "plpgsql") => self.code(&scan(body, false), &place),
-            (_, language) => self.open(format!("{place} is written in {language}")),
+            (Some(body), "plpgsql") => self.called(&scan(body, false), &place),
+            (_, language) => {
+                self.beside(format!("{place} is written in {language}"));
+                self.open(format!("{place} is written in {language}"));
+            }
         }
     }
 
     fn builtin(&mut self, function: &Function) {
         let (name, one) = (&function.name, std::slice::from_ref(function));
-        match functions::effect(one, Some(2)) {
+        let effect = functions::effect(one, Some(2));
+        if effect >= Some(Effect::Unknown) && name != "pg_notify" {
+            self.beside(format!("{name}() may write"));
+        }
+        match effect {
             Some(Effect::Pure) | None => {}
             // Without a parenthesis-free form these are put in as literals, in the client's own text alone.
             _ if name == "pg_notify" => {
@@ -396,10 +462,10 @@ impl Reach {
         self.has_floats |= fact.floats;
         if self.seen_relations.insert(fact.oid) {
             if let Some(view) = &fact.view {
-                self.code(&scan(view, false), &format!("the view {name}"));
+                self.called(&scan(view, false), &format!("the view {name}"));
             }
             for policy in fact.policies.iter().flatten() {
-                self.code(&scan(policy, false), &format!("a policy of {name}"));
+                self.called(&scan(policy, false), &format!("a policy of {name}"));
             }
         }
         if fact.written {
@@ -424,10 +490,11 @@ impl Reach {
             if let Some(why) = code.varies.take() {
                 self.open(format!("a CHECK of {name}: {why}"));
             }
-            self.code(&code, &format!("a CHECK of {name}"));
+            self.called(&code, &format!("a CHECK of {name}"));
         }
         for rule in fact.rules.iter().flatten() {
             let action = rule.find(" DO ").and_then(|at| rule.get(at + 4..)).unwrap_or(rule);
+            self.beside(format!("{name} has a rule"));
             let action = action.trim_start_matches("INSTEAD").trim_start_matches("ALSO");
             self.code(&scan(action, false), &format!("a rule of {name}"));
         }
@@ -436,12 +503,15 @@ impl Reach {
                 table.name == fact.name && table.schema.as_ref().is_none_or(|schema| *schema == fact.schema)
             });
         for trigger in fact.triggers.iter().flatten() {
+            if trigger.deferrable || trigger.enabled != "O" {
+                self.beside(format!("a trigger of {name} is deferrable, or fires on replicas"));
+            }
             if trigger.deferrable {
                 self.varies(format!("{name} has a deferrable trigger, which runs as late as COMMIT"));
             }
             let condition = trigger.definition.split_once(" WHEN ").and_then(|(_, rest)| rest.rsplit_once(" EXECUTE "));
             if let Some((condition, _)) = condition {
-                self.code(&scan(condition, false), &format!("a trigger of {name}"));
+                self.called(&scan(condition, false), &format!("a trigger of {name}"));
             }
             if many {
                 self.many.get_or_insert(format!("the triggers of {name} are fired by one row after the other"));

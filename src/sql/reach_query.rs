@@ -52,7 +52,7 @@ SELECT json_build_object(
       FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c') END,
     'rules', CASE WHEN f.written THEN (SELECT json_agg(pg_catalog.pg_get_ruledef(w.oid))
       FROM pg_catalog.pg_rewrite w WHERE w.ev_class = c.oid AND w.ev_type <> '1' AND w.ev_enabled <> 'D') END,
-    'triggers', CASE WHEN f.written THEN (SELECT json_agg( json_build_object('deferrable', g.tgdeferrable,
+    'triggers', CASE WHEN f.written THEN (SELECT json_agg( json_build_object('deferrable', g.tgdeferrable, 'enabled', g.tgenabled::text,
         'definition', pg_catalog.pg_get_triggerdef(g.oid), 'function', @function))
       FROM pg_catalog.pg_trigger g JOIN pg_catalog.pg_proc p ON p.oid = g.tgfoid
       JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace JOIN pg_catalog.pg_language l ON l.oid = p.prolang

@@ -18,6 +18,8 @@ pub struct RowTexts {
     /// For one row. `$1`.. are its values in the order of the hidden RETURNING.
     pub one: Arc<str>,
     pub many: Many,
+    /// The rows are as the leader's triggers left them: no trigger fires again.
+    pub after_triggers: bool,
 }
 
 /// How several rows of one statement go to a follower.
@@ -108,6 +110,7 @@ pub(super) fn insert(relation: &Relation, columns: &[&Column]) -> RowTexts {
     RowTexts {
         one: insert_one(&table, columns).into(),
         many: Many::Copy(format!("COPY {table} ({list}) FROM STDIN").into()),
+        after_triggers: false,
     }
 }
 
@@ -149,7 +152,7 @@ pub(super) fn upsert(relation: &Relation, columns: &[&Column], context: &Context
         // a row may take a unique value that the row before gave up
         _ => Many::OneByOne,
     };
-    Ok(RowTexts { one: one.into(), many })
+    Ok(RowTexts { one: one.into(), many, after_triggers: false })
 }
 
 /// UPDATE that changes no key: `changed` are the other columns, after those of the key.
@@ -179,7 +182,7 @@ pub(super) fn update(relation: &Relation, changed: &[&Column], context: &Context
         None if at_end => return Err(order_and_end(relation)),
         None => Many::OneByOne,
     };
-    Ok(RowTexts { one: one.into(), many })
+    Ok(RowTexts { one: one.into(), many, after_triggers: false })
 }
 
 /// DELETE. Foreign keys that reference the table are checked, and cascade, when all rows are gone.
@@ -197,7 +200,7 @@ pub(super) fn delete(relation: &Relation, context: &Context<'_>) -> Result<RowTe
         None if whole => return Err(order_and_end(relation)),
         None => Many::OneByOne,
     };
-    Ok(RowTexts { one: one.into(), many })
+    Ok(RowTexts { one: one.into(), many, after_triggers: false })
 }
 
 fn order_and_end(relation: &Relation) -> NotRows {

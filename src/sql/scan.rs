@@ -51,6 +51,12 @@ pub struct Code {
     pub varies: Option<String>,
     /// Why it may do something else there.
     pub unproven: Option<String>,
+    /// It may do something that no name in it tells.
+    pub acts: Option<String>,
+    /// Columns that it gives the row of a trigger, as `NEW.a := ...`.
+    pub assigned: BTreeSet<String>,
+    /// It may give the row of a trigger any columns, as `NEW := ...` or `RETURN other`.
+    pub assigns_all: bool,
     /// It catches errors, which may be those of a lock that was not free.
     pub catches_errors: bool,
     /// What it does to one row depends on what is in tables, so on the rows before.
@@ -91,6 +97,7 @@ impl Word {
 
 /// Values of the clock and the session without a parenthesis.
 const CLOCK: &[&str] = &["current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"];
+const CLOSED: &str = "it changes a setting that followers must keep";
 /// At the start of a statement: what must not happen inside of functions, and why.
 const FORBIDDEN: &[(&str, &str)] = &[
     ("alter", "it changes definitions"),
@@ -207,6 +214,36 @@ impl Code {
         self.unproven.get_or_insert(why.into());
     }
 
+    fn acts(&mut self, why: impl Into<String>) {
+        self.acts.get_or_insert(why.into());
+    }
+
+    /// What becomes of NEW. Another name for it, and another row in its place, count as everything.
+    fn row_of_trigger(&mut self, words: &[Word], at: usize, word: &str, starts: bool) {
+        let after = |n: usize| words.get(at + n);
+        match word {
+            "new" => {
+                let before = at.checked_sub(1).and_then(|at| words.get(at));
+                let given = starts
+                    || before.is_some_and(|before| {
+                        *before == Word::Symbol(b',') || before.is(&["into", "strict", "for", "foreach", "diagnostics"])
+                    });
+                match (given, after(1), after(2).and_then(Word::name)) {
+                    (false, ..) => {}
+                    (true, Some(Word::Symbol(b'.')), Some(column)) => drop(self.assigned.insert(column.to_owned())),
+                    _ => self.assigns_all = true,
+                }
+            }
+            "alias" => self.assigns_all = true,
+            "return" => {
+                let whole =
+                    after(1).is_some_and(|next| next.is(&["new", "old", "null"]) || *next == Word::Symbol(b';'));
+                self.assigns_all |= !(whole && matches!(after(2), None | Some(Word::Symbol(b';'))));
+            }
+            _ => {}
+        }
+    }
+
     fn float_sum(&mut self) {
         self.open("an aggregate over floating point numbers depends on the order in which a server finds rows");
     }
@@ -259,7 +296,9 @@ impl Code {
         };
         if let Some((_, why)) = FORBIDDEN.iter().find(|(known, _)| *known == word).filter(|_| starts && !outer) {
             self.varies(*why);
+            self.acts(*why);
         }
+        self.row_of_trigger(words, at, word, starts);
         if matches!(word, "set" | "reset") && starts {
             self.set(words, at);
         }
@@ -273,6 +312,9 @@ impl Code {
             };
             if !harmless {
                 self.open(*why);
+                if matches!(word, "execute" | "prepare" | "do" | "truncate") {
+                    self.acts(*why);
+                }
             }
         }
         match word {
@@ -318,7 +360,8 @@ impl Code {
             })
         });
         if named {
-            self.varies("it changes a setting that followers must keep");
+            self.varies(CLOSED);
+            self.acts(CLOSED);
         }
     }
 
@@ -332,7 +375,10 @@ impl Code {
             ("current_setting", Some(setting)) => drop(self.settings.insert(setting)),
             ("current_setting", None) => self.open("it reads a setting whose name is not in the text"),
             ("set_config", Some(setting)) if !CLOSED_SETTINGS.contains(&setting.as_str()) => {}
-            ("set_config", _) => self.varies("it changes a setting that followers must keep"),
+            ("set_config", _) => {
+                self.varies(CLOSED);
+                self.acts(CLOSED);
+            }
             (name, _) if functions::is_order_dependent(name) => {
                 self.open(format!("{name}() depends on the order in which a server finds rows"));
             }
@@ -457,86 +503,5 @@ fn columns(words: &[Word], at: usize) -> Columns {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(names: &BTreeSet<Name>) -> Vec<String> {
-        names.iter().map(ToString::to_string).collect()
-    }
-
-    #[test]
-    fn what_a_body_calls_and_writes_is_found() {
-        let code = scan(
-            "BEGIN IF NEW.a IS DISTINCT FROM OLD.a THEN INSERT INTO app.audit (a, b) VALUES (lower(NEW.a), app.f(1)); \
-             END IF; UPDATE ONLY total SET n = n + 1 WHERE id = NEW.id; DELETE FROM \"Old\"; RETURN NEW; END",
-            false,
-        );
-        assert_eq!(names(&code.written), ["Old", "total", "app.audit"]);
-        assert_eq!(names(&code.written_many), ["Old", "total"]);
-        assert!(names(&code.calls).contains(&"app.f".to_owned()) && names(&code.calls).contains(&"lower".to_owned()));
-        let insert = code.inserts.first().unwrap();
-        assert_eq!(insert.columns, Columns::Named(vec!["a".into(), "b".into()]));
-        assert!(code.operators.contains("+") && code.reads);
-        assert_eq!((code.varies, code.unproven), (None, None));
-    }
-
-    #[test]
-    fn a_trigger_that_only_keeps_what_it_is_given_reads_nothing() {
-        let code = scan("BEGIN NEW.b := NEW.a + 1; INSERT INTO log VALUES (NEW.a, TG_OP); RETURN NEW; END", false);
-        assert!(!code.reads && code.written_many.is_empty() && code.unproven.is_none());
-        assert_eq!(code.inserts.first().unwrap().columns, Columns::First(2));
-    }
-
-    #[test]
-    fn what_is_another_thing_on_another_server_is_told() {
-        for body in [
-            "BEGIN NEW.t := CURRENT_TIMESTAMP; RETURN NEW; END",
-            "BEGIN NEW.u := session_user; RETURN NEW; END",
-            "BEGIN SELECT 1 FROM t FOR UPDATE SKIP LOCKED; END",
-            "BEGIN SET LOCAL role = 'x'; END",
-            "BEGIN RESET SESSION AUTHORIZATION; END",
-            "BEGIN PERFORM set_config('role', 'none', true); END",
-            "BEGIN COMMIT; END",
-            "BEGIN IF a THEN CREATE TABLE t (a int); END IF; END",
-            "BEGIN NOTIFY x; END",
-        ] {
-            assert!(scan(body, false).varies.is_some(), "{body}");
-        }
-    }
-
-    #[test]
-    fn what_may_be_is_not_proven() {
-        for body in [
-            "BEGIN EXECUTE 'DELETE FROM ' || t; END",
-            "BEGIN SELECT v INTO n FROM t WHERE g = 1; END",
-            "BEGIN FOR r IN SELECT * FROM t LOOP n := r.v; END LOOP; END",
-            "SELECT v FROM t LIMIT 1",
-            "SELECT sum(v::float8) FROM t",
-            "SELECT string_agg(v, ',') FROM t",
-            "INSERT INTO t VALUES ('now')",
-            "SELECT current_setting(name) FROM t",
-        ] {
-            let code = scan(body, false);
-            assert!(code.varies.is_none() && code.unproven.is_some(), "{body}: {code:?}");
-        }
-        for body in [
-            "BEGIN SELECT count(*) INTO n FROM t WHERE g = 1; END",
-            "BEGIN SELECT v INTO STRICT n FROM t WHERE g = 1; END",
-            "BEGIN UPDATE t SET v = 1 WHERE id = 1 RETURNING v INTO n; END",
-            "BEGIN FOR i IN 1..3 LOOP INSERT INTO t (v) VALUES (i); END LOOP; END",
-            "INSERT INTO t VALUES (1) ON CONFLICT DO NOTHING",
-            "SELECT sum(v) FROM t",
-        ] {
-            let code = scan(body, false);
-            assert_eq!((code.varies, code.unproven), (None, None), "{body}");
-        }
-    }
-
-    #[test]
-    fn settings_and_handlers_are_found() {
-        let code =
-            scan("BEGIN NEW.t := current_setting('App.Tenant', true); EXCEPTION WHEN OTHERS THEN NULL; END", false);
-        assert!(code.settings.contains("app.tenant") && code.catches_errors);
-        assert!(scan("INSERT INTO t VALUES (now(), CURRENT_DATE, 'now')", true).varies.is_none());
-    }
-}
+#[path = "scan_tests.rs"]
+mod tests;

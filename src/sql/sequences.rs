@@ -38,6 +38,11 @@ pub(super) fn of(node: &NodeEnum, needs: &Needs, lane: &Lane, facts: &Facts) -> 
     }
 }
 
+/// The same of a statement that becomes a write once its triggers are known.
+pub(super) fn of_rows(node: &NodeEnum, needs: &Needs, write: &Write, facts: &Facts) -> SequenceUse {
+    of_write(node, write, needs.functions.iter().any(|function| function.name == "nextval"), facts)
+}
+
 fn of_write(node: &NodeEnum, write: &Write, calls: bool, facts: &Facts) -> SequenceUse {
     let relation = |named: Option<&RangeVar>| {
         named.and_then(|named| facts.relations.get(&Name::new(&named.schemaname, &named.relname)))

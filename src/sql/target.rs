@@ -88,12 +88,27 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
     })
 }
 
+/// The table, if its triggers are all that makes a statement more than its text says.
+pub(super) fn behind_triggers<'a>(
+    relation: Option<&RangeVar>,
+    events: u32,
+    context: &Context<'a>,
+) -> Option<&'a Relation> {
+    let named = relation?;
+    let relation = context.facts.relations.get(&Name::new(&named.schemaname, &named.relname))?;
+    let only_triggers = relation.triggers & events != 0 && runs_other_code(relation, events).is_none();
+    only_triggers.then_some(relation)
+}
+
 /// Why what a statement writes here is more than its text says.
 fn runs_code(relation: &Relation, events: u32) -> Option<&'static str> {
+    let triggers = (relation.triggers & events != 0).then_some("user triggers fire on it");
+    runs_other_code(relation, events).or(triggers)
+}
+
+fn runs_other_code(relation: &Relation, events: u32) -> Option<&'static str> {
     if relation.kind == "v" {
         Some("it is a view")
-    } else if relation.triggers & events != 0 {
-        Some("user triggers fire on it")
     } else if relation.rules {
         Some("it has rules, which turn a statement into others")
     } else if relation.rls {
