@@ -18,7 +18,7 @@ test: setup
 	fi
 
 # Release build; TMPDIR=/dev/shm keeps the servers on tmpfs. Options: docs/benchmarks.md
-BENCH ?= cutover proxy
+BENCH ?= cutover proxy seeding
 bench: setup
 	$(foreach name,$(BENCH),$(CARGO) bench --locked --bench $(name) -- $(BENCH_ARGS) &&) true
 

@@ -88,6 +88,7 @@ pub fn profile() -> &'static str {
 }
 
 /// The median of the values, and the largest; 0 if there is none.
+#[allow(dead_code, reason = "each benchmark uses a part")]
 pub fn median_and_max(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
