@@ -26,11 +26,14 @@ pub struct Config {
     pub nodes: Vec<NodeConfig>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClusterConfig {
     /// Name of the cluster: letters, digits, `_`; at most 32.
     pub name: String,
+    /// What a recovery may read from the leader's disk in a second, bytes; 0: as much as it can.
+    #[serde(default)]
+    pub fill_bytes_per_s_max: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

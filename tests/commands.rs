@@ -75,7 +75,8 @@ impl Site {
             tls_key: None,
             tls_required: false,
         };
-        let config = Config { cluster: ClusterConfig { name: "shop".into() }, proxy, nodes };
+        let config =
+            Config { cluster: ClusterConfig { name: "shop".into(), ..ClusterConfig::default() }, proxy, nodes };
         fs::write(folder.path().join("pgtandem.toml"), toml::to_string(&config).unwrap()).unwrap();
         Self { folder, config, listeners, agents: Vec::new() }
     }

@@ -8,7 +8,8 @@ use serde::de::DeserializeOwned;
 
 use crate::hello::{Hello, HelloReply};
 use crate::message::{
-    Extent, ExtentContent, FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply, Request, WalReply, WalRequest,
+    Extent, ExtentContent, FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply, Request, SmallFiles, WalReply,
+    WalRequest,
 };
 
 /// First bytes of every frame.
@@ -23,8 +24,10 @@ pub const PAYLOAD_BYTES_MAX: usize = (1 << 20) + (64 << 10);
 
 /// A receiver that does not know the kind of this frame skips it instead of ending the connection.
 pub const FLAG_OPTIONAL: u16 = 1;
-/// The frame has bulk bytes and ends with their hash.
+/// The frame has bulk bytes.
 pub const FLAG_BULK: u16 = 2;
+/// No hash of head and bulk stands at its end: the message has hashes of its own, which its receiver checks.
+pub const FLAG_OWN_HASH: u16 = 4;
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +150,11 @@ impl Header {
         if length > PAYLOAD_BYTES_MAX as u64 {
             return Err(FrameError::Length { bytes: length });
         }
-        if flags & !(FLAG_OPTIONAL | FLAG_BULK) != 0 || (flags & FLAG_BULK != 0) != (bulk > 0) {
+        let bulk_flags = flags & FLAG_BULK != 0 || flags & FLAG_OWN_HASH == 0;
+        if flags & !(FLAG_OPTIONAL | FLAG_BULK | FLAG_OWN_HASH) != 0
+            || (flags & FLAG_BULK != 0) != (bulk > 0)
+            || !bulk_flags
+        {
             return Err(FrameError::Flags(flags));
         }
         let kind = Kind::from_code(code);
@@ -157,11 +164,10 @@ impl Header {
         Ok(Header { kind, flags, stream, sequence, head_bytes: head as usize, bulk_bytes: bulk as usize })
     }
 
-    /// Bytes that follow the header.
+    /// Bytes of the hash behind the bulk.
     #[must_use]
-    pub fn rest_bytes(&self) -> usize {
-        let hash = if self.bulk_bytes > 0 { HASH_BYTES } else { 0 };
-        self.head_bytes + self.bulk_bytes + hash
+    pub fn hash_bytes(&self) -> usize {
+        if self.bulk_bytes > 0 && self.flags & FLAG_OWN_HASH == 0 { HASH_BYTES } else { 0 }
     }
 }
 
@@ -169,7 +175,7 @@ impl Header {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
     pub kind: Kind,
-    /// [`FLAG_OPTIONAL`] or 0; [`FLAG_BULK`] is set by the encoder.
+    /// [`FLAG_OPTIONAL`] and [`FLAG_OWN_HASH`]; [`FLAG_BULK`] is set by the encoder.
     pub flags: u16,
     pub stream: u32,
     pub sequence: u32,
@@ -192,6 +198,11 @@ pub trait Message: Serialize + DeserializeOwned {
     fn bulk_mut(&mut self) -> Option<&mut Bytes> {
         None
     }
+
+    /// Whether the message itself has hashes from which its receiver proves its bulk bytes.
+    fn has_own_hash(&self) -> bool {
+        false
+    }
 }
 
 impl Frame {
@@ -204,7 +215,9 @@ impl Frame {
         if bytes > PAYLOAD_BYTES_MAX {
             return Err(FrameError::TooLargeToSend { bytes });
         }
-        Ok(Frame { kind: M::KIND, flags: 0, stream: 0, sequence, head: head.into(), bulk })
+        let own = !bulk.is_empty() && message.has_own_hash();
+        let flags = if own { FLAG_OWN_HASH } else { 0 };
+        Ok(Frame { kind: M::KIND, flags, stream: 0, sequence, head: head.into(), bulk })
     }
 
     /// The message in this frame, which must be of the kind of `M` and nothing more.
@@ -218,6 +231,9 @@ impl Frame {
         if !rest.is_empty() {
             return Err(content(format!("{} bytes too many", rest.len())));
         }
+        if self.flags & FLAG_OWN_HASH != 0 && !message.has_own_hash() {
+            return Err(content("bulk bytes without a hash".to_owned()));
+        }
         if !self.bulk.is_empty() {
             match message.bulk_mut() {
                 Some(place) => *place = self.bulk,
@@ -229,15 +245,24 @@ impl Frame {
 
     /// Appends the whole frame to `out`.
     pub(crate) fn write(&self, out: &mut BytesMut) -> Result<(), FrameError> {
+        let tail = self.write_before_bulk(out)?;
+        out.reserve(self.bulk.len() + HASH_BYTES);
+        out.put_slice(&self.bulk);
+        out.put_slice(&tail);
+        Ok(())
+    }
+
+    /// Appends what comes before the bulk bytes. -> what comes behind them
+    pub fn write_before_bulk(&self, out: &mut BytesMut) -> Result<Bytes, FrameError> {
         let bytes = self.head.len() + self.bulk.len();
         if bytes > PAYLOAD_BYTES_MAX {
             return Err(FrameError::TooLargeToSend { bytes });
         }
         let length = |part: &Bytes| u32::try_from(part.len()).map_err(|_| FrameError::TooLargeToSend { bytes });
         let (head, bulk) = (length(&self.head)?, length(&self.bulk)?);
-        let flags = if bulk > 0 { self.flags | FLAG_BULK } else { self.flags & !FLAG_BULK };
-        out.reserve(HEADER_BYTES + bytes + HASH_BYTES);
+        let flags = if bulk > 0 { self.flags | FLAG_BULK } else { self.flags & !(FLAG_BULK | FLAG_OWN_HASH) };
         let start = out.len();
+        out.reserve(HEADER_BYTES + self.head.len());
         out.put_slice(&MAGIC);
         out.put_u8(HEADER_VERSION);
         out.put_u8(self.kind.code());
@@ -249,19 +274,18 @@ impl Frame {
         let crc = crc32c::crc32c(&out[start..]);
         out.put_u32(crc);
         out.put_slice(&self.head);
-        if bulk > 0 {
-            out.put_slice(&self.bulk);
-            let hash = payload_hash(&out[start + HEADER_BYTES..]);
-            out.put_slice(&hash);
+        if bulk == 0 || flags & FLAG_OWN_HASH != 0 {
+            return Ok(Bytes::new());
         }
-        Ok(())
+        Ok(Bytes::copy_from_slice(&payload_hash(&self.head, &self.bulk)))
     }
 }
 
 /// BLAKE3 of head and bulk as they follow each other, cut to 128 bits.
-pub(crate) fn payload_hash(payload: &[u8]) -> [u8; HASH_BYTES] {
+pub(crate) fn payload_hash(head: &[u8], bulk: &[u8]) -> [u8; HASH_BYTES] {
     let mut cut = [0; HASH_BYTES];
-    cut.copy_from_slice(&blake3::hash(payload).as_bytes()[..HASH_BYTES]);
+    let hash = blake3::Hasher::new().update(head).update(bulk).finalize();
+    cut.copy_from_slice(&hash.as_bytes()[..HASH_BYTES]);
     cut
 }
 
@@ -276,9 +300,10 @@ impl Message for FilesReply {
     fn bulk(&self) -> Option<&Bytes> {
         match self {
             FilesReply::Extent(Extent {
-                content: ExtentContent::Data(bytes) | ExtentContent::Pages { data: bytes, .. },
+                content: ExtentContent::Data(packed) | ExtentContent::Pages { data: packed, .. },
                 ..
-            }) => Some(bytes),
+            })
+            | FilesReply::Small(SmallFiles { data: packed, .. }) => Some(&packed.data),
             _ => None,
         }
     }
@@ -286,11 +311,16 @@ impl Message for FilesReply {
     fn bulk_mut(&mut self) -> Option<&mut Bytes> {
         match self {
             FilesReply::Extent(Extent {
-                content: ExtentContent::Data(bytes) | ExtentContent::Pages { data: bytes, .. },
+                content: ExtentContent::Data(packed) | ExtentContent::Pages { data: packed, .. },
                 ..
-            }) => Some(bytes),
+            })
+            | FilesReply::Small(SmallFiles { data: packed, .. }) => Some(&mut packed.data),
             _ => None,
         }
+    }
+
+    fn has_own_hash(&self) -> bool {
+        self.bulk().is_some()
     }
 }
 

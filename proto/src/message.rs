@@ -178,14 +178,25 @@ pub enum FilesRequest {
     Extents { file: u32, first: u32, have: Vec<Option<Held>> },
     /// End the backup. -> `Ended`
     End,
+    /// Work for the backup that the same node began at `start` on another channel, which owns it. -> `Attached`
+    Attach { start: Lsn },
+    /// Up to [`SMALL_FILES_PER_REQUEST_MAX`] files, each of at most [`SMALL_FILE_BYTES_MAX`] in the table, whole, with the
+    /// BLAKE3 of what is there already. -> one `Small` for all
+    Small { files: Vec<(u32, Option<[u8; 32]>)> },
+    /// What was answered on this channel since the last `Check`, all of which was asked for before. -> `Sum`
+    Check,
 }
 
 pub const EXTENT_BYTES: usize = 1 << 20;
 pub const EXTENTS_PER_REQUEST_MAX: usize = 64;
 /// A page within an extent, the unit of what is sent where an extent differs.
 pub const PAGE_BYTES: usize = 8192;
-/// BLAKE3 of a page, cut to 128 bits. Enough: the extent's whole hash is checked after its pages were written.
+/// Chaining value of a page within the BLAKE3 tree of its extent, cut to 128 bits. Enough: the extent's whole hash is
+/// checked afterwards.
 pub const PAGE_HASH_BYTES: usize = 16;
+/// Files up to this size are asked for by the dozen.
+pub const SMALL_FILE_BYTES_MAX: usize = 64 << 10;
+pub const SMALL_FILES_PER_REQUEST_MAX: usize = 256;
 
 /// What a node has of an extent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -210,16 +221,27 @@ pub enum FilesReply {
         last: bool,
     },
     Extent(Extent),
-    /// `backup_label` and `tablespace_map` byte for byte as `pg_backup_stop` returned them; BLAKE3 of every file as sent.
+    /// `backup_label` and `tablespace_map` byte for byte as `pg_backup_stop` returned them.
     Ended {
         stop: Lsn,
         backup_label: Vec<u8>,
         tablespace_map: Vec<u8>,
-        roots: Vec<FileRoot>,
-        last: bool,
+        /// Pages whose checksum was wrong in every read, as `path, block N`; at most [`DAMAGED_NAMED_MAX`] of them.
+        damaged: Vec<String>,
+        /// How many there were.
+        damaged_count: u64,
     },
     Failed(Failure),
+    Attached,
+    Small(SmallFiles),
+    Sum {
+        answers: u64,
+        sum: [u64; 4],
+    },
 }
+
+/// Damaged pages that are named.
+pub const DAMAGED_NAMED_MAX: usize = 20;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FileEntry {
@@ -229,15 +251,27 @@ pub struct FileEntry {
     pub directory: bool,
     pub bytes: u64,
     pub mode: u32,
+    /// Of `pg_tblspc/<oid>`: where the tablespace is.
+    pub tablespace: Option<Tablespace>,
+}
+
+/// A directory of the source outside its data directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tablespace {
+    /// Absolute.
+    pub path: String,
+    /// Boot of the host, device and inode: two nodes of one host must not share it.
+    pub identity: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Extent {
     pub file: u32,
     pub index: u32,
+    /// BLAKE3 of all of the extent as it was read; what comes out on the other side must have it.
+    pub hash: [u8; 32],
+    /// It may be shorter than the table said; its WAL mends that.
     pub content: ExtentContent,
-    /// The file ends with this extent (it may be shorter than the table said; its WAL mends that).
-    pub end: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -246,26 +280,51 @@ pub enum ExtentContent {
     Same { bytes: u32 },
     /// That many zero bytes.
     Zeros { bytes: u32 },
-    /// At most [`EXTENT_BYTES`]. Travels as the bulk of the frame.
-    Data(#[serde(skip)] Bytes),
+    /// At most [`EXTENT_BYTES`].
+    Data(Packed),
     /// The file is gone.
     Vanished,
     /// The extent has `bytes`; of its pages only those in `changed` (bit n of byte n / 8: page n) differ from what was
-    /// held. They follow each other in `data`, which travels as the bulk of the frame.
-    Pages {
-        bytes: u32,
-        changed: Vec<u8>,
-        #[serde(skip)]
-        data: Bytes,
-    },
+    /// held. They follow each other in `data`.
+    Pages { bytes: u32, changed: Vec<u8>, data: Packed },
 }
 
+/// Bytes that travel as the bulk of the frame, compressed where the connection is slow.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Packed {
+    /// Length after decompression (zstd); None: they are as they are.
+    pub unpacked: Option<u32>,
+    #[serde(skip)]
+    pub data: Bytes,
+}
+
+/// The answer to `Small`: all that differs, one behind the other in `data`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct FileRoot {
+pub struct SmallFiles {
+    /// In the order of the request.
+    pub files: Vec<SmallFile>,
+    pub data: Packed,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SmallFile {
     pub file: u32,
-    pub bytes: u64,
-    /// BLAKE3 over the concatenation of the BLAKE3 hashes of its extents.
-    pub root: [u8; 32],
+    /// BLAKE3 of what was read.
+    pub hash: [u8; 32],
+    pub content: SmallContent,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SmallContent {
+    /// The hash agreed; `bytes` of it.
+    Same {
+        bytes: u32,
+    },
+    /// The next so many bytes of `data`.
+    Data {
+        bytes: u32,
+    },
+    Vanished,
 }
 
 // ---------------------------------------------------------------- WAL

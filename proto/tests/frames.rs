@@ -9,7 +9,9 @@ use std::path::PathBuf;
 
 use bytes::{Bytes, BytesMut};
 use pgtandem_proto::codec::{CodecError, FrameCodec};
-use pgtandem_proto::frame::{FLAG_OPTIONAL, Frame, FrameError, HEADER_BYTES, Kind, Message, PAYLOAD_BYTES_MAX};
+use pgtandem_proto::frame::{
+    FLAG_OPTIONAL, FLAG_OWN_HASH, Frame, FrameError, HEADER_BYTES, Kind, Message, PAYLOAD_BYTES_MAX,
+};
 use pgtandem_proto::hello::{Channel, Hello, HelloReply};
 use pgtandem_proto::membership::{MemberSet, NodeState, Record};
 use pgtandem_proto::message::*;
@@ -157,26 +159,50 @@ fn files_and_wal_are_as_they_always_were() {
             version_num: 150_018,
         },
     );
-    let entry = FileEntry { id: 9, path: "base/5/1259".into(), directory: false, bytes: 98_304, mode: 0o600 };
-    check("files_reply_table", &FilesReply::Table { entries: vec![entry], last: true });
+    check("files_request_attach", &FilesRequest::Attach { start: Lsn(0x200_0028) });
+    check("files_request_small", &FilesRequest::Small { files: vec![(9, None), (10, Some([5; 32]))] });
+    check("files_request_check", &FilesRequest::Check);
+    let entry =
+        FileEntry { id: 9, path: "base/5/1259".into(), directory: false, bytes: 98_304, mode: 0o600, tablespace: None };
+    let tablespace = Tablespace { path: "/mnt/fast".into(), identity: "boot 1 2".into() };
+    let linked = FileEntry {
+        id: 10,
+        path: "pg_tblspc/16384".into(),
+        directory: true,
+        bytes: 0,
+        mode: 0o700,
+        tablespace: Some(tablespace),
+    };
+    check("files_reply_table", &FilesReply::Table { entries: vec![entry, linked], last: true });
     check(
         "files_reply_ended",
         &FilesReply::Ended {
             stop: Lsn(0x200_0100),
             backup_label: b"START WAL LOCATION".to_vec(),
             tablespace_map: Vec::new(),
-            roots: vec![FileRoot { file: 9, bytes: 98_304, root: [3; 32] }],
-            last: true,
+            damaged: vec!["base/5/1259, block 3".into()],
+            damaged_count: 1,
         },
     );
     check("files_reply_failed", &FilesReply::Failed(failure()));
-    let extent = |content| FilesReply::Extent(Extent { file: 9, index: 2, content, end: true });
+    let extent = |content| FilesReply::Extent(Extent { file: 9, index: 2, hash: [4; 32], content });
+    let packed = |unpacked, data| Packed { unpacked, data: Bytes::from_static(data) };
     check("files_reply_same", &extent(ExtentContent::Same { bytes: 8192 }));
     check("files_reply_zeros", &extent(ExtentContent::Zeros { bytes: 8192 }));
-    check("files_reply_data", &extent(ExtentContent::Data(Bytes::from_static(b"a page"))));
+    check("files_reply_data", &extent(ExtentContent::Data(packed(None, b"a page"))));
+    check("files_reply_data_packed", &extent(ExtentContent::Data(packed(Some(8192), b"a page"))));
     check("files_reply_vanished", &extent(ExtentContent::Vanished));
-    let pages = ExtentContent::Pages { bytes: 16_384, changed: vec![0b10], data: Bytes::from_static(b"page 1") };
+    let pages = ExtentContent::Pages { bytes: 16_384, changed: vec![0b10], data: packed(None, b"page 1") };
     check("files_reply_pages", &extent(pages));
+    check("files_reply_attached", &FilesReply::Attached);
+    let small = |file, content| SmallFile { file, hash: [4; 32], content };
+    let files = vec![
+        small(9, SmallContent::Same { bytes: 5 }),
+        small(10, SmallContent::Data { bytes: 4 }),
+        small(11, SmallContent::Vanished),
+    ];
+    check("files_reply_small", &FilesReply::Small(SmallFiles { files, data: packed(None, b"text") }));
+    check("files_reply_sum", &FilesReply::Sum { answers: 3, sum: [1, 2, 3, 4] });
     check("wal_request_start", &WalRequest::Start { from: Lsn(0x100_0000), timeline: 2 });
     check("wal_request_acknowledge", &WalRequest::Acknowledge { flushed: Lsn(0x100_0100) });
     check("wal_reply_data", &WalReply::Data { start: Lsn(1), flushed: Lsn(2), bytes: Bytes::from_static(b"some WAL") });
@@ -238,6 +264,9 @@ fn each_fault_is_named() {
     assert!(matches!(trailing.decode::<Request>(), Err(FrameError::Content { .. })));
     let bulk = Frame { bulk: Bytes::from_static(b"x"), ..frame };
     assert!(matches!(bulk.decode::<Request>(), Err(FrameError::Content { .. })));
+    // Only a message that has hashes of its own may come without one behind it.
+    let bare = Frame { flags: FLAG_OWN_HASH, ..Frame::encode(&data, 0).unwrap() };
+    assert!(matches!(bare.decode::<WalReply>(), Err(FrameError::Content { .. })));
 }
 
 #[test]
@@ -255,8 +284,8 @@ fn an_extent_and_its_head_fit_into_a_frame_and_not_much_more() {
         FilesReply::Extent(Extent {
             file: u32::MAX,
             index: u32::MAX,
-            content: ExtentContent::Data(Bytes::from(vec![1; bytes])),
-            end: false,
+            hash: [255; 32],
+            content: ExtentContent::Data(Packed { unpacked: None, data: Bytes::from(vec![1; bytes]) }),
         })
     };
     let largest = extent(EXTENT_BYTES);

@@ -2,12 +2,15 @@
 //!
 //! It does not know what is under it (TLS in production, memory in tests) nor which channel it is.
 
+use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt, StreamExt};
-use pgtandem_proto::codec::{CodecError, FrameCodec};
-use pgtandem_proto::frame::{Frame, FrameError, Message};
+use pgtandem_proto::codec::{CodecError, FrameCodec, Started};
+use pgtandem_proto::frame::{Frame, FrameError, Message, PAYLOAD_BYTES_MAX};
 use pgtandem_proto::message::{Failure, FailureCode};
-use tokio::io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf};
-use tokio_util::codec::{Framed, FramedParts, FramedRead, FramedWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
+use tokio_util::codec::{Framed, FramedParts};
+
+use super::buffers::{Buffer, Buffers};
 
 /// What carries frames.
 pub trait Carrier: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -85,30 +88,40 @@ impl Connection {
     #[must_use]
     pub fn split(self) -> (Sender, Receiver) {
         let FramedParts { io, codec, read_buf, .. } = self.framed.into_parts();
-        let (read_half, write_half) = tokio::io::split(io);
-        let mut framed = FramedRead::new(read_half, codec);
-        *framed.read_buffer_mut() = read_buf;
+        let (read_half, write_half) = split(io);
         (
-            Sender {
-                framed: FramedWrite::new(write_half, FrameCodec::default()),
-                sequence: self.sequence,
-                peer: self.peer.clone(),
+            Sender { carrier: write_half, waiting: BytesMut::new(), sequence: self.sequence, peer: self.peer.clone() },
+            Receiver {
+                carrier: read_half,
+                codec,
+                read: read_buf,
+                started: None,
+                buffers: Buffers::new(PAYLOAD_BYTES_MAX),
+                peer: self.peer,
             },
-            Receiver { framed, peer: self.peer },
         )
     }
 
     /// The carrier below and the bytes that were read from it already, for a channel that is no longer frames.
     #[must_use]
-    pub fn into_raw(self) -> (BoxedCarrier, bytes::BytesMut) {
+    pub fn into_raw(self) -> (BoxedCarrier, BytesMut) {
         let parts = self.framed.into_parts();
         (parts.io, parts.read_buf)
     }
 }
 
-/// The sending half of a connection.
+/// Bulk bytes from this length on are written from where they lie, and read to where they are used.
+const LARGE_BULK_BYTES: usize = 32 << 10;
+/// What waits to be written is written when it is this long.
+const WAITING_BYTES: usize = 16 << 10;
+/// Read at once where no bulk bytes are expected: little, because it is copied once more if they come after all.
+const READ_BYTES: usize = 8 << 10;
+
+/// The sending half of a connection. A future of its methods that is dropped half way leaves a connection that can
+/// not be used any more.
 pub struct Sender {
-    framed: FramedWrite<WriteHalf<BoxedCarrier>, FrameCodec>,
+    carrier: WriteHalf<BoxedCarrier>,
+    waiting: BytesMut,
     sequence: u32,
     peer: String,
 }
@@ -120,33 +133,121 @@ impl Sender {
         self.flush().await
     }
 
-    /// Puts a message into the buffer, which is written when it is full.
+    /// Puts a message behind what waits, which is written when it is long enough.
     pub async fn feed<M: Message>(&mut self, message: &M) -> Result<(), ConnectionError> {
         let frame = number(message, &mut self.sequence).map_err(|error| codec(&self.peer, error.into()))?;
-        self.framed.feed(&frame).await.map_err(|error| codec(&self.peer, error))
+        let tail = frame.write_before_bulk(&mut self.waiting).map_err(|error| codec(&self.peer, error.into()))?;
+        if frame.bulk.len() >= LARGE_BULK_BYTES {
+            self.write_waiting().await?;
+            self.carrier.write_all(&frame.bulk).await.map_err(|error| codec(&self.peer, error.into()))?;
+        } else {
+            self.waiting.extend_from_slice(&frame.bulk);
+        }
+        self.waiting.extend_from_slice(&tail);
+        if self.waiting.len() >= WAITING_BYTES { self.write_waiting().await } else { Ok(()) }
     }
 
     pub async fn flush(&mut self) -> Result<(), ConnectionError> {
-        SinkExt::<&Frame>::flush(&mut self.framed).await.map_err(|error| codec(&self.peer, error))
+        self.write_waiting().await?;
+        self.carrier.flush().await.map_err(|error| codec(&self.peer, error.into()))
+    }
+
+    async fn write_waiting(&mut self) -> Result<(), ConnectionError> {
+        let written = self.carrier.write_all_buf(&mut self.waiting).await;
+        self.waiting.clear();
+        written.map_err(|error| codec(&self.peer, error.into()))
     }
 }
 
 /// The receiving half of a connection.
 pub struct Receiver {
-    framed: FramedRead<ReadHalf<BoxedCarrier>, FrameCodec>,
+    carrier: ReadHalf<BoxedCarrier>,
+    codec: FrameCodec,
+    /// Read and not yet understood.
+    read: BytesMut,
+    /// A frame whose bulk bytes are coming.
+    started: Option<(Started, Bulk)>,
+    buffers: Buffers,
     peer: String,
+}
+
+/// Bulk bytes that are being read, `filled` of them so far.
+struct Bulk {
+    buffer: Buffer,
+    filled: usize,
 }
 
 impl Receiver {
     /// The next message, which must be an `M`; None when the other end closed in order. Cancel safe.
     pub async fn receive<M: Message>(&mut self) -> Result<Option<M>, ConnectionError> {
-        read(self.framed.next().await, &self.peer)
+        read(self.next().await.transpose(), &self.peer)
     }
 
     /// As [`Receiver::receive`], where an end of the connection is an error.
     pub async fn expect<M: Message>(&mut self) -> Result<M, ConnectionError> {
         self.receive().await?.ok_or_else(|| ConnectionError::Closed { peer: self.peer.clone() })
     }
+
+    /// Every await is one read, and what it read is kept: that is what makes it cancel safe.
+    async fn next(&mut self) -> Result<Option<Frame>, CodecError> {
+        loop {
+            if self.started.is_none() {
+                match self.codec.start(&mut self.read)? {
+                    Some(started) if started.bulk_bytes() == 0 => {
+                        if let Some(frame) = started.finish(Bytes::new(), &[])? {
+                            return Ok(Some(frame));
+                        }
+                        continue;
+                    }
+                    Some(started) => self.started = Some((started, Bulk { buffer: self.buffers.take(), filled: 0 })),
+                    None => {
+                        self.read.reserve(READ_BYTES);
+                        let inside = self.codec.is_inside() || !self.read.is_empty();
+                        if self.carrier.read_buf(&mut self.read).await? == 0 {
+                            return if inside { Err(truncated(self.read.len())) } else { Ok(None) };
+                        }
+                        continue;
+                    }
+                }
+            }
+            let Some((started, bulk)) = &mut self.started else { continue };
+            let missing = bulk.buffer.content().get_mut(bulk.filled..started.bulk_bytes()).unwrap_or_default();
+            if !missing.is_empty() {
+                let early = self.read.len().min(missing.len());
+                let count = if early > 0 {
+                    let early = self.read.split_to(early);
+                    missing.iter_mut().zip(&early).for_each(|(to, from)| *to = *from);
+                    early.len()
+                } else {
+                    self.carrier.read(missing).await?
+                };
+                if count == 0 {
+                    return Err(truncated(bulk.filled));
+                }
+                bulk.filled += count;
+                continue;
+            }
+            if self.read.len() < started.hash_bytes() {
+                self.read.reserve(READ_BYTES);
+                if self.carrier.read_buf(&mut self.read).await? == 0 {
+                    return Err(truncated(bulk.filled));
+                }
+                continue;
+            }
+            let Some((started, bulk)) = self.started.take() else { continue };
+            let hash = self.read.split_to(started.hash_bytes());
+            let bytes = bulk.buffer.freeze(started.bulk_bytes());
+            // A small part of a large buffer would keep all of it.
+            let bytes = if bytes.len() < LARGE_BULK_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes };
+            if let Some(frame) = started.finish(bytes, &hash)? {
+                return Ok(Some(frame));
+            }
+        }
+    }
+}
+
+fn truncated(bytes: usize) -> CodecError {
+    FrameError::Truncated { bytes }.into()
 }
 
 fn number<M: Message>(message: &M, sequence: &mut u32) -> Result<Frame, FrameError> {

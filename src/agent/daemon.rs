@@ -439,5 +439,10 @@ fn source_context(node: &Node, hello: &Hello) -> Result<SourceContext, Failure> 
             "fill from a member; see pgtandem status",
         ));
     }
-    Ok(SourceContext { postgres: node.postgres().clone(), peer: hello.from.clone() })
+    Ok(SourceContext {
+        postgres: node.postgres().clone(),
+        peer: hello.from.clone(),
+        backups: node.backups.clone(),
+        bytes_per_s_max: node.cluster.cluster.fill_bytes_per_s_max,
+    })
 }

@@ -17,6 +17,7 @@ use super::tunnels::Tunnels;
 use crate::cluster::lease::Lease;
 use crate::cluster::record::RecordError;
 use crate::config::{Config, NodeConfig};
+use crate::sync::source::Backups;
 
 /// Why a change of the record was not made.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +67,8 @@ pub struct Node {
     pub(super) last_contact: AtomicU64,
     /// Wakes the asking for leases.
     pub(super) record_changed: Notify,
+    /// What other nodes are being filled with from here.
+    pub backups: Backups,
     /// The file. Locked by blocking tasks only.
     store: Arc<Mutex<RecordStore>>,
     /// What the file says; read by everybody.
@@ -78,6 +81,7 @@ impl Node {
         let record = Arc::new(RwLock::new(Arc::new(store.record().clone())));
         Node {
             supervisor: Supervisor::new(Postgres::new(config.clone())),
+            backups: Backups::default(),
             cluster,
             config,
             identity,

@@ -198,7 +198,7 @@ impl Layout {
             port: self.postgres_port(index),
         };
         Config {
-            cluster: ClusterConfig { name: CLUSTER.into() },
+            cluster: ClusterConfig { name: CLUSTER.into(), ..ClusterConfig::default() },
             proxy: ProxyConfig {
                 node: Self::node_name(0),
                 listen: address(self.proxy_port()),

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use blake3::hazmat::{self, ChainingValue, HasherExt};
 use bytes::Bytes;
 use pgtandem_proto::message::{EXTENT_BYTES, Held, PAGE_BYTES, PAGE_HASH_BYTES};
 
@@ -28,6 +29,13 @@ pub fn extent_bytes(bytes: u64, index: u32) -> usize {
 /// Reads up to `length` bytes at `offset`; fewer if the file ends before.
 pub fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Bytes> {
     let mut buffer = vec![0; length];
+    let filled = read_into(file, offset, &mut buffer)?;
+    buffer.truncate(filled);
+    Ok(Bytes::from(buffer))
+}
+
+/// Fills `buffer` from `offset` on. -> how much the file had
+pub fn read_into(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
         match file.read_at(rest, offset + filled as u64) {
@@ -37,8 +45,7 @@ pub fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Bytes> {
             Err(error) => return Err(error),
         }
     }
-    buffer.truncate(filled);
-    Ok(Bytes::from(buffer))
+    Ok(filled)
 }
 
 #[must_use]
@@ -46,16 +53,90 @@ pub fn hash(bytes: &[u8]) -> ExtentHash {
     *blake3::hash(bytes).as_bytes()
 }
 
-fn page_hash(page: &[u8]) -> [u8; PAGE_HASH_BYTES] {
+/// Hashes of an extent and of its pages, out of one pass: a page of 8 KiB is a subtree of BLAKE3's tree, so the
+/// extent's hash is made of theirs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Digest {
+    pub hash: ExtentHash,
+    pub bytes: usize,
+    /// Chaining values of the pages; empty if the extent is one page.
+    pages: Vec<ChainingValue>,
+}
+
+impl Digest {
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Digest {
+        if bytes.len() <= PAGE_BYTES {
+            return Digest { hash: hash(bytes), bytes: bytes.len(), pages: Vec::new() };
+        }
+        let pages: Vec<ChainingValue> =
+            bytes.chunks(PAGE_BYTES).enumerate().map(|(index, page)| page_value(index, page)).collect();
+        Digest { hash: root(&pages, bytes.len()), bytes: bytes.len(), pages }
+    }
+
+    /// What is told about an extent that is held.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        Held { hash: self.hash, pages: self.pages.iter().map(cut).collect() }
+    }
+
+    /// The hash of an extent of `bytes` that has these pages, given by their offset, and the others of this one; `None`
+    /// if this one has not all of the others.
+    #[must_use]
+    pub fn with_pages(&self, bytes: usize, changed: &[(usize, Bytes)]) -> Option<ExtentHash> {
+        let count = bytes.div_ceil(PAGE_BYTES);
+        if count < 2 {
+            return changed
+                .first()
+                .filter(|(offset, page)| *offset == 0 && page.len() == bytes)
+                .map(|(_, page)| hash(page));
+        }
+        let mut pages = self.pages.clone();
+        pages.resize(count, [0; 32]);
+        let mut known = self.pages.len().min(count);
+        // A page that was shorter here is another one there.
+        if self.bytes < bytes && !self.bytes.is_multiple_of(PAGE_BYTES) {
+            known = known.min(self.bytes / PAGE_BYTES);
+        }
+        let mut missing: usize = count - known;
+        for (offset, page) in changed {
+            let index = offset / PAGE_BYTES;
+            missing -= usize::from(index >= known && missing > 0);
+            *pages.get_mut(index)? = page_value(index, page);
+        }
+        (missing == 0).then(|| root(&pages, bytes))
+    }
+}
+
+fn page_value(index: usize, page: &[u8]) -> ChainingValue {
+    blake3::Hasher::new().set_input_offset((index * PAGE_BYTES) as u64).update(page).finalize_non_root()
+}
+
+fn cut(value: &ChainingValue) -> [u8; PAGE_HASH_BYTES] {
     let mut cut = [0; PAGE_HASH_BYTES];
-    cut.iter_mut().zip(blake3::hash(page).as_bytes()).for_each(|(to, from)| *to = *from);
+    cut.iter_mut().zip(value).for_each(|(to, from)| *to = *from);
     cut
 }
 
-/// What is told about an extent that is held: its hash, and one for each of its pages.
-#[must_use]
-pub fn describe(bytes: &[u8]) -> Held {
-    Held { hash: hash(bytes), pages: bytes.chunks(PAGE_BYTES).map(page_hash).collect() }
+/// The hash of `bytes` that have these pages, of which there are at least two.
+fn root(pages: &[ChainingValue], bytes: usize) -> ExtentHash {
+    let left_bytes = usize::try_from(hazmat::left_subtree_len(bytes as u64)).unwrap_or(bytes);
+    let (left, right) = pages.split_at((left_bytes / PAGE_BYTES).min(pages.len()));
+    let (left, right) = (subtree(left, left_bytes), subtree(right, bytes - left_bytes));
+    *hazmat::merge_subtrees_root(&left, &right, hazmat::Mode::Hash).as_bytes()
+}
+
+fn subtree(pages: &[ChainingValue], bytes: usize) -> ChainingValue {
+    match pages {
+        [] => [0; 32],
+        [page] => *page,
+        pages => {
+            let left_bytes = usize::try_from(hazmat::left_subtree_len(bytes as u64)).unwrap_or(bytes);
+            let (left, right) = pages.split_at((left_bytes / PAGE_BYTES).min(pages.len()));
+            let (left, right) = (subtree(left, left_bytes), subtree(right, bytes - left_bytes));
+            hazmat::merge_subtrees_non_root(&left, &right, hazmat::Mode::Hash)
+        }
+    }
 }
 
 /// Pages of an extent that differ from what is held elsewhere.
@@ -69,25 +150,27 @@ pub struct Delta {
 
 /// The pages of `bytes` that differ from `held`; `None` if sending all of it is as good.
 #[must_use]
-pub fn delta(bytes: &[u8], held: &Held) -> Option<Delta> {
-    if held.pages.is_empty() {
+pub fn delta(bytes: &[u8], digest: &Digest, held: &Held) -> Option<Delta> {
+    if held.pages.is_empty() || digest.pages.is_empty() {
         return None;
     }
     let mut changed = vec![0; bytes.len().div_ceil(PAGE_BYTES).div_ceil(8)];
-    let mut data = Vec::new();
-    for (index, page) in bytes.chunks(PAGE_BYTES).enumerate() {
-        if held.pages.get(index) == Some(&page_hash(page)) {
+    let mut pages = Vec::new();
+    let mut length = 0;
+    for (index, (page, value)) in bytes.chunks(PAGE_BYTES).zip(&digest.pages).enumerate() {
+        if held.pages.get(index) == Some(&cut(value)) {
             continue;
         }
-        if data.len() + page.len() > bytes.len() / 4 * 3 {
+        length += page.len();
+        if length > bytes.len() / 8 * 7 {
             return None;
         }
         if let Some(bits) = changed.get_mut(index / 8) {
             *bits |= 1 << (index % 8);
         }
-        data.extend_from_slice(page);
+        pages.push(page);
     }
-    Some(Delta { changed, data: Bytes::from(data) })
+    Some(Delta { changed, data: Bytes::from(pages.concat()) })
 }
 
 /// Where the pages of a delta belong: offset within an extent of `bytes`, and content. `None` if it does not add up.
@@ -124,26 +207,25 @@ fn split_words(bytes: &[u8]) -> (&[u8], &[[u8; 64]], &[u8]) {
     (&[], words, after)
 }
 
-/// The root over a file: BLAKE3 over the concatenation of the hashes of its extents, in order.
-#[derive(Clone, Debug, Default)]
-pub struct RootHasher {
-    hasher: blake3::Hasher,
-    bytes: u64,
+/// What both ends of a channel have answered and taken: the sum over all answers, in whatever order they came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sum {
+    pub answers: u64,
+    pub sum: [u64; 4],
 }
 
-impl RootHasher {
-    /// Takes the next extent, which has `bytes`; an empty one behind the end of the file changes nothing.
-    pub fn add(&mut self, hash: &ExtentHash, bytes: usize) {
-        if bytes > 0 {
-            self.hasher.update(hash);
-            self.bytes += bytes as u64;
+impl Sum {
+    /// Adds extent `index` of `file`: `bytes` with this hash; `None`: it vanished.
+    pub fn add(&mut self, file: u32, index: u32, content: Option<(usize, &ExtentHash)>) {
+        let (bytes, hash) = content.map_or((u64::MAX, &[0; 32]), |(bytes, hash)| (bytes as u64, hash));
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&file.to_be_bytes()).update(&index.to_be_bytes()).update(&bytes.to_be_bytes()).update(hash);
+        let digest = hasher.finalize();
+        let (words, _) = digest.as_bytes().as_chunks::<8>();
+        for (sum, word) in self.sum.iter_mut().zip(words) {
+            *sum = sum.wrapping_add(u64::from_le_bytes(*word));
         }
-    }
-
-    /// The root, and the bytes that it stands for.
-    #[must_use]
-    pub fn finish(&self) -> ([u8; 32], u64) {
-        (*self.hasher.finalize().as_bytes(), self.bytes)
+        self.answers += 1;
     }
 }
 
@@ -174,13 +256,17 @@ mod tests {
                     *byte ^= 1;
                 }
             }
-            if let Some(delta) = delta(&new, &describe(&old)) {
+            let (before, after) = (Digest::of(&old), Digest::of(&new));
+            assert_eq!(after.hash, hash(&new));
+            if let Some(delta) = delta(&new, &after, &before.held()) {
                 let mut made = old.clone();
-                for (offset, page) in delta_pages(new.len(), &delta.changed, &delta.data).expect("it adds up") {
-                    made[offset..offset + page.len()].copy_from_slice(&page);
+                let pages = delta_pages(new.len(), &delta.changed, &delta.data).expect("it adds up");
+                for (offset, page) in &pages {
+                    made[*offset..offset + page.len()].copy_from_slice(page);
                 }
                 made.truncate(new.len());
                 assert_eq!(made, new);
+                assert_eq!(before.with_pages(new.len(), &pages), Some(after.hash));
             }
         }
 
@@ -194,6 +280,46 @@ mod tests {
                 assert!(offset + page.len() <= bytes);
             }
         }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn an_extent_grows_from_its_pages(
+            old in 0_usize..60_000, new in 1_usize..60_000, changed in proptest::collection::vec(0_usize..9, 0..9),
+        ) {
+            let content = |bytes: usize| -> Vec<u8> { (0..bytes).map(|at| u8::try_from(at / 5 % 251).unwrap_or(0)).collect() };
+            let (held, wanted) = (Digest::of(&content(old)), content(new));
+            let pages: Vec<(usize, Bytes)> = wanted
+                .chunks(PAGE_BYTES)
+                .enumerate()
+                .filter(|(index, _)| changed.contains(index))
+                .map(|(index, page)| (index * PAGE_BYTES, Bytes::copy_from_slice(page)))
+                .collect();
+            // Whatever is sent, what is taken for right is right.
+            if let Some(found) = held.with_pages(new, &pages) {
+                let mut made = content(old);
+                made.resize(new, 0);
+                for (offset, page) in &pages {
+                    made[*offset..offset + page.len()].copy_from_slice(page);
+                }
+                if found == hash(&wanted) {
+                    assert_eq!(made, wanted);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_knows_what_was_taken_and_not_in_which_order() {
+        let (mut one, mut other) = (Sum::default(), Sum::default());
+        one.add(1, 2, Some((5, &hash(b"hello"))));
+        one.add(1, 3, None);
+        other.add(1, 3, None);
+        assert_ne!(one, other);
+        other.add(1, 2, Some((5, &hash(b"hello"))));
+        assert_eq!(one, other);
+        other.add(1, 2, Some((5, &hash(b"hello"))));
+        assert_ne!(one, other);
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! Transport comes from outside: a [`link::Link`] for what is served, a [`target::Source`] that opens channels for
 //! what is fetched.
 
+mod checksum;
 pub mod control_file;
 pub mod error;
 pub mod extent;

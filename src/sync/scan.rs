@@ -116,7 +116,7 @@ fn is_unlogged(entry: &FileEntry, unlogged: &HashMap<String, HashSet<String>>) -
 
 fn entry(path: String, directory: bool, metadata: &std::fs::Metadata) -> FileEntry {
     let bytes = if directory { 0 } else { metadata.len() };
-    FileEntry { id: 0, path, directory, bytes, mode: metadata.mode() & 0o7777 }
+    FileEntry { id: 0, path, directory, bytes, mode: metadata.mode() & 0o7777, tablespace: None }
 }
 
 fn vanished(error: &walkdir::Error) -> bool {

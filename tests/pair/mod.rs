@@ -54,7 +54,7 @@ impl Site {
         };
         let nodes = vec![node("a", listeners[0].local_addr().unwrap()), node("b", listeners[1].local_addr().unwrap())];
         let config = Config {
-            cluster: ClusterConfig { name: "shop".to_owned() },
+            cluster: ClusterConfig { name: "shop".to_owned(), ..ClusterConfig::default() },
             proxy: ProxyConfig {
                 node: "a".to_owned(),
                 listen: free(),

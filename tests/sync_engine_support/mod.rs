@@ -12,7 +12,7 @@ use pgtandem::agent::connection::Connection;
 use pgtandem::agent::postgres::Postgres;
 use pgtandem::config::NodeConfig;
 use pgtandem::sync::link::Link;
-use pgtandem::sync::source::{SourceContext, serve_files, serve_wal};
+use pgtandem::sync::source::{Backups, SourceContext, serve_files, serve_wal};
 use pgtandem::sync::target::{Opening, Source};
 use pgtandem::sync::wal::parse_lsn;
 use pgtandem_proto::message::{FilesReply, FilesRequest, Lsn, WalReply, WalRequest};
@@ -86,7 +86,12 @@ impl Cluster {
 
     pub fn source(&self) -> Arc<LocalSource> {
         Arc::new(LocalSource {
-            context: SourceContext { postgres: self.a.clone(), peer: "node-b".into() },
+            context: SourceContext {
+                postgres: self.a.clone(),
+                peer: "node-b".into(),
+                backups: Backups::default(),
+                bytes_per_s_max: 0,
+            },
             files_left: Arc::new(AtomicI64::new(i64::MAX)),
             cut_wal: Arc::default(),
             wal_opened: AtomicUsize::new(0),

@@ -1,71 +1,119 @@
 //! A files channel, source side: a backup session, its table of files, extents as they are asked for.
 //!
-//! B pulls; at most [`JOBS_MAX`] reads of [`JOB_EXTENTS_MAX`] extents are under way, and replies leave in the order
-//! of the requests. Vanished, shortened and torn files are normal: WAL mends them on B.
+//! B pulls; at most [`JOBS_MAX`] reads of [`JOB_EXTENTS_MAX`] extents are under way on a channel, and replies leave in the
+//! order of the requests.
 
-use std::collections::{HashMap, VecDeque};
-use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
+use pgtandem_proto::frame::Message;
 use pgtandem_proto::message::{
-    EXTENT_BYTES, EXTENTS_PER_REQUEST_MAX, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Held,
-    PAGE_BYTES,
+    EXTENT_BYTES, EXTENTS_PER_REQUEST_MAX, FileEntry, FilesReply, FilesRequest, PAGE_BYTES, SMALL_FILES_PER_REQUEST_MAX,
 };
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
-use super::super::control_file::{self, CONTROL_FILE};
 use super::super::error::SyncError;
-use super::super::extent::{self, ExtentHash, RootHasher};
-use super::super::link::Link;
+use super::super::extent::Sum;
+use super::super::link::{Link, Outgoing};
 use super::super::scan::scan;
+use super::backup::{Backup, Owned};
+use super::read::{Done, Job, Reader};
 use super::{SourceContext, session};
+use crate::agent::buffers::Buffers;
 
 /// Reads under way for one channel.
-const JOBS_MAX: usize = 4;
-/// Extents of one read; with [`JOBS_MAX`] they bound the memory of a channel: 32 MiB, and 8 MiB in the link.
-const JOB_EXTENTS_MAX: u32 = 8;
+const JOBS_MAX: usize = 3;
+/// Extents of one read; with [`JOBS_MAX`] they bound the memory of a channel: 12 MiB, and 8 MiB in the link.
+const JOB_EXTENTS_MAX: usize = 4;
 /// Bytes of names in one frame of the table.
 const TABLE_FRAME_BYTES_MAX: usize = 256 << 10;
-/// Roots in one frame of the end.
-const ROOTS_PER_FRAME_MAX: usize = 8192;
-/// Reads of `pg_control` until its CRC is right, and the pause between them, milliseconds.
-const CONTROL_READS_MAX: u32 = 100;
-const CONTROL_PAUSE_MS: u64 = 10;
+/// A connection that carries more than this is not helped by compression, bytes per second over all channels.
+const PACK_BYTES_PER_S_MAX: u64 = 150_000_000;
+/// How long a channel is watched before it is decided anew whether to compress, milliseconds.
+const PACK_WINDOW_MS: u64 = 250;
 
-/// A backup under way.
-struct Backup {
+/// What this channel works for.
+enum Role {
+    /// It began the backup, and ends it.
+    Owner(Box<Owner>),
+    Helper(Arc<Backup>),
+}
+
+struct Owner {
     /// Ends the backup when it is dropped.
     client: Client,
     version_num: u32,
-    pgdata: PathBuf,
-    table: Arc<Vec<FileEntry>>,
-    open_roots: HashMap<u32, RootHasher>,
-    roots: Vec<FileRoot>,
+    owned: Owned,
 }
 
-type Job = JoinHandle<Result<Vec<(Extent, ExtentHash, usize)>, SyncError>>;
+impl Role {
+    fn backup(&self) -> &Arc<Backup> {
+        match self {
+            Role::Owner(owner) => &owner.owned.backup,
+            Role::Helper(backup) => backup,
+        }
+    }
+}
 
 pub(super) async fn serve(link: &mut Link<FilesReply, FilesRequest>, context: &SourceContext) -> Result<(), SyncError> {
-    let mut backup: Option<Backup> = None;
-    let mut jobs: VecDeque<Job> = VecDeque::new();
-    let mut waiting: VecDeque<FilesRequest> = VecDeque::new();
+    let role = match link.incoming.receive().await? {
+        None => return Ok(()),
+        Some(FilesRequest::Begin) => Role::Owner(Box::new(begin(link, context).await?)),
+        Some(FilesRequest::Attach { start }) => {
+            let backup = context.backups.find(&context.peer, start).ok_or_else(|| {
+                SyncError::refused(
+                    format!("no backup for {} that began at this position is under way", context.peer),
+                    "Start the recovery again: only what differs is sent.",
+                )
+            })?;
+            link.outgoing.send(FilesReply::Attached).await?;
+            Role::Helper(backup)
+        }
+        Some(_) => return Err(out_of_order()),
+    };
+    let backup = Arc::clone(role.backup());
+    backup.channels.fetch_add(1, Ordering::Relaxed);
+    let helper = matches!(role, Role::Helper(_));
+    let served = tokio::select! {
+        served = answer(link, role) => served,
+        () = backup.ended(), if helper => {
+            Err(SyncError::refused("the backup ended", "Start the recovery again: only what differs is sent."))
+        }
+    };
+    backup.channels.fetch_sub(1, Ordering::Relaxed);
+    served
+}
+
+async fn answer(link: &mut Link<FilesReply, FilesRequest>, role: Role) -> Result<(), SyncError> {
+    let backup = Arc::clone(role.backup());
+    let mut owner = match role {
+        Role::Owner(owner) => Some(owner),
+        Role::Helper(_) => None,
+    };
+    let mut reader = Reader { backup: Arc::clone(&backup), buffers: Buffers::new(EXTENT_BYTES), pack: false };
+    let mut jobs: VecDeque<JoinHandle<Result<Done, SyncError>>> = VecDeque::new();
+    let mut waiting: VecDeque<Job> = VecDeque::new();
+    let mut pace = Pace::new();
+    let mut sum = Sum::default();
     loop {
         while jobs.len() < JOBS_MAX
-            && let Some(request) = waiting.pop_front()
+            && let Some(job) = waiting.pop_front()
         {
-            jobs.push_back(begin_read(backup.as_ref(), request)?);
+            backup.throttle.pass(job.bytes(&backup)).await;
+            reader.pack = pace.packs(backup.channels.load(Ordering::Relaxed));
+            let reader = reader.clone();
+            jobs.push_back(tokio::task::spawn_blocking(move || reader.run(&job)));
         }
         let request = tokio::select! {
             read = next(&mut jobs), if !jobs.is_empty() => {
                 jobs.pop_front();
-                let Some(backup) = backup.as_mut() else { continue };
-                for (extent, hash, bytes) in read? {
-                    backup.note(&extent, &hash, bytes);
-                    link.outgoing.send(FilesReply::Extent(extent)).await?;
+                let done = read?;
+                done.add_to(&mut sum);
+                for reply in done.replies {
+                    pace.send(&link.outgoing, reply).await?;
                 }
                 continue;
             }
@@ -73,14 +121,38 @@ pub(super) async fn serve(link: &mut Link<FilesReply, FilesRequest>, context: &S
         };
         match request {
             None => return Ok(()),
-            Some(FilesRequest::Begin) if backup.is_none() => backup = Some(begin(link, context).await?),
-            Some(FilesRequest::Extents { file, first, have }) if backup.is_some() => {
-                waiting.extend(split(file, first, &have)?);
+            Some(FilesRequest::Extents { file, first, have }) => {
+                if have.is_empty() || have.len() > EXTENTS_PER_REQUEST_MAX {
+                    return Err(SyncError::Protocol(format!("{} extents were asked for at once", have.len())));
+                }
+                if have.iter().flatten().any(|held| held.pages.len() > EXTENT_BYTES / PAGE_BYTES) {
+                    return Err(SyncError::Protocol("more pages were described than an extent has".into()));
+                }
+                let mut first = first;
+                for part in have.chunks(JOB_EXTENTS_MAX) {
+                    waiting.push_back(Job::Extents { file, first, have: part.to_vec() });
+                    let count = u32::try_from(part.len()).unwrap_or(u32::MAX);
+                    first = first.checked_add(count).ok_or_else(out_of_order)?;
+                }
             }
-            Some(FilesRequest::End) if jobs.is_empty() => {
-                let Some(backup) = backup.take() else { return Err(out_of_order()) };
-                end(link, backup).await?;
+            Some(FilesRequest::Small { files }) => {
+                if files.is_empty() || files.len() > SMALL_FILES_PER_REQUEST_MAX {
+                    return Err(SyncError::Protocol(format!("{} files were asked for at once", files.len())));
+                }
+                let job = Job::Small { files };
+                if job.bytes(&backup) > EXTENT_BYTES as u64 {
+                    return Err(SyncError::Protocol("small files were asked for that are too much together".into()));
+                }
+                waiting.push_back(job);
             }
+            Some(FilesRequest::Check) if jobs.is_empty() => {
+                let Sum { answers, sum } = std::mem::take(&mut sum);
+                link.outgoing.send(FilesReply::Sum { answers, sum }).await?;
+            }
+            Some(FilesRequest::End) if jobs.is_empty() => match owner.take() {
+                Some(owner) => return end(link, *owner).await,
+                None => return Err(out_of_order()),
+            },
             Some(_) => return Err(out_of_order()),
         }
     }
@@ -90,31 +162,53 @@ fn out_of_order() -> SyncError {
     SyncError::Protocol("a files request came out of order".into())
 }
 
-async fn next(jobs: &mut VecDeque<Job>) -> Result<Vec<(Extent, ExtentHash, usize)>, SyncError> {
+async fn next(jobs: &mut VecDeque<JoinHandle<Result<Done, SyncError>>>) -> Result<Done, SyncError> {
     match jobs.front_mut() {
         Some(job) => job.await.map_err(|error| SyncError::Internal(format!("reading files: {error}")))?,
         None => std::future::pending().await,
     }
 }
 
-/// Parts of a request that are small enough for one read each.
-fn split(file: u32, first: u32, have: &[Option<Held>]) -> Result<Vec<FilesRequest>, SyncError> {
-    if have.is_empty() || have.len() > EXTENTS_PER_REQUEST_MAX {
-        return Err(SyncError::Protocol(format!("{} extents were asked for at once", have.len())));
-    }
-    if have.iter().flatten().any(|held| held.pages.len() > EXTENT_BYTES / PAGE_BYTES) {
-        return Err(SyncError::Protocol("more pages were described than an extent has".into()));
-    }
-    let mut parts = Vec::new();
-    let mut first = first;
-    for part in have.chunks(JOB_EXTENTS_MAX as usize) {
-        parts.push(FilesRequest::Extents { file, first, have: part.to_vec() });
-        first = first.checked_add(JOB_EXTENTS_MAX).ok_or_else(out_of_order)?;
-    }
-    Ok(parts)
+/// Finds out while it sends whether the connection is what everything waits for.
+struct Pace {
+    began: Instant,
+    waited: Duration,
+    bytes: u64,
+    pack: bool,
 }
 
-async fn begin(link: &mut Link<FilesReply, FilesRequest>, context: &SourceContext) -> Result<Backup, SyncError> {
+impl Pace {
+    fn new() -> Pace {
+        Pace { began: Instant::now(), waited: Duration::ZERO, bytes: 0, pack: false }
+    }
+
+    async fn send(&mut self, outgoing: &Outgoing<FilesReply>, reply: FilesReply) -> Result<(), SyncError> {
+        let bytes = reply.bulk().map_or(0, |bulk| bulk.len() as u64);
+        let began = Instant::now();
+        outgoing.send(reply).await?;
+        self.waited += began.elapsed();
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    /// Whether to compress what is read next: most of the time was spent waiting for room, and what went out meanwhile,
+    /// on all of `channels`, is less than zstd makes.
+    fn packs(&mut self, channels: usize) -> bool {
+        let took = self.began.elapsed();
+        if took >= Duration::from_millis(PACK_WINDOW_MS) {
+            self.pack = decide(took, self.waited, self.bytes.saturating_mul(channels as u64));
+            *self = Pace { pack: self.pack, ..Pace::new() };
+        }
+        self.pack
+    }
+}
+
+fn decide(took: Duration, waited: Duration, bytes: u64) -> bool {
+    let per_s = bytes as f64 / took.as_secs_f64();
+    waited > took / 2 && per_s < PACK_BYTES_PER_S_MAX as f64
+}
+
+async fn begin(link: &mut Link<FilesReply, FilesRequest>, context: &SourceContext) -> Result<Owner, SyncError> {
     let client = session::connect(&context.postgres).await?;
     let identity = session::identify(&client).await?;
     session::reserve_slot(&client, &context.peer).await?;
@@ -133,15 +227,11 @@ async fn begin(link: &mut Link<FilesReply, FilesRequest>, context: &SourceContex
     let table = tokio::task::spawn_blocking(move || scan(&scanned))
         .await
         .map_err(|error| SyncError::Internal(format!("listing files: {error}")))??;
-    send_table(link, &table).await?;
-    Ok(Backup {
-        client,
-        version_num: identity.version_num,
-        pgdata,
-        table: Arc::new(table),
-        open_roots: HashMap::new(),
-        roots: Vec::new(),
-    })
+    let backup = Backup::new(pgdata, table, start, identity.checksums, context.bytes_per_s_max);
+    // Before B has all of the table: then it attaches other channels.
+    let owned = context.backups.begin(&context.peer, backup);
+    send_table(link, &owned.backup.table).await?;
+    Ok(Owner { client, version_num: identity.version_num, owned })
 }
 
 async fn send_table(link: &mut Link<FilesReply, FilesRequest>, table: &[FileEntry]) -> Result<(), SyncError> {
@@ -151,7 +241,7 @@ async fn send_table(link: &mut Link<FilesReply, FilesRequest>, table: &[FileEntr
         let count = rest
             .iter()
             .take_while(|entry| {
-                bytes += entry.path.len() + 32;
+                bytes += entry.path.len() + entry.tablespace.as_ref().map_or(0, |found| found.path.len() + 64) + 32;
                 bytes <= TABLE_FRAME_BYTES_MAX
             })
             .count();
@@ -165,135 +255,29 @@ async fn send_table(link: &mut Link<FilesReply, FilesRequest>, table: &[FileEntr
     }
 }
 
-/// Starts the read that answers one part of a request.
-fn begin_read(backup: Option<&Backup>, request: FilesRequest) -> Result<Job, SyncError> {
-    let (Some(backup), FilesRequest::Extents { file, first, have }) = (backup, request) else {
-        return Err(out_of_order());
-    };
-    let entry = backup.table.get(file as usize).filter(|entry| !entry.directory);
-    let Some(entry) = entry else {
-        return Err(SyncError::Protocol(format!("file number {file} was asked for, which is not in the table")));
-    };
-    let path = backup.pgdata.join(&entry.path);
-    let read = Read { file, first, path, bytes: entry.bytes };
-    if entry.path == CONTROL_FILE {
-        return Ok(tokio::spawn(read.run_until_whole(have)));
-    }
-    Ok(tokio::task::spawn_blocking(move || read.run(&have)))
+async fn end(link: &mut Link<FilesReply, FilesRequest>, owner: Owner) -> Result<(), SyncError> {
+    let ended = session::stop_backup(&owner.client, owner.version_num).await?;
+    let (damaged, damaged_count) = owner.owned.backup.damaged();
+    link.outgoing
+        .send(FilesReply::Ended {
+            stop: ended.stop,
+            backup_label: ended.backup_label.into_bytes(),
+            tablespace_map: ended.tablespace_map.into_bytes(),
+            damaged,
+            damaged_count,
+        })
+        .await
 }
 
-/// One read of consecutive extents.
-#[derive(Clone)]
-struct Read {
-    file: u32,
-    first: u32,
-    path: PathBuf,
-    /// Size in the table; what a file has grown by is not read.
-    bytes: u64,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Read {
-    fn run(&self, have: &[Option<Held>]) -> Result<Vec<(Extent, ExtentHash, usize)>, SyncError> {
-        let file = match open(&self.path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok((self.first..).zip(have).map(|(index, _)| self.vanished(index)).collect());
-            }
-            Err(error) => return Err(SyncError::file("opening", &self.path, error)),
-        };
-        (self.first..).zip(have).map(|(index, have)| self.extent(&file, index, have.as_ref())).collect()
-    }
-
-    /// `pg_control` is written in place while the server runs: it is read until it is whole. It is never compared.
-    async fn run_until_whole(self, have: Vec<Option<Held>>) -> Result<Vec<(Extent, ExtentHash, usize)>, SyncError> {
-        let nothing = vec![None; have.len()];
-        for _ in 0..CONTROL_READS_MAX {
-            let (read, nothing) = (self.clone(), nothing.clone());
-            let extents = tokio::task::spawn_blocking(move || read.run(&nothing)).await;
-            let extents = extents.map_err(|error| SyncError::Internal(format!("reading pg_control: {error}")))??;
-            let whole = extents.iter().any(|(extent, ..)| {
-                matches!(&extent.content, ExtentContent::Data(bytes) if control_file::parse(bytes).is_some())
-            });
-            if whole {
-                return Ok(extents);
-            }
-            tokio::time::sleep(Duration::from_millis(CONTROL_PAUSE_MS)).await;
-        }
-        Err(SyncError::refused(
-            format!("the CRC of {} was wrong in {CONTROL_READS_MAX} reads", self.path.display()),
-            "Check the source with pg_controldata; its disk may be damaged.",
-        ))
-    }
-
-    fn vanished(&self, index: u32) -> (Extent, ExtentHash, usize) {
-        (Extent { file: self.file, index, content: ExtentContent::Vanished, end: true }, [0; 32], 0)
-    }
-
-    fn extent(&self, file: &File, index: u32, have: Option<&Held>) -> Result<(Extent, ExtentHash, usize), SyncError> {
-        let wanted = extent::extent_bytes(self.bytes, index);
-        let offset = u64::from(index) * EXTENT_BYTES as u64;
-        let bytes =
-            extent::read_at(file, offset, wanted).map_err(|error| SyncError::file("reading", &self.path, error))?;
-        let end = bytes.len() < EXTENT_BYTES || offset + bytes.len() as u64 >= self.bytes;
-        let hash = extent::hash(&bytes);
-        let count = bytes.len();
-        let length = u32::try_from(count).unwrap_or(u32::MAX);
-        let content = if have.is_some_and(|held| held.hash == hash) {
-            ExtentContent::Same { bytes: length }
-        } else if extent::all_zeros(&bytes) {
-            ExtentContent::Zeros { bytes: length }
-        } else if let Some(delta) = have.and_then(|held| extent::delta(&bytes, held)) {
-            ExtentContent::Pages { bytes: length, changed: delta.changed, data: delta.data }
-        } else {
-            ExtentContent::Data(bytes)
-        };
-        Ok((Extent { file: self.file, index, content, end }, hash, count))
-    }
-}
-
-/// Opens a file that the scan found; a symbolic link that took its place since is not followed.
-fn open(path: &Path) -> io::Result<File> {
-    use rustix::fs::{Mode, OFlags};
-    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    Ok(File::from(file))
-}
-
-impl Backup {
-    /// Keeps the root of a file up to date with what leaves.
-    fn note(&mut self, extent: &Extent, hash: &ExtentHash, bytes: usize) {
-        if matches!(extent.content, ExtentContent::Vanished) {
-            self.open_roots.remove(&extent.file);
-            return;
-        }
-        let root = self.open_roots.entry(extent.file).or_default();
-        root.add(hash, bytes);
-        if extent.end
-            && let Some(root) = self.open_roots.remove(&extent.file)
-        {
-            let (root, bytes) = root.finish();
-            self.roots.push(FileRoot { file: extent.file, bytes, root });
-        }
-    }
-}
-
-async fn end(link: &mut Link<FilesReply, FilesRequest>, backup: Backup) -> Result<(), SyncError> {
-    let ended = session::stop_backup(&backup.client, backup.version_num).await?;
-    let mut rest = backup.roots.as_slice();
-    loop {
-        let (now, later) = rest.split_at(rest.len().min(ROOTS_PER_FRAME_MAX));
-        rest = later;
-        let last = rest.is_empty();
-        link.outgoing
-            .send(FilesReply::Ended {
-                stop: ended.stop,
-                backup_label: ended.backup_label.clone().into_bytes(),
-                tablespace_map: ended.tablespace_map.clone().into_bytes(),
-                roots: now.to_vec(),
-                last,
-            })
-            .await?;
-        if last {
-            return Ok(());
-        }
+    #[test]
+    fn only_a_slow_connection_is_compressed_for() {
+        let second = Duration::from_secs(1);
+        assert!(decide(second, second * 9 / 10, 30_000_000));
+        assert!(!decide(second, second * 9 / 10, 1_000_000_000));
+        assert!(!decide(second, second / 10, 30_000_000), "the disk is what is slow");
     }
 }

@@ -3,7 +3,9 @@
 //! It reads A's data directory and holds a backup session and a replication slot on A's PostgreSQL. It changes
 //! nothing else there, and knows nothing of where the bytes go.
 
+mod backup;
 mod files;
+mod read;
 mod session;
 mod wal;
 
@@ -14,6 +16,7 @@ use super::link::Link;
 use crate::agent::connection::Connection;
 use crate::agent::postgres::Postgres;
 
+pub use backup::Backups;
 pub use session::{drop_slot, slot_name};
 
 /// What serving needs to know about this node and its caller.
@@ -23,6 +26,10 @@ pub struct SourceContext {
     pub postgres: Postgres,
     /// Name of the node that is filled, as in its certificate.
     pub peer: String,
+    /// What this node serves to all others.
+    pub backups: Backups,
+    /// What a fill may read here in a second; 0: as much as it can.
+    pub bytes_per_s_max: u64,
 }
 
 /// Serves a files channel until B ends it. The backup session ends with it, whatever happens.

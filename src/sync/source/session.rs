@@ -21,6 +21,8 @@ pub(super) struct Identity {
     pub wal_segment_bytes: u32,
     pub version_num: u32,
     pub flushed: Lsn,
+    /// Whether pages have checksums.
+    pub checksums: bool,
 }
 
 /// Reads the identity; refuses a standby.
@@ -41,7 +43,8 @@ pub(super) async fn identify(client: &Client) -> Result<Identity, SyncError> {
                 pg_walfile_name(pg_current_wal_insert_lsn()),
                 current_setting('server_version_num')::int,
                 (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),
-                pg_current_wal_flush_lsn()::text",
+                pg_current_wal_flush_lsn()::text,
+                current_setting('data_checksums') = 'on'",
     )
     .await?;
     let system_identifier: i64 = get(&row, 0, action)?;
@@ -55,6 +58,7 @@ pub(super) async fn identify(client: &Client) -> Result<Identity, SyncError> {
         wal_segment_bytes: wal_segment_bytes.ok_or_else(|| unexpected(action, &segment_bytes.to_string()))?,
         version_num: u32::try_from(version).unwrap_or_default(),
         flushed: lsn(&row, 4, action)?,
+        checksums: get(&row, 5, action)?,
     })
 }
 

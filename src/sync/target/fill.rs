@@ -1,10 +1,10 @@
 //! Brings files and WAL to this node. `pg_control` goes first and comes last: what is between can not be started.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use pgtandem_proto::message::{FileEntry, FileRoot, FilesReply, FilesRequest, Lsn};
+use pgtandem_proto::message::{FileEntry, FilesReply, FilesRequest, Lsn};
 use tokio::sync::watch;
 
 use super::super::control_file::CONTROL_FILE;
@@ -17,12 +17,17 @@ use super::super::wal::{segment_bytes_valid, segment_start};
 use super::super::wal_stream::WalStream;
 use super::follow::relay_folder;
 use super::journal::{Journal, rename_durably, write_durably};
-use super::pull::{Wanted, place, pull};
+use super::plan::Wanted;
+use super::pull::{place, pull};
 use super::{
     BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, wal_files,
 };
 use crate::config::NodeConfig;
 
+/// Most channels of a fill; each costs both nodes about 20 MiB.
+const CHANNELS_MAX: usize = 6;
+/// Longest wait for what the other node said before its connection ended, on each channel, milliseconds.
+const CAUSE_MS_MAX: u64 = 500;
 /// Largest `backup_label`; real ones have about 300 bytes.
 const LABEL_BYTES_MAX: usize = 64 << 10;
 
@@ -42,7 +47,9 @@ struct Ended {
     stop: u64,
     backup_label: Vec<u8>,
     tablespace_map: Vec<u8>,
-    roots: Vec<FileRoot>,
+    /// Pages of the source whose checksum is wrong, some of them named.
+    damaged: Vec<String>,
+    damaged_count: u64,
 }
 
 impl Target {
@@ -84,20 +91,31 @@ impl Target {
         let (stop, stopped) = watch::channel(None);
         let pg_wal = node.pgdata.join("pg_wal");
         let fetched = wal_files::fetch(wal, pg_wal, begun.start, begun.timeline, stopped, &self.progress);
+        let mut links = vec![link];
+        for _ in 1..channels() {
+            links.push(attach(source.as_ref(), begun.start).await?);
+        }
         let copied = async {
-            let copied = self.copy(&mut link, &node.pgdata, &entries).await?;
+            let copied = self.copy(&mut links, &node.pgdata, &entries).await?;
             stop.send_replace(Some(Lsn(copied.1.stop)));
             Ok(copied)
         };
         let ((staged, ended), wal_end) = tokio::try_join!(copied, fetched)?;
         let journal = Journal { stop: ended.stop, wal_end: wal_end.0, ..journal };
+        if ended.damaged_count > 0 {
+            tracing::error!(
+                count = ended.damaged_count,
+                pages = ended.damaged.join("; "),
+                "pages of the source have wrong checksums; they are here as they are there"
+            );
+        }
         blocking("finishing the data directory", move || finish(&node, &journal, &ended, &staged)).await
     }
 
     /// Files in their order, `pg_control` last, then the end of the backup. -> files that wait to be renamed
     async fn copy(
         &self,
-        link: &mut Link<FilesRequest, FilesReply>,
+        links: &mut [Link<FilesRequest, FilesReply>],
         pgdata: &Path,
         entries: &[FileEntry],
     ) -> Result<(Vec<String>, Ended), SyncError> {
@@ -120,27 +138,53 @@ impl Target {
         let total: u64 = wanted.iter().chain(&control).map(|wanted| wanted.entry.bytes).sum();
         self.progress.send_modify(|progress| progress.bytes_total = total);
         let copied = async {
-            let mut roots = pull(link, wanted, &self.progress).await?;
-            roots.extend(pull(link, control, &self.progress).await?);
-            link.outgoing.send(FilesRequest::End).await?;
-            let ended = receive_end(link).await?;
-            check_roots(&roots, &ended.roots, entries)?;
-            Ok(ended)
+            pull(links, wanted, true, &self.progress).await?;
+            let Some((first, _)) = links.split_first_mut() else {
+                return Err(SyncError::Internal("no channel for files".into()));
+            };
+            pull(std::slice::from_mut(first), control, false, &self.progress).await?;
+            first.outgoing.send(FilesRequest::End).await?;
+            receive_end(first).await
         };
         match copied.await {
             Ok(ended) => Ok((staged, ended)),
-            Err(error) => Err(cause(link, error).await),
+            Err(error) => Err(cause(links, error).await),
         }
     }
 }
 
+/// Channels of a fill: as many as this machine has cores, within reason.
+fn channels() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get).clamp(1, CHANNELS_MAX)
+}
+
+/// Another channel for the backup that began at `start`.
+async fn attach(source: &dyn Source, start: Lsn) -> Result<Link<FilesRequest, FilesReply>, SyncError> {
+    let mut link = source.open_files().await?;
+    link.outgoing.send(FilesRequest::Attach { start }).await?;
+    match progressing(SILENCE_SECONDS_MAX, "another files channel", link.incoming.expect()).await? {
+        FilesReply::Attached => Ok(link),
+        FilesReply::Failed(failure) => Err(SyncError::Peer(failure)),
+        _ => Err(SyncError::Protocol("a files channel was attached with something else".into())),
+    }
+}
+
 /// A connection that ended may have said why before.
-async fn cause(link: &mut Link<FilesRequest, FilesReply>, error: SyncError) -> SyncError {
+async fn cause(links: &mut [Link<FilesRequest, FilesReply>], error: SyncError) -> SyncError {
     if !matches!(error, SyncError::Closed { .. }) {
         return error;
     }
-    while let Ok(Some(reply)) = link.incoming.receive().await {
-        if let FilesReply::Failed(failure) = reply {
+    for link in links {
+        let said = async {
+            loop {
+                match link.incoming.receive().await {
+                    Ok(Some(FilesReply::Failed(failure))) => break Some(failure),
+                    Ok(Some(_)) => {}
+                    Ok(None) | Err(_) => break None,
+                }
+            }
+        };
+        if let Ok(Some(failure)) = tokio::time::timeout(Duration::from_millis(CAUSE_MS_MAX), said).await {
             return SyncError::Peer(failure);
         }
     }
@@ -220,22 +264,13 @@ async fn receive_table(link: &mut Link<FilesRequest, FilesReply>) -> Result<Vec<
 }
 
 async fn receive_end(link: &mut Link<FilesRequest, FilesReply>) -> Result<Ended, SyncError> {
-    let mut ended = Ended::default();
-    loop {
-        match progressing(SILENCE_SECONDS_MAX, "the end of the backup", link.incoming.expect()).await? {
-            FilesReply::Ended { stop, backup_label, tablespace_map, roots, last } => {
-                ended.stop = stop.0;
-                ended.backup_label = backup_label;
-                ended.tablespace_map = tablespace_map;
-                ended.roots.extend(roots);
-                if last {
-                    break;
-                }
-            }
-            FilesReply::Failed(failure) => return Err(SyncError::Peer(failure)),
-            _ => return Err(SyncError::Protocol("something else came than the end of the backup".into())),
+    let ended = match progressing(SILENCE_SECONDS_MAX, "the end of the backup", link.incoming.expect()).await? {
+        FilesReply::Ended { stop, backup_label, tablespace_map, damaged, damaged_count } => {
+            Ended { stop: stop.0, backup_label, tablespace_map, damaged, damaged_count }
         }
-    }
+        FilesReply::Failed(failure) => return Err(SyncError::Peer(failure)),
+        _ => return Err(SyncError::Protocol("something else came than the end of the backup".into())),
+    };
     if ended.backup_label.is_empty() || ended.backup_label.len() > LABEL_BYTES_MAX {
         return Err(SyncError::Protocol("the backup came without a usable backup_label".into()));
     }
@@ -246,24 +281,6 @@ async fn receive_end(link: &mut Link<FilesRequest, FilesReply>) -> Result<Ended,
         ));
     }
     Ok(ended)
-}
-
-/// What was written here must be what was sent there, file by file.
-fn check_roots(ours: &HashMap<u32, FileRoot>, theirs: &[FileRoot], table: &[FileEntry]) -> Result<(), SyncError> {
-    for their in theirs {
-        if ours.get(&their.file) != Some(their) {
-            let path = table.get(their.file as usize).map_or("?", |entry| entry.path.as_str());
-            return Err(SyncError::Protocol(format!("{path} arrived with another content than it was sent with")));
-        }
-    }
-    // Empty files have no extents, so the source has nothing to say about them.
-    let content = ours.values().filter(|root| root.bytes > 0).count();
-    let announced = theirs.iter().filter(|root| root.bytes > 0).count();
-    if content == announced {
-        Ok(())
-    } else {
-        Err(SyncError::Protocol(format!("{announced} files were sent, but {content} were written")))
-    }
 }
 
 /// Everything that makes the directory a standby's, synced; `pg_control` last.

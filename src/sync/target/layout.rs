@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     fn entry(path: &str, directory: bool) -> FileEntry {
-        FileEntry { id: 0, path: path.into(), directory, bytes: 0, mode: 0o700 }
+        FileEntry { id: 0, path: path.into(), directory, bytes: 0, mode: 0o700, tablespace: None }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod fill;
 mod follow;
 mod journal;
 mod layout;
+mod plan;
 mod pull;
 mod settings;
 mod wal_files;

@@ -1,244 +1,339 @@
-//! The pipeline of a fill: hash what B has, ask for it, write what comes. One task; disk work on blocking threads.
+//! The pipelines of a fill, one for each channel: hash what B has, ask for it, write what comes.
 //!
 //! ```text
 //! plan -> hash jobs (ordered) -> request, if credits are left -> replies (in the order of requests) -> writer thread
 //! ```
-//! Memory is bounded by the credits, whatever the number and size of files.
+//! Channels share the plan, so each does as much as it can. Memory is bounded by the credits, whatever the number and
+//! size of files.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 
+use futures_util::future::try_join_all;
 use pgtandem_proto::message::{
-    EXTENT_BYTES, Extent, ExtentContent, FileEntry, FileRoot, FilesReply, FilesRequest, Held, Progress,
+    EXTENT_BYTES, Extent, ExtentContent, FileEntry, FilesReply, FilesRequest, Progress, SmallContent, SmallFiles,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::super::error::SyncError;
-use super::super::extent::{ExtentHash, delta_pages, extent_bytes, extent_count};
+use super::super::extent::{Digest, ExtentHash, Sum, extent_bytes};
 use super::super::link::Link;
-use super::writer::{Place, Write, Writer, have};
+use super::plan::{Piece, Plan, Wanted};
+use super::writer::{Arrived, Place, Writer, have, have_small, remove_vanished, unpack, write_small};
 use super::{SILENCE_SECONDS_MAX, progressing};
+use crate::agent::buffers::Buffers;
 
-/// Bytes that are asked for and not yet handed to the writer.
-const OUTSTANDING_BYTES_MAX: u64 = 64 << 20;
+/// Bytes that are asked for and not yet handed to a writer, over all channels.
+const OUTSTANDING_BYTES_MAX: u64 = 48 << 20;
 /// What a request costs at least: many small files must not become too many requests.
 const REQUEST_COST_BYTES_MIN: u64 = 64 << 10;
-/// Extents of one request.
-const BATCH_EXTENTS_MAX: u64 = 8;
-/// Batches that are being hashed.
-const HASH_JOBS_MAX: usize = 4;
-/// Extents that wait for the writer thread.
-const WRITES_MAX: usize = 16;
+/// Pieces of a channel that are being hashed.
+const HASH_JOBS_MAX: usize = 2;
+/// Replies of a channel that wait for its writer thread.
+const WRITES_MAX: usize = 4;
 
-/// A file to be pulled, and where it is written.
-#[derive(Clone, Debug)]
-pub(super) struct Wanted {
-    pub entry: FileEntry,
-    pub place: Place,
+/// What was there before a piece was asked for.
+enum Before {
+    Extents(Vec<Option<Digest>>),
+    Small(Vec<Option<ExtentHash>>),
 }
 
-/// Consecutive extents of one file.
-#[derive(Clone, Copy, Debug)]
-struct Batch {
-    /// Index into the list of wanted files.
-    wanted: usize,
-    first: u32,
-    count: u32,
-    /// The file has no further batch.
-    last: bool,
-}
-
-/// A batch that was asked for, and how much of it came.
+/// A piece that was asked for, and how much of it came.
 struct Outstanding {
-    batch: Batch,
-    /// Hash of each extent that was there.
-    have: Vec<Option<ExtentHash>>,
+    piece: Piece,
+    before: Before,
     received: u32,
     cost: u64,
 }
 
-type HashJob = JoinHandle<Result<Vec<Option<Held>>, SyncError>>;
-type Op = (Place, Write);
+/// One reply on its way to the disk.
+enum Op {
+    Extent { wanted: usize, arrived: Arrived },
+    Small { wanted: Vec<usize>, before: Vec<Option<ExtentHash>>, files: SmallFiles },
+}
 
-/// Pulls all of `wanted`, in order. -> the root of each file that did not vanish
+/// Pulls all of `wanted` over `links`. Returns when everything is written, and both ends agree about what was sent.
 pub(super) async fn pull(
-    link: &mut Link<FilesRequest, FilesReply>,
+    links: &mut [Link<FilesRequest, FilesReply>],
     wanted: Vec<Wanted>,
+    bundles: bool,
     progress: &watch::Sender<Progress>,
-) -> Result<HashMap<u32, FileRoot>, SyncError> {
-    let wanted: Arc<[Wanted]> = wanted.into();
-    let (writes, operations) = mpsc::channel(WRITES_MAX);
-    let writer = tokio::task::spawn_blocking(move || write_all(operations));
-    let pulled = Puller { wanted, writes, progress }.run(link).await;
-    // The writer's own error is the cause if it ended first; dropping the queue above ends it.
-    let roots = writer.await.map_err(|error| SyncError::Internal(format!("writing files: {error}")))?;
-    roots.and_then(|roots| pulled.map(|()| roots))
+) -> Result<(), SyncError> {
+    let plan = Arc::new(Plan::new(wanted, bundles));
+    let writer = Arc::new(Writer::default());
+    let buffers = Buffers::new(EXTENT_BYTES);
+    let credits = OUTSTANDING_BYTES_MAX / links.len().max(1) as u64;
+    let pulls = links.iter_mut().map(|link| {
+        let (writes, operations) = mpsc::channel(WRITES_MAX);
+        let (plan, writer) = (Arc::clone(&plan), Arc::clone(&writer));
+        let puller = Puller {
+            plan: Arc::clone(&plan),
+            buffers: buffers.clone(),
+            writes,
+            progress,
+            credits,
+            sum: Sum::default(),
+        };
+        let written = tokio::task::spawn_blocking(move || write_all(&plan, &writer, operations));
+        async move {
+            let pulled = puller.run(link).await;
+            // The writer's own error is the cause if it ended first; dropping the queue above ends it.
+            let written = written.await.map_err(|error| SyncError::Internal(format!("writing files: {error}")))?;
+            written.and(pulled)
+        }
+    });
+    try_join_all(pulls).await.map(|_| ())
 }
 
-fn write_all(mut operations: mpsc::Receiver<Op>) -> Result<HashMap<u32, FileRoot>, SyncError> {
-    let mut writer = Writer::default();
-    while let Some((place, write)) = operations.blocking_recv() {
-        writer.handle(&place, write)?;
-    }
-    Ok(writer.into_roots())
-}
-
-/// All batches of all files, in order; a file without extents has one batch of none.
-fn plan(wanted: &[Wanted]) -> impl Iterator<Item = Batch> + '_ {
-    wanted.iter().enumerate().flat_map(|(index, wanted)| {
-        let extents = extent_count(wanted.entry.bytes);
-        let batches = extents.div_ceil(BATCH_EXTENTS_MAX).max(1);
-        (0..batches).map(move |batch| {
-            let first = batch * BATCH_EXTENTS_MAX;
-            Batch {
-                wanted: index,
-                first: u32::try_from(first).unwrap_or(u32::MAX),
-                count: u32::try_from(extents.saturating_sub(first).min(BATCH_EXTENTS_MAX)).unwrap_or(0),
-                last: batch + 1 == batches,
+fn write_all(plan: &Plan, writer: &Writer, mut operations: mpsc::Receiver<Op>) -> Result<(), SyncError> {
+    while let Some(operation) = operations.blocking_recv() {
+        match operation {
+            Op::Extent { wanted: number, arrived } => {
+                let Some(wanted) = plan.wanted.get(number) else { continue };
+                writer.extent(number, &wanted.place, wanted.entry.bytes, plan.extents_of(number), arrived)?;
             }
-        })
-    })
+            Op::Small { wanted, before, files } => write_files(plan, &wanted, &before, files)?,
+        }
+    }
+    Ok(())
+}
+
+fn write_files(
+    plan: &Plan,
+    wanted: &[usize],
+    before: &[Option<ExtentHash>],
+    files: SmallFiles,
+) -> Result<(), SyncError> {
+    let wanted: Vec<&Wanted> = wanted.iter().filter_map(|number| plan.wanted.get(*number)).collect();
+    let bytes_max: u64 = wanted.iter().map(|wanted| wanted.entry.bytes).sum();
+    let mut data = unpack(files.data, usize::try_from(bytes_max).unwrap_or(usize::MAX))?;
+    for ((wanted, before), file) in wanted.into_iter().zip(before).zip(&files.files) {
+        match file.content {
+            SmallContent::Same { .. } if *before == Some(file.hash) => {}
+            SmallContent::Same { .. } => {
+                return Err(SyncError::Protocol("a file is said to be the same that is not here".into()));
+            }
+            SmallContent::Vanished => remove_vanished(&wanted.place)?,
+            SmallContent::Data { bytes } => {
+                let bytes = bytes as usize;
+                if bytes > data.len() {
+                    return Err(SyncError::Protocol("small files are shorter than announced".into()));
+                }
+                write_small(&wanted.place, &data.split_to(bytes), &file.hash)?;
+            }
+        }
+    }
+    if data.is_empty() { Ok(()) } else { Err(SyncError::Protocol("small files are longer than announced".into())) }
 }
 
 struct Puller<'a> {
-    wanted: Arc<[Wanted]>,
+    plan: Arc<Plan>,
+    buffers: Buffers,
     writes: mpsc::Sender<Op>,
     progress: &'a watch::Sender<Progress>,
+    credits: u64,
+    sum: Sum,
 }
 
 impl Puller<'_> {
-    async fn run(self, link: &mut Link<FilesRequest, FilesReply>) -> Result<(), SyncError> {
-        let wanted = Arc::clone(&self.wanted);
-        let mut plan = plan(&wanted);
-        let mut hashing: VecDeque<(Batch, HashJob)> = VecDeque::new();
-        let mut ready: Option<(Batch, Vec<Option<Held>>)> = None;
+    async fn run(mut self, link: &mut Link<FilesRequest, FilesReply>) -> Result<(), SyncError> {
+        let mut hashing: VecDeque<(Piece, JoinHandle<Result<Before, SyncError>>)> = VecDeque::new();
+        let mut ready: Option<(Piece, Before)> = None;
         let mut outstanding: VecDeque<Outstanding> = VecDeque::new();
         let mut outstanding_bytes = 0;
         loop {
             while hashing.len() < HASH_JOBS_MAX
-                && let Some(batch) = plan.next()
+                && let Some(piece) = self.plan.take()
             {
-                hashing.push_back((batch, self.hash(batch)));
+                let job = self.hash(&piece);
+                hashing.push_back((piece, job));
             }
             if hashing.is_empty() && ready.is_none() && outstanding.is_empty() {
-                return Ok(());
+                return self.check(link).await;
             }
             tokio::select! {
                 hashed = next(&mut hashing), if ready.is_none() && !hashing.is_empty() => {
-                    if let Some((batch, _)) = hashing.pop_front() {
-                        ready = Some((batch, hashed?));
+                    if let Some((piece, _)) = hashing.pop_front() {
+                        ready = Some((piece, hashed?));
                     }
                 }
-                room = link.outgoing.reserve(), if ready.is_some() && outstanding_bytes < OUTSTANDING_BYTES_MAX => {
+                room = link.outgoing.reserve(), if ready.is_some() && outstanding_bytes < self.credits => {
                     let room = room?;
-                    if let Some((batch, have)) = ready.take() {
-                        let cost = self.cost(batch);
+                    if let Some((piece, before)) = ready.take() {
+                        let cost = self.plan.bytes(&piece).max(REQUEST_COST_BYTES_MIN);
                         outstanding_bytes += cost;
-                        let hashes = have.iter().map(|held| held.as_ref().map(|held| held.hash)).collect();
-                        outstanding.push_back(Outstanding { batch, have: hashes, received: 0, cost });
-                        // An empty file has nothing to ask for, only its turn among the writes.
-                        if batch.count > 0 {
-                            room.send(FilesRequest::Extents { file: self.file(batch), first: batch.first, have });
-                        }
+                        room.send(self.request(&piece, &before));
+                        outstanding.push_back(Outstanding { piece, before, received: 0, cost });
                     }
                 }
                 reply = progressing(SILENCE_SECONDS_MAX, "the copy of the files", link.incoming.expect()),
-                    if outstanding.front().is_some_and(|front| front.batch.count > 0) => match reply? {
-                    FilesReply::Extent(extent) => {
-                        if let Some(front) = outstanding.front_mut() {
-                            self.handle(front, extent).await?;
-                        }
+                    if !outstanding.is_empty() => {
+                    let reply = reply?;
+                    if let Some(front) = outstanding.front_mut()
+                        && self.handle(front, reply).await?
+                    {
+                        outstanding_bytes -= front.cost;
+                        outstanding.pop_front();
                     }
-                    FilesReply::Failed(failure) => return Err(SyncError::Peer(failure)),
-                    _ => return Err(SyncError::Protocol("a files reply came out of order".into())),
-                },
-                else => return Err(SyncError::Internal("the copy of the files has nothing to wait for".into())),
-            }
-            while outstanding.front().is_some_and(|front| front.received == front.batch.count) {
-                let Some(done) = outstanding.pop_front() else { break };
-                outstanding_bytes -= done.cost;
-                if done.batch.last {
-                    self.write(done.batch, Write::Finish).await?;
-                    self.progress.send_modify(|progress| progress.files += 1);
                 }
+                else => return Err(SyncError::Internal("the copy of the files has nothing to wait for".into())),
             }
         }
     }
 
-    fn hash(&self, batch: Batch) -> HashJob {
-        let wanted = Arc::clone(&self.wanted);
-        tokio::task::spawn_blocking(move || match wanted.get(batch.wanted) {
-            Some(wanted) if batch.count > 0 => have(&wanted.place.path, batch.first, batch.count),
-            _ => Ok(Vec::new()),
+    fn hash(&self, piece: &Piece) -> JoinHandle<Result<Before, SyncError>> {
+        let (plan, buffers, piece) = (Arc::clone(&self.plan), self.buffers.clone(), piece.clone());
+        tokio::task::spawn_blocking(move || {
+            let place = |wanted: usize| plan.wanted.get(wanted).map(|wanted| wanted.place.path.as_path());
+            match piece {
+                Piece::Extents { wanted, first, count } => {
+                    let path = place(wanted).unwrap_or(Path::new(""));
+                    Ok(Before::Extents(have(path, first, count, &buffers)?))
+                }
+                Piece::Small { wanted } => {
+                    let hashes = wanted.iter().filter_map(|wanted| place(*wanted)).map(have_small);
+                    Ok(Before::Small(hashes.collect::<Result<_, _>>()?))
+                }
+            }
         })
     }
 
-    fn file(&self, batch: Batch) -> u32 {
-        self.wanted.get(batch.wanted).map_or(u32::MAX, |wanted| wanted.entry.id)
+    fn file(&self, wanted: usize) -> u32 {
+        self.plan.wanted.get(wanted).map_or(u32::MAX, |wanted| wanted.entry.id)
     }
 
-    fn cost(&self, batch: Batch) -> u64 {
-        let bytes = self.wanted.get(batch.wanted).map_or(0, |wanted| wanted.entry.bytes);
-        bytes.min(u64::from(batch.count) * EXTENT_BYTES as u64).max(REQUEST_COST_BYTES_MIN)
+    fn request(&self, piece: &Piece, before: &Before) -> FilesRequest {
+        match (piece, before) {
+            (Piece::Small { wanted }, Before::Small(hashes)) => {
+                let files = wanted.iter().zip(hashes).map(|(wanted, hash)| (self.file(*wanted), *hash)).collect();
+                FilesRequest::Small { files }
+            }
+            (Piece::Extents { wanted, first, .. }, Before::Extents(digests)) => {
+                let have = digests.iter().map(|digest| digest.as_ref().map(Digest::held)).collect();
+                FilesRequest::Extents { file: self.file(*wanted), first: *first, have }
+            }
+            // A piece is hashed as what it is.
+            (Piece::Small { .. }, Before::Extents(_)) | (Piece::Extents { .. }, Before::Small(_)) => {
+                FilesRequest::Check
+            }
+        }
     }
 
-    async fn write(&self, batch: Batch, write: Write) -> Result<(), SyncError> {
-        let Some(wanted) = self.wanted.get(batch.wanted) else { return Ok(()) };
-        let sent = self.writes.send((wanted.place.clone(), write)).await;
+    /// Both ends must have counted the same answers.
+    async fn check(self, link: &mut Link<FilesRequest, FilesReply>) -> Result<(), SyncError> {
+        link.outgoing.send(FilesRequest::Check).await?;
+        match progressing(SILENCE_SECONDS_MAX, "the sum over the files", link.incoming.expect()).await? {
+            FilesReply::Sum { answers, sum } if self.sum == (Sum { answers, sum }) => Ok(()),
+            FilesReply::Sum { answers, .. } => Err(SyncError::Protocol(format!(
+                "{answers} answers were sent, and what came are {} others",
+                self.sum.answers
+            ))),
+            FilesReply::Failed(failure) => Err(SyncError::Peer(failure)),
+            _ => Err(SyncError::Protocol("a files reply came out of order".into())),
+        }
+    }
+
+    /// Checks a reply against what was asked and passes it to the writer. -> whether the piece is complete
+    async fn handle(&mut self, front: &mut Outstanding, reply: FilesReply) -> Result<bool, SyncError> {
+        match (reply, &mut front.before) {
+            (FilesReply::Extent(extent), Before::Extents(before)) => {
+                let Piece::Extents { wanted, first, count } = front.piece else { return Ok(true) };
+                let due = first.saturating_add(front.received);
+                if extent.file != self.file(wanted) || extent.index != due {
+                    return Err(SyncError::Protocol("an extent came that was not due".into()));
+                }
+                let before = before.get_mut(front.received as usize).and_then(Option::take);
+                front.received += 1;
+                self.take(wanted, extent, before).await?;
+                Ok(front.received == count)
+            }
+            (FilesReply::Small(files), Before::Small(before)) => {
+                let Piece::Small { wanted } = &front.piece else { return Ok(true) };
+                let asked = wanted.iter().map(|wanted| self.file(*wanted));
+                if !asked.eq(files.files.iter().map(|file| file.file)) {
+                    return Err(SyncError::Protocol("files came that were not due".into()));
+                }
+                let before = std::mem::take(before);
+                self.take_small(wanted.clone(), before, files).await?;
+                Ok(true)
+            }
+            (FilesReply::Failed(failure), _) => Err(SyncError::Peer(failure)),
+            _ => Err(SyncError::Protocol("a files reply came out of order".into())),
+        }
+    }
+
+    async fn take(&mut self, wanted: usize, extent: Extent, before: Option<Digest>) -> Result<(), SyncError> {
+        let Extent { file, index, hash, content } = extent;
+        let (bytes, same, sent) = match &content {
+            ExtentContent::Same { bytes } => (Some(*bytes as usize), *bytes as usize, 0),
+            ExtentContent::Zeros { bytes } => (Some(*bytes as usize), 0, 0),
+            ExtentContent::Data(packed) => {
+                let bytes = packed.unpacked.map_or(packed.data.len(), |bytes| bytes as usize);
+                (Some(bytes), 0, packed.data.len())
+            }
+            ExtentContent::Pages { bytes, data, .. } => {
+                let (bytes, changed) = (*bytes as usize, data.unpacked.map_or(data.data.len(), |bytes| bytes as usize));
+                (Some(bytes), bytes.saturating_sub(changed), data.data.len())
+            }
+            ExtentContent::Vanished => (None, 0, 0),
+        };
+        self.sum.add(file, index, bytes.map(|bytes| (bytes, &hash)));
+        let bytes = self.plan.wanted.get(wanted).map_or(0, |wanted| wanted.entry.bytes);
+        let announced = extent_bytes(bytes, index) as u64;
+        let last = u64::from(index) + 1 >= u64::from(self.plan.extents_of(wanted));
+        self.write(Op::Extent { wanted, arrived: Arrived { index, hash, content, before } }).await?;
+        self.advance(u64::from(last), announced, same as u64, sent as u64);
+        Ok(())
+    }
+
+    async fn take_small(
+        &mut self,
+        wanted: Vec<usize>,
+        before: Vec<Option<ExtentHash>>,
+        files: SmallFiles,
+    ) -> Result<(), SyncError> {
+        let (mut compared, mut same) = (0, 0);
+        for (number, file) in wanted.iter().zip(&files.files) {
+            let announced = self.plan.wanted.get(*number).map_or(0, |wanted| wanted.entry.bytes);
+            compared += announced;
+            let bytes = match file.content {
+                SmallContent::Same { bytes } => {
+                    same += announced;
+                    bytes as usize
+                }
+                SmallContent::Data { bytes } => bytes as usize,
+                SmallContent::Vanished => {
+                    self.sum.add(file.file, 0, None);
+                    continue;
+                }
+            };
+            self.sum.add(file.file, 0, Some((bytes, &file.hash)));
+        }
+        let (count, sent) = (wanted.len() as u64, files.data.data.len() as u64);
+        self.write(Op::Small { wanted, before, files }).await?;
+        self.advance(count, compared, same, sent);
+        Ok(())
+    }
+
+    async fn write(&self, operation: Op) -> Result<(), SyncError> {
         // The thread that writes ended with an error of its own, which the caller finds.
+        let sent = self.writes.send(operation).await;
         sent.map_err(|_| SyncError::Internal("writing files ended early".into()))
     }
 
-    /// Checks one extent against what was asked and passes it to the writer.
-    async fn handle(&self, front: &mut Outstanding, extent: Extent) -> Result<(), SyncError> {
-        let batch = front.batch;
-        if extent.file != self.file(batch) || extent.index != batch.first.saturating_add(front.received) {
-            return Err(SyncError::Protocol("an extent came that was not due".into()));
-        }
-        let announced =
-            self.wanted.get(batch.wanted).map_or(0, |wanted| extent_bytes(wanted.entry.bytes, extent.index));
-        let have = front.have.get(front.received as usize).copied().flatten();
-        let index = extent.index;
-        let (write, same, sent) = match extent.content {
-            ExtentContent::Same { bytes } => match have {
-                Some(hash) => (Write::Same { index, hash, bytes: bytes as usize }, bytes as usize, 0),
-                None => return Err(SyncError::Protocol("an extent is said to be the same that is not here".into())),
-            },
-            ExtentContent::Zeros { bytes } => (Write::Zeros { index, bytes: bytes as usize }, 0, 0),
-            ExtentContent::Data(bytes) => {
-                let count = bytes.len();
-                (Write::Data { index, bytes }, 0, count)
-            }
-            ExtentContent::Pages { bytes, changed, data } => {
-                let (bytes, sent) = (bytes as usize, data.len());
-                let pages = delta_pages(bytes, &changed, &data).filter(|_| have.is_some() && bytes <= announced);
-                let pages = pages.ok_or_else(|| SyncError::Protocol("the pages of an extent do not add up".into()))?;
-                (Write::Pages { index, bytes, pages }, bytes - sent, sent)
-            }
-            ExtentContent::Vanished => (Write::Vanish, 0, 0),
-        };
-        let bytes = match &write {
-            Write::Same { bytes, .. } | Write::Zeros { bytes, .. } | Write::Pages { bytes, .. } => *bytes,
-            Write::Data { bytes, .. } => bytes.len(),
-            Write::Vanish | Write::Finish => 0,
-        };
-        if bytes > announced {
-            return Err(SyncError::Protocol("an extent is longer than its file".into()));
-        }
-        front.received += 1;
-        self.write(batch, write).await?;
+    fn advance(&self, files: u64, compared: u64, same: u64, sent: u64) {
         self.progress.send_modify(|progress| {
-            progress.bytes_compared += announced as u64;
-            progress.bytes_same += same as u64;
-            progress.bytes_sent += sent as u64;
+            progress.files += files;
+            progress.bytes_compared += compared;
+            progress.bytes_same += same;
+            progress.bytes_sent += sent;
         });
-        Ok(())
     }
 }
 
-async fn next(hashing: &mut VecDeque<(Batch, HashJob)>) -> Result<Vec<Option<Held>>, SyncError> {
+async fn next(hashing: &mut VecDeque<(Piece, JoinHandle<Result<Before, SyncError>>)>) -> Result<Before, SyncError> {
     match hashing.front_mut() {
         Some((_, job)) => job.await.map_err(|error| SyncError::Internal(format!("hashing files: {error}")))?,
         None => std::future::pending().await,
@@ -251,21 +346,5 @@ pub(super) fn place(pgdata: &Path, entry: &FileEntry, staged: bool) -> Place {
     if staged {
         path.push(super::super::rules::STAGED_ENDING);
     }
-    Place { file: entry.id, path: path.into(), mode: entry.mode }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_plan_names_every_extent_once() {
-        let wanted = |id: u32, bytes: u64| Wanted {
-            entry: FileEntry { id, path: format!("f{id}"), directory: false, bytes, mode: 0o600 },
-            place: Place { file: id, path: format!("f{id}").into(), mode: 0o600 },
-        };
-        let files = [wanted(0, 0), wanted(1, 5), wanted(2, 20 << 20)];
-        let batches: Vec<_> = plan(&files).map(|batch| (batch.wanted, batch.first, batch.count, batch.last)).collect();
-        assert_eq!(batches, [(0, 0, 0, true), (1, 0, 1, true), (2, 0, 8, false), (2, 8, 8, false), (2, 16, 4, true)]);
-    }
+    Place { path: path.into(), mode: entry.mode }
 }
