@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential torture catalogue mutants check
+.PHONY: demo test setup bench differential torture catalogue mutants versions check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -44,6 +44,10 @@ catalogue: setup
 # Each rule of replication broken in a copy, and a test red for it; MUTANT=barrier tries one.
 mutants: setup
 	scripts/mutants $(MUTANT)
+
+# Nodes filled with PostgreSQL 16, 17 and 18, whose programs are fetched from npm; VERSION=18 takes one.
+versions: setup
+	CARGO=$(CARGO) scripts/versions "$(VERSION)"
 
 check:
 	$(CARGO) fmt --all --check

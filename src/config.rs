@@ -5,6 +5,7 @@
 
 pub mod check;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -119,6 +120,9 @@ pub struct NodeConfig {
     pub socket_dir: PathBuf,
     /// PostgreSQL's port; part of the socket's name.
     pub port: u16,
+    /// Tablespaces that are elsewhere on this node: path on the leader, path here.
+    #[serde(default)]
+    pub tablespaces: BTreeMap<PathBuf, PathBuf>,
 }
 
 /// Why a configuration cannot be used: always with the file, and the line where there is one.

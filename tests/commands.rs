@@ -53,6 +53,7 @@ impl Site {
                 bin_dir: "/usr/lib/postgresql/15/bin".into(),
                 socket_dir: home.join("socket"),
                 port: 1024,
+                tablespaces: std::collections::BTreeMap::new(),
             });
             listeners.push(Some(listener));
         }

@@ -180,6 +180,10 @@ fn paths(config: &Config) -> Result<(), Problem> {
         take(host, name("socket_dir"), &node.socket_dir, false)?;
         let file = node.socket_dir.join(format!(".s.PGSQL.{}", node.port));
         take(host, name("socket_dir and port"), &file, true)?;
+        for (theirs, here) in &node.tablespaces {
+            take(None, name("tablespaces"), theirs, false)?;
+            take(host, name("tablespaces"), here, true)?;
+        }
         socket(name("socket_dir"), file)?;
     }
     Ok(())

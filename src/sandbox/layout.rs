@@ -196,6 +196,7 @@ impl Layout {
             bin_dir: self.plan.bin_dir.clone(),
             socket_dir: self.socket_dir(index),
             port: self.postgres_port(index),
+            tablespaces: std::collections::BTreeMap::new(),
         };
         Config {
             cluster: ClusterConfig { name: CLUSTER.into(), ..ClusterConfig::default() },

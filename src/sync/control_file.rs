@@ -17,6 +17,8 @@ pub struct ControlFile {
     pub system_identifier: u64,
     /// `pg_control_version`: 1300 for PostgreSQL 13 to 17.
     pub version: u32,
+    /// `catalog_version_no`; a part of the names of directories in tablespaces.
+    pub catalog_version: u32,
 }
 
 /// The content of `bytes` if its CRC is right; `None` for a torn read or something else.
@@ -24,12 +26,13 @@ pub struct ControlFile {
 pub fn parse(bytes: &[u8]) -> Option<ControlFile> {
     let system_identifier = u64::from_le_bytes(bytes.get(0..8)?.try_into().ok()?);
     let version = u32::from_le_bytes(bytes.get(8..12)?.try_into().ok()?);
+    let catalog_version = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);
     let end = bytes.len().min(STRUCTURE_BYTES_MAX);
     let whole = (CRC_OFFSET_MIN..end.saturating_sub(3)).step_by(4).any(|offset| {
         let (Some(body), Some(stored)) = (bytes.get(..offset), bytes.get(offset..offset + 4)) else { return false };
         stored.try_into().is_ok_and(|stored| crc32c::crc32c(body) == u32::from_le_bytes(stored))
     });
-    whole.then_some(ControlFile { system_identifier, version })
+    whole.then_some(ControlFile { system_identifier, version, catalog_version })
 }
 
 #[cfg(test)]

@@ -39,6 +39,9 @@ pub const NODE_CONF: &str = "pgtandem.node.conf";
 /// Settings of a recovery under way; written by the agent, emptied when PostgreSQL has left recovery.
 pub const RECOVERY_CONF: &str = "pgtandem.recovery.conf";
 
+/// The directory of links to tablespaces.
+pub const TABLESPACES: &str = "pg_tblspc";
+
 /// Longest path in the table of a peer.
 const PATH_BYTES_MAX: usize = 1024;
 
@@ -75,13 +78,32 @@ pub fn belongs_to_node(path: &str) -> bool {
     !path.contains('/') && NODE_FILE_ENDINGS.iter().any(|ending| path.ends_with(ending))
 }
 
-/// Whether the path lies directly in the directory of a database or in `global`.
+/// Whether the path lies directly in the directory of a database, in the data directory or in a tablespace.
 fn in_database(path: &str) -> bool {
+    path.rsplit_once('/').is_some_and(|(folder, _)| is_database(folder))
+}
+
+/// Whether the path is the directory of a database.
+#[must_use]
+pub fn is_database(path: &str) -> bool {
     let mut parts = path.split('/');
-    match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some("base"), Some(oid), Some(_), None) => oid.bytes().all(|byte| byte.is_ascii_digit()),
+    match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some("base"), Some(oid), None, None, None) => is_number(oid),
+        (Some(TABLESPACES), Some(tablespace), Some(version), Some(oid), None) => {
+            is_number(tablespace) && version.starts_with("PG_") && is_number(oid)
+        }
         _ => false,
     }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// Whether the path is the link to a tablespace.
+#[must_use]
+pub fn is_tablespace(path: &str) -> bool {
+    path.strip_prefix(TABLESPACES).and_then(|rest| rest.strip_prefix('/')).is_some_and(is_number)
 }
 
 /// `tNN_NN` with an optional fork and segment: a temporary relation (`looks_like_temp_rel_name`).
@@ -134,8 +156,10 @@ pub fn path_fault(path: &str) -> Option<&'static str> {
     if wal.is_some() && !kept_inside_excluded(path) {
         return Some("WAL does not come with the files");
     }
-    if path.starts_with("pg_tblspc/") {
-        return Some("tablespaces are not copied");
+    if let Some(rest) = path.strip_prefix("pg_tblspc/")
+        && !rest.split('/').next().is_some_and(is_number)
+    {
+        return Some("it is no tablespace");
     }
     name_excluded(path).then_some("a file of this name is never copied")
 }
@@ -153,6 +177,8 @@ mod tests {
             "base/pgsql_tmp",
             "base/5/t3_16384",
             "base/5/t3_16384_fsm",
+            "pg_tblspc/16390/PG_15_202209061/5/t3_16384",
+            "pg_tblspc/16390/PG_15_202209061/pgsql_tmp",
             "pgtandem.node.conf",
             "standby.signal",
         ] {
@@ -188,13 +214,15 @@ mod tests {
             "a\\b",
             "a\nb",
             "pg_wal/0001",
-            "pg_tblspc/1",
+            "pg_tblspc/x",
             "./x",
             "base/",
         ] {
             assert!(path_fault(path).is_some(), "{path:?}");
         }
-        for path in ["base/5/16384.1", "PG_VERSION", "pg_wal/archive_status", "postgresql.conf"] {
+        for path in
+            ["base/5/16384.1", "PG_VERSION", "pg_tblspc/1/PG_15_1/5/1", "pg_wal/archive_status", "postgresql.conf"]
+        {
             assert_eq!(path_fault(path), None, "{path}");
         }
     }

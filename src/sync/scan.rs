@@ -8,87 +8,32 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use pgtandem_proto::message::FileEntry;
-use walkdir::WalkDir;
+use pgtandem_proto::message::{FileEntry, Tablespace};
+use walkdir::{DirEntry, WalkDir};
 
+use super::control_file::{self, CONTROL_FILE};
 use super::error::SyncError;
 use super::rules;
 
 /// Most files and directories of a copy; the table is held in memory on both nodes, about 150 bytes each.
 pub const FILES_MAX: usize = 10_000_000;
+/// Reads of `pg_control` for the name of a directory.
+const CONTROL_READS_MAX: u32 = 100;
 
-/// The files and directories of `pgdata`, directories before what they contain, numbered from 0.
+/// The files and directories of `pgdata` and its tablespaces, directories before what they contain, numbered from 0.
 pub fn scan(pgdata: &Path) -> Result<Vec<FileEntry>, SyncError> {
-    let mut entries = Vec::new();
-    let mut unlogged: HashMap<String, HashSet<String>> = HashMap::new();
-    let mut walk = WalkDir::new(pgdata).min_depth(1).follow_links(false).sort_by_file_name().into_iter();
-    while let Some(item) = walk.next() {
-        let item = match item {
-            Ok(item) => item,
-            Err(error) if vanished(&error) => continue,
-            Err(error) => {
-                let path = error.path().unwrap_or(pgdata).to_path_buf();
-                return Err(SyncError::file("listing", &path, error.into()));
-            }
-        };
-        let Some(path) = relative(pgdata, item.path()) else {
-            return Err(SyncError::refused(
-                format!("the name of {} is not UTF-8, so it can not be copied", item.path().display()),
-                "Move that file out of the data directory.",
-            ));
-        };
-        if rules::name_excluded(&path) {
-            if item.file_type().is_dir() {
-                walk.skip_current_dir();
-            }
-            continue;
-        }
-        // pg_wal and the statistics directory may be links to directories elsewhere; each node has its own.
-        let linked_directory = item.path_is_symlink() && rules::content_excluded(&path);
-        if item.path_is_symlink() && !linked_directory {
-            if path.starts_with("pg_tblspc/") {
-                return Err(tablespaces_refused(&path));
-            }
-            tracing::warn!(%path, "a symbolic link in the data directory is not copied");
-            continue;
-        }
-        let metadata = match item.metadata() {
-            Ok(metadata) => metadata,
-            Err(error) if vanished(&error) => continue,
-            Err(error) => return Err(SyncError::file("reading the size of", item.path(), error.into())),
-        };
-        let directory = metadata.is_dir() || linked_directory;
-        if !directory && !metadata.is_file() {
-            tracing::warn!(%path, "a special file in the data directory is not copied");
-            continue;
-        }
-        if path.starts_with("pg_tblspc/") {
-            return Err(tablespaces_refused(&path));
-        }
-        let (parent, name) = path.rsplit_once('/').unwrap_or(("", &path));
-        if rules::content_excluded(parent) || in_excluded(parent) {
-            if directory && rules::kept_inside_excluded(&path) {
-                entries.push(entry(path, true, &metadata));
-            }
-            if directory {
-                walk.skip_current_dir();
-            }
-            continue;
-        }
-        if !directory
-            && let Some(number) = rules::init_fork_of(name)
-            && parent.starts_with("base/")
-        {
-            unlogged.entry(parent.to_owned()).or_default().insert(number.to_owned());
-        }
-        entries.push(entry(path, directory, &metadata));
-        if entries.len() > FILES_MAX {
-            return Err(SyncError::refused(
-                format!("{} holds more than {FILES_MAX} files", pgdata.display()),
-                "This version can not copy so many files.",
-            ));
+    let mut scan = Scan { entries: Vec::new(), unlogged: HashMap::new(), linked: Vec::new() };
+    scan.walk(pgdata, "")?;
+    if !scan.linked.is_empty() {
+        let version = version_directory(pgdata)?;
+        for link in std::mem::take(&mut scan.linked) {
+            let (folder, path) = (pgdata.join(&link).join(&version), format!("{link}/{version}"));
+            let metadata = folder.metadata().map_err(|error| SyncError::file("looking at", &folder, error))?;
+            scan.entries.push(entry(path.clone(), true, &metadata));
+            scan.walk(&folder, &path)?;
         }
     }
+    let Scan { mut entries, unlogged, .. } = scan;
     entries.retain(|entry| !is_unlogged(entry, &unlogged));
     for (id, entry) in entries.iter_mut().enumerate() {
         entry.id = u32::try_from(id).unwrap_or(u32::MAX);
@@ -96,11 +41,129 @@ pub fn scan(pgdata: &Path) -> Result<Vec<FileEntry>, SyncError> {
     Ok(entries)
 }
 
-fn tablespaces_refused(path: &str) -> SyncError {
-    SyncError::refused(
-        format!("the source has a tablespace ({path}); tablespaces are not copied by this version"),
-        "Move its tables to pg_default and drop the tablespace, then start the recovery again.",
-    )
+/// The directory of this server's version in every tablespace (`TABLESPACE_VERSION_DIRECTORY`).
+fn version_directory(pgdata: &Path) -> Result<String, SyncError> {
+    let read = |name: &str| {
+        let path = pgdata.join(name);
+        std::fs::read(&path).map_err(|error| SyncError::file("reading", &path, error))
+    };
+    let major = String::from_utf8_lossy(&read("PG_VERSION")?).trim().to_owned();
+    // The version does not change, so a read that is torn elsewhere is only tried again.
+    for _ in 0..CONTROL_READS_MAX {
+        if let Some(control) = control_file::parse(&read(CONTROL_FILE)?) {
+            return Ok(format!("PG_{major}_{}", control.catalog_version));
+        }
+    }
+    Err(SyncError::Internal("pg_control can not be read".into()))
+}
+
+/// Boot of this host, device and inode of a directory; None: it is not there.
+#[must_use]
+pub fn directory_identity(path: &Path) -> Option<String> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let metadata = std::fs::metadata(path).ok()?;
+    Some(format!("{} {} {}", boot.trim(), metadata.dev(), metadata.ino()))
+}
+
+struct Scan {
+    entries: Vec<FileEntry>,
+    /// By directory: numbers of relations whose init fork exists.
+    unlogged: HashMap<String, HashSet<String>>,
+    /// Links to tablespaces.
+    linked: Vec<String>,
+}
+
+impl Scan {
+    /// Lists what is below `root`, which is called `prefix` in the table.
+    fn walk(&mut self, root: &Path, prefix: &str) -> Result<(), SyncError> {
+        let mut walk = WalkDir::new(root).min_depth(1).follow_links(false).follow_root_links(true);
+        walk = walk.sort_by_file_name();
+        let mut walk = walk.into_iter();
+        while let Some(item) = walk.next() {
+            let item = match item {
+                Ok(item) => item,
+                Err(error) if vanished(&error) => continue,
+                Err(error) => {
+                    let path = error.path().unwrap_or(root).to_path_buf();
+                    return Err(SyncError::file("listing", &path, error.into()));
+                }
+            };
+            let Some(path) = relative(root, item.path()) else {
+                return Err(SyncError::refused(
+                    format!("the name of {} is not UTF-8, so it can not be copied", item.path().display()),
+                    "Move that file out of the data directory.",
+                ));
+            };
+            let path = if prefix.is_empty() { path } else { format!("{prefix}/{path}") };
+            if self.item(&item, path)? {
+                walk.skip_current_dir();
+            }
+            if self.entries.len() > FILES_MAX {
+                return Err(SyncError::refused(
+                    format!("{} holds more than {FILES_MAX} files", root.display()),
+                    "This version can not copy so many files.",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists one item. -> whether it is a directory whose content is left out
+    fn item(&mut self, item: &DirEntry, path: String) -> Result<bool, SyncError> {
+        if rules::name_excluded(&path) {
+            return Ok(item.file_type().is_dir());
+        }
+        if item.path_is_symlink() && rules::is_tablespace(&path) {
+            return self.tablespace(item, path).map(|()| false);
+        }
+        // pg_wal and the statistics directory may be links to directories elsewhere; each node has its own.
+        let linked_directory = item.path_is_symlink() && rules::content_excluded(&path);
+        if item.path_is_symlink() && !linked_directory {
+            tracing::warn!(%path, "a symbolic link in the data directory is not copied");
+            return Ok(false);
+        }
+        let metadata = match item.metadata() {
+            Ok(metadata) => metadata,
+            Err(error) if vanished(&error) => return Ok(false),
+            Err(error) => return Err(SyncError::file("reading the size of", item.path(), error.into())),
+        };
+        let directory = metadata.is_dir() || linked_directory;
+        if !directory && !metadata.is_file() {
+            tracing::warn!(%path, "a special file in the data directory is not copied");
+            return Ok(false);
+        }
+        let (parent, name) = path.rsplit_once('/').unwrap_or(("", &path));
+        if rules::content_excluded(parent) || in_excluded(parent) {
+            if directory && rules::kept_inside_excluded(&path) {
+                self.entries.push(entry(path, true, &metadata));
+            }
+            return Ok(directory);
+        }
+        if !directory
+            && let Some(number) = rules::init_fork_of(name)
+            && rules::is_database(parent)
+        {
+            self.unlogged.entry(parent.to_owned()).or_default().insert(number.to_owned());
+        }
+        self.entries.push(entry(path, directory, &metadata));
+        Ok(false)
+    }
+
+    fn tablespace(&mut self, item: &DirEntry, path: String) -> Result<(), SyncError> {
+        let failed = |error| SyncError::file("looking at", item.path(), error);
+        let target = std::fs::read_link(item.path()).map_err(failed)?;
+        let metadata = std::fs::metadata(item.path()).map_err(failed)?;
+        let (Some(target), Some(identity)) = (target.to_str(), directory_identity(item.path())) else {
+            return Err(SyncError::refused(
+                format!("the directory of the tablespace {path} can not be read"),
+                "Give it a path in UTF-8, or repair its link.",
+            ));
+        };
+        let tablespace = Some(Tablespace { path: target.to_owned(), identity });
+        self.linked.push(path.clone());
+        self.entries.push(FileEntry { tablespace, ..entry(path, true, &metadata) });
+        Ok(())
+    }
 }
 
 /// Directories of 17 and later below `pg_wal`, and anything else deep in an excluded one.
@@ -175,7 +238,7 @@ mod tests {
             ]
         );
         assert!(entries.iter().enumerate().all(|(index, entry)| entry.id as usize == index));
-        std::os::unix::fs::symlink("/tmp", root.join("pg_tblspc/1")).unwrap();
-        assert!(scan(root).is_err());
+        std::os::unix::fs::symlink("/nowhere", root.join("pg_tblspc/1")).unwrap();
+        assert!(scan(root).is_err(), "a tablespace is missing");
     }
 }

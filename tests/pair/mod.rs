@@ -50,6 +50,7 @@ impl Site {
                 bin_dir: BIN_DIR.into(),
                 socket_dir: home.join("socket"),
                 port: free().port(),
+                tablespaces: std::collections::BTreeMap::new(),
             }
         };
         let nodes = vec![node("a", listeners[0].local_addr().unwrap()), node("b", listeners[1].local_addr().unwrap())];

@@ -1,4 +1,5 @@
 //! Two PostgreSQL servers in a folder of their own, and a source that serves from this process and can break.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
@@ -19,7 +20,9 @@ use pgtandem_proto::message::{FilesReply, FilesRequest, Lsn, WalReply, WalReques
 use tokio::sync::Notify;
 use tokio_postgres::Client;
 
-const BIN_DIR: &str = "/usr/lib/postgresql/15/bin";
+pub const BIN_DIR: &str = "/usr/lib/postgresql/15/bin";
+/// Tablespaces that B has a place for.
+const TABLESPACES: usize = 2;
 /// A test that waits longer than this has failed.
 const WAIT_SECONDS_MAX: u64 = 60;
 
@@ -72,16 +75,39 @@ pub struct Cut {
 
 impl Cluster {
     pub async fn start() -> Cluster {
+        Cluster::start_with(Path::new(BIN_DIR), &[]).await
+    }
+
+    /// With these programs and these options of `initdb`.
+    pub async fn start_with(bin_dir: &Path, options: &[&str]) -> Cluster {
         let folder = tempfile::Builder::new().prefix("pgts").tempdir_in("/tmp").unwrap();
-        let (a, b) = (node(folder.path(), "node-a"), node(folder.path(), "node-b"));
-        init(&a).await;
+        let (a, mut b) = (node(folder.path(), "node-a", bin_dir), node(folder.path(), "node-b", bin_dir));
+        for number in 0..TABLESPACES {
+            b.tablespaces
+                .insert(Self::tablespace(folder.path(), "a", number), Self::tablespace(folder.path(), "b", number));
+        }
+        init(&a, options).await;
         let cluster = Cluster { a: Postgres::new(a), b: Postgres::new(b), folder };
         cluster.a.start().await.unwrap();
         cluster
     }
 
     pub async fn init_b_as_another_cluster(&self) {
-        init(self.b.node()).await;
+        init(self.b.node(), &[]).await;
+    }
+
+    fn tablespace(folder: &Path, node: &str, number: usize) -> PathBuf {
+        folder.join(format!("tablespace-{node}{number}"))
+    }
+
+    /// Makes tablespaces `t0` and `t1` on A; B has directories of its own for them.
+    pub async fn create_tablespaces(&self) {
+        let a = self.a.connect("postgres").await.unwrap();
+        for number in 0..TABLESPACES {
+            let path = Self::tablespace(self.folder.path(), "a", number);
+            std::fs::create_dir(&path).unwrap();
+            a.batch_execute(&format!("CREATE TABLESPACE t{number} LOCATION '{}'", path.display())).await.unwrap();
+        }
     }
 
     pub fn source(&self) -> Arc<LocalSource> {
@@ -105,7 +131,8 @@ impl Cluster {
 
     fn pgbench(&self, arguments: &[&str]) -> tokio::process::Command {
         let node = self.a.node();
-        let mut command = tokio::process::Command::new(node.bin_dir.join("pgbench"));
+        // Not every set of programs has it, and it talks to all of them.
+        let mut command = tokio::process::Command::new(Path::new(BIN_DIR).join("pgbench"));
         command
             .arg("-h")
             .arg(&node.socket_dir)
@@ -219,16 +246,17 @@ impl Load {
     }
 }
 
-fn node(folder: &Path, name: &str) -> NodeConfig {
+fn node(folder: &Path, name: &str, bin_dir: &Path) -> NodeConfig {
     let home = folder.join(name);
     let node = NodeConfig {
         name: name.into(),
         agent: ([127, 0, 0, 1], 0).into(),
         state_dir: home.join("state"),
         pgdata: home.join("data"),
-        bin_dir: PathBuf::from(BIN_DIR),
+        bin_dir: bin_dir.to_owned(),
         socket_dir: home.join("s"),
         port: 5432,
+        tablespaces: std::collections::BTreeMap::new(),
     };
     for folder in [&node.state_dir, &node.socket_dir] {
         std::fs::create_dir_all(folder).unwrap();
@@ -237,7 +265,7 @@ fn node(folder: &Path, name: &str) -> NodeConfig {
     node
 }
 
-async fn init(node: &NodeConfig) {
+async fn init(node: &NodeConfig, options: &[&str]) {
     let mut initdb = tokio::process::Command::new(node.bin_dir.join("initdb"));
     initdb.arg("-D").arg(&node.pgdata).args([
         "-U",
@@ -249,7 +277,7 @@ async fn init(node: &NodeConfig) {
         "-E",
         "UTF8",
     ]);
-    initdb.stdout(Stdio::null());
+    initdb.args(options).stdout(Stdio::null());
     run(initdb).await;
     let conf = node.pgdata.join("postgresql.conf");
     let mut text = std::fs::read_to_string(&conf).unwrap();

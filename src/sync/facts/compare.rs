@@ -92,9 +92,9 @@ fn identity(source: &NodeFacts, target: &NodeFacts, found: &mut Vec<Finding>) {
 
 fn contents(source: &NodeFacts, target: &NodeFacts, found: &mut Vec<Finding>) {
     if !source.tablespaces.is_empty() {
-        found.push(refused(
-            format!("The source has tablespaces, which are not copied by this version: {}.", some(&source.tablespaces)),
-            "Move their tables to pg_default and drop them.",
+        found.push(warned(
+            format!("The source has tablespaces: {}.", some(&source.tablespaces)),
+            "They are at the same paths on the target, or where tablespaces of its [[node]] says.",
         ));
     }
     if !source.foreign_prepared.is_empty() {
@@ -220,14 +220,13 @@ mod tests {
 
     #[test]
     fn each_reason_is_one_refusal() {
-        let changes: [fn(&mut NodeFacts, &mut NodeFacts); 11] = [
+        let changes: [fn(&mut NodeFacts, &mut NodeFacts); 10] = [
             |_, target| target.binaries_version_num = 160_000,
             |_, target| target.system_identifier = Some(8),
             |_, target| (target.data_major, target.system_identifier) = (Some(14), None),
             |_, target| target.architecture = "aarch64".into(),
             |_, target| target.libc_version = "glibc 2.41".into(),
             |_, target| target.foreign_server = true,
-            |source, _| source.tablespaces = vec!["fast".into()],
             |source, _| source.foreign_prepared = vec!["x".into()],
             |source, _| source.extensions.push("postgis".into()),
             |_, target| (target.data_major, target.free_bytes) = (None, 1 << 30),

@@ -19,8 +19,10 @@ use super::follow::relay_folder;
 use super::journal::{Journal, rename_durably, write_durably};
 use super::plan::Wanted;
 use super::pull::{place, pull};
+use super::tablespaces::Tablespace;
 use super::{
-    BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, wal_files,
+    BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, tablespaces,
+    wal_files,
 };
 use crate::config::NodeConfig;
 
@@ -70,10 +72,12 @@ impl Target {
         let state_dir = node.state_dir.clone();
         let entries = Arc::new(table);
         let arranged = Arc::clone(&entries);
+        let tablespaces = Arc::new(tablespaces::plan(&pgdata, &node.tablespaces, &entries)?);
+        let linked = Arc::clone(&tablespaces);
         blocking("arranging the data directory", move || {
             Journal::remove(&state_dir)?;
             layout::unmake(&pgdata)?;
-            layout::arrange(&pgdata, &arranged)
+            layout::arrange(&pgdata, &arranged, &linked)
         })
         .await?;
         let wal = WalStream::open(source.as_ref(), segment_start(begun.start, begun.wal_segment_bytes), begun.timeline)
@@ -101,6 +105,13 @@ impl Target {
             Ok(copied)
         };
         let ((staged, ended), wal_end) = tokio::try_join!(copied, fetched)?;
+        let map = tablespaces::map(&tablespaces);
+        if tablespaces::mapped(&map) != tablespaces::mapped(&String::from_utf8_lossy(&ended.tablespace_map)) {
+            return Err(SyncError::refused(
+                "a tablespace was made or dropped on the source while it was copied",
+                "Start the recovery again: only what differs is sent.",
+            ));
+        }
         let journal = Journal { stop: ended.stop, wal_end: wal_end.0, ..journal };
         if ended.damaged_count > 0 {
             tracing::error!(
@@ -109,7 +120,7 @@ impl Target {
                 "pages of the source have wrong checksums; they are here as they are there"
             );
         }
-        blocking("finishing the data directory", move || finish(&node, &journal, &ended, &staged)).await
+        blocking("finishing the data directory", move || finish(&node, &journal, &ended, &staged, &tablespaces)).await
     }
 
     /// Files in their order, `pg_control` last, then the end of the backup. -> files that wait to be renamed
@@ -274,19 +285,22 @@ async fn receive_end(link: &mut Link<FilesRequest, FilesReply>) -> Result<Ended,
     if ended.backup_label.is_empty() || ended.backup_label.len() > LABEL_BYTES_MAX {
         return Err(SyncError::Protocol("the backup came without a usable backup_label".into()));
     }
-    if !ended.tablespace_map.is_empty() {
-        return Err(SyncError::refused(
-            "a tablespace was made on the source while it was copied",
-            "Tablespaces are not copied by this version: drop it, then start the recovery again.",
-        ));
-    }
     Ok(ended)
 }
 
 /// Everything that makes the directory a standby's, synced; `pg_control` last.
-fn finish(node: &NodeConfig, journal: &Journal, ended: &Ended, staged: &[String]) -> Result<(), SyncError> {
+fn finish(
+    node: &NodeConfig,
+    journal: &Journal,
+    ended: &Ended,
+    staged: &[String],
+    tablespaces: &[Tablespace],
+) -> Result<(), SyncError> {
     let pgdata = &node.pgdata;
     write_durably(&pgdata.join("backup_label"), &ended.backup_label)?;
+    if !tablespaces.is_empty() {
+        write_durably(&pgdata.join("tablespace_map"), tablespaces::map(tablespaces).as_bytes())?;
+    }
     write_durably(&pgdata.join("standby.signal"), b"")?;
     for path in staged.iter().filter(|path| *path != CONTROL_FILE) {
         let place = staged_path(pgdata, path);
@@ -299,6 +313,9 @@ fn finish(node: &NodeConfig, journal: &Journal, ended: &Ended, staged: &[String]
     journal.store(&node.state_dir)?;
     layout::sync_file_system(pgdata)?;
     layout::sync_file_system(&pgdata.join("pg_wal"))?;
+    for tablespace in tablespaces {
+        layout::sync_file_system(&tablespace.path)?;
+    }
     rename_durably(&staged_path(pgdata, CONTROL_FILE), &pgdata.join(CONTROL_FILE))
 }
 

@@ -14,6 +14,7 @@ use super::super::control_file::{self, CONTROL_FILE, ControlFile};
 use super::super::error::SyncError;
 use super::super::rules;
 use super::journal::sync_folder;
+use super::tablespaces::{self, Tablespace};
 
 /// Files of a running server or an earlier copy that would change what a start does.
 const REMOVED_FIRST: [&str; 8] = [
@@ -55,19 +56,36 @@ pub(super) fn unmake(pgdata: &Path) -> Result<(), SyncError> {
 }
 
 /// Gives `pgdata` the directories of the table and removes everything that is not in it, except B's own files.
-pub(super) fn arrange(pgdata: &Path, table: &[FileEntry]) -> Result<(), SyncError> {
+pub(super) fn arrange(pgdata: &Path, table: &[FileEntry], tablespaces: &[Tablespace]) -> Result<(), SyncError> {
     let wanted: HashMap<&str, &FileEntry> = table.iter().map(|entry| (entry.path.as_str(), entry)).collect();
-    let mut walk = WalkDir::new(pgdata).min_depth(1).follow_links(false).into_iter();
+    clear(pgdata, "", &wanted)?;
+    tablespaces::link(pgdata, tablespaces)?;
+    for tablespace in tablespaces {
+        let (folder, prefix) = tablespace.content();
+        if folder.exists() {
+            clear(&folder, &format!("{prefix}/"), &wanted)?;
+        }
+    }
+    for entry in table.iter().filter(|entry| entry.directory && entry.tablespace.is_none()) {
+        make_directory(&pgdata.join(&entry.path), entry.mode)?;
+    }
+    Ok(())
+}
+
+/// Removes what is below `folder`, where names of the table begin with `prefix`, and does not belong there.
+fn clear(folder: &Path, prefix: &str, wanted: &HashMap<&str, &FileEntry>) -> Result<(), SyncError> {
+    let mut walk = WalkDir::new(folder).min_depth(1).follow_links(false).into_iter();
     while let Some(item) = walk.next() {
         let item = item.map_err(|error| {
-            let path = error.path().unwrap_or(pgdata).to_path_buf();
+            let path = error.path().unwrap_or(folder).to_path_buf();
             SyncError::file("listing", &path, error.into())
         })?;
         let directory = item.file_type().is_dir();
-        let relative = item.path().strip_prefix(pgdata).ok().and_then(Path::to_str);
+        let relative = item.path().strip_prefix(folder).ok().and_then(Path::to_str);
+        let relative = relative.map(|path| format!("{prefix}{path}"));
         // A name that is not UTF-8 can not be in the table.
-        let keep = relative.is_some_and(|path| keeps(path, directory, item.path_is_symlink(), &wanted));
-        if keep && directory && relative.is_some_and(|path| matches!(path, "log" | "pg_log")) {
+        let keep = relative.as_deref().is_some_and(|path| keeps(path, directory, item.path_is_symlink(), wanted));
+        if keep && directory && relative.as_deref().is_some_and(|path| matches!(path, "log" | "pg_log")) {
             walk.skip_current_dir();
         }
         if !keep {
@@ -77,16 +95,13 @@ pub(super) fn arrange(pgdata: &Path, table: &[FileEntry]) -> Result<(), SyncErro
             }
         }
     }
-    for entry in table.iter().filter(|entry| entry.directory) {
-        make_directory(&pgdata.join(&entry.path), entry.mode)?;
-    }
     Ok(())
 }
 
 fn keeps(path: &str, directory: bool, link: bool, wanted: &HashMap<&str, &FileEntry>) -> bool {
     if link {
         // B's WAL may lie on a disk of its own.
-        return path == "pg_wal";
+        return path == "pg_wal" || wanted.get(path).is_some_and(|entry| entry.tablespace.is_some());
     }
     if matches!(path, "log" | "pg_log") {
         return directory;
@@ -97,7 +112,7 @@ fn keeps(path: &str, directory: bool, link: bool, wanted: &HashMap<&str, &FileEn
     }
 }
 
-fn make_directory(path: &Path, mode: u32) -> Result<(), SyncError> {
+pub(super) fn make_directory(path: &Path, mode: u32) -> Result<(), SyncError> {
     // PostgreSQL accepts 0700 and 0750.
     let mode = 0o700 | (mode & 0o050);
     let make = || -> io::Result<()> {
@@ -187,7 +202,7 @@ mod tests {
             entry("pg_replslot", true),
             entry("pg_xact", true),
         ];
-        arrange(&root, &table).unwrap();
+        arrange(&root, &table, &[]).unwrap();
         assert!(root.join("base/5/1").exists() && root.join("pg_xact").is_dir());
         assert!(root.join("postgresql.conf").exists() && root.join("log/a.log").exists());
         assert!(

@@ -12,6 +12,7 @@ mod layout;
 mod plan;
 mod pull;
 mod settings;
+mod tablespaces;
 mod wal_files;
 mod writer;
 
