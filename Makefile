@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential torture catalogue mutants versions check
+.PHONY: demo test setup bench differential torture catalogue mutants versions kill-phases check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -48,6 +48,11 @@ mutants: setup
 # Nodes filled with PostgreSQL 16, 17 and 18, whose programs are fetched from npm; VERSION=18 takes one.
 versions: setup
 	CARGO=$(CARGO) scripts/versions "$(VERSION)"
+
+# kill -9 of each process in each phase of a recovery: the schedules of SEED.
+ROUNDS ?= 200
+kill-phases: setup
+	KILL_ROUNDS=$(ROUNDS) KILL_SEED=$(SEED) $(CARGO) test --locked --test kill_phases -- --nocapture
 
 check:
 	$(CARGO) fmt --all --check

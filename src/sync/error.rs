@@ -45,6 +45,15 @@ impl SyncError {
         SyncError::Refused { what: what.into(), hint: hint.into() }
     }
 
+    /// Whether the connection to the other node is gone, or could not be made; it may come back.
+    pub(crate) fn is_lost_connection(&self) -> bool {
+        match self {
+            SyncError::Closed { .. } => true,
+            SyncError::Peer(failure) => failure.code == FailureCode::Peer,
+            _ => false,
+        }
+    }
+
     /// The same error in the form that crosses the network.
     #[must_use]
     pub fn failure(&self) -> Failure {

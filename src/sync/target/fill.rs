@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pgtandem_proto::message::{FileEntry, FilesReply, FilesRequest, Lsn};
+use pgtandem_proto::message::{FileEntry, FilesReply, FilesRequest, Lsn, Progress};
 use tokio::sync::watch;
 
 use super::super::control_file::CONTROL_FILE;
@@ -28,6 +28,10 @@ use crate::config::NodeConfig;
 
 /// Most channels of a fill; each costs both nodes about 20 MiB.
 const CHANNELS_MAX: usize = 6;
+/// Connections in a row that end and have brought nothing.
+const FRUITLESS_MAX: u64 = 3;
+/// Pause before the connection is made again, milliseconds, for each that brought nothing.
+const AGAIN_MS: u64 = 250;
 /// Longest wait for what the other node said before its connection ended, on each channel, milliseconds.
 const CAUSE_MS_MAX: u64 = 500;
 /// Largest `backup_label`; real ones have about 300 bytes.
@@ -58,9 +62,42 @@ impl Target {
     /// Makes this node's data directory a copy of the source's, with the WAL that it needs to become consistent.
     /// PostgreSQL is stopped first. After an error the directory can not be started; the next fill sends only what
     /// differs.
+    ///
+    /// A connection that ends is made again as long as each one brings something that was not there before.
     pub async fn fill(&mut self, source: Arc<dyn Source>) -> Result<(), SyncError> {
         self.following = None;
-        self.progress.send_replace(pgtandem_proto::message::Progress::default());
+        self.progress.send_replace(Progress::default());
+        let mut fruitless = 0;
+        loop {
+            let (sent, wal) = self.counted();
+            let error = match self.fill_once(source.clone()).await {
+                Err(error) if error.is_lost_connection() => error,
+                done => return done,
+            };
+            if self.counted().0 == sent {
+                fruitless += 1;
+            } else {
+                fruitless = 1;
+            }
+            if fruitless > FRUITLESS_MAX {
+                return Err(error);
+            }
+            tracing::warn!(%error, "a fill is taken up again: only what differs is sent");
+            tokio::time::sleep(Duration::from_millis(AGAIN_MS * fruitless)).await;
+            // What came stays counted; the comparison begins anew.
+            let (bytes_sent, wal_bytes_received) = (self.counted().0, self.counted().1.max(wal));
+            self.progress.send_replace(Progress { bytes_sent, wal_bytes_received, ..Progress::default() });
+        }
+    }
+
+    /// Bytes of files and of WAL that came.
+    fn counted(&self) -> (u64, u64) {
+        let progress = self.progress.borrow();
+        (progress.bytes_sent, progress.wal_bytes_received)
+    }
+
+    /// One backup, from its beginning to its end.
+    async fn fill_once(&self, source: Arc<dyn Source>) -> Result<(), SyncError> {
         let node = self.postgres.node().clone();
         let stopped = self.postgres.stop(false).await;
         stopped.map_err(|source| SyncError::Server { action: "stopping PostgreSQL before it is filled", source })?;
