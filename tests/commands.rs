@@ -230,6 +230,10 @@ impl Replication for NoServers {
 
     async fn abandon(&self, _: &str) {}
 
+    async fn switch(&self, _: &str) -> Result<MemberSet, ReplicationError> {
+        unreachable!("nobody asks for it here")
+    }
+
     async fn remove(&self, node: &str, _: &str) -> Result<MemberSet, ReplicationError> {
         let mut set = self.set.lock().unwrap();
         *set = members::without(&set, node).unwrap();

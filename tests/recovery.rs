@@ -75,6 +75,10 @@ impl Replication for Quiet {
 
     async fn abandon(&self, _: &str) {}
 
+    async fn switch(&self, _: &str) -> Result<MemberSet, ReplicationError> {
+        unreachable!("a recovery changes no leader")
+    }
+
     async fn remove(&self, node: &str, _: &str) -> Result<MemberSet, ReplicationError> {
         let smaller = members::without(&self.members(), node).map_err(broken)?;
         self.store(1, &smaller, NodeState::Stale).await?;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 pub type Epoch = u64;
 
 /// The set of nodes that hold every acknowledged write, as one proxy decided it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MemberSet {
     pub epoch: Epoch,
     /// Number of this set within its epoch. `(epoch, version)` only grows.
@@ -20,7 +20,7 @@ pub struct MemberSet {
 }
 
 /// What a node knows about its own data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum NodeState {
     /// Nothing is known about the data; also what a torn or lost record means.
     Blank,
@@ -41,7 +41,7 @@ pub enum NodeState {
 }
 
 /// The durable record of a node, kept by its agent outside PGDATA.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Record {
     pub cluster: String,
     pub node: String,

@@ -368,7 +368,7 @@ pub enum WalReply {
 // ---------------------------------------------------------------- leases
 
 /// From the node to the proxy that opened the channel: is this node still a member?
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LeaseAsk {
     /// Of this asking; the answer has it, too.
     pub number: u64,
@@ -376,7 +376,7 @@ pub struct LeaseAsk {
 
 /// Until 3 s after the asking nothing is acknowledged without this node. No answer: the node is no member any more, or the proxy
 /// is about to go on without it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LeaseGrant {
     pub number: u64,
     /// The member set under which commits are acknowledged.

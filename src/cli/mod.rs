@@ -13,6 +13,7 @@ mod records;
 mod recover;
 mod sandbox;
 mod status;
+mod switch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -51,6 +52,8 @@ enum Command {
     Detach(detach::Detach),
     /// Make the node of this host the leader, because the leader's host is lost. Says first whether that is safe.
     Promote(promote::Promote),
+    /// Make another node the leader, as planned: its proxy takes over.
+    Switch(switch::Switch),
     /// Empty a node that went on alone while the other side did, too; its data are moved aside.
     DiscardFork(discard_fork::DiscardFork),
     /// Show members, states and what to do about whatever is not as it should be.
@@ -83,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Recover(command) => command.run(&arguments.config),
         Command::Detach(command) => command.run(&arguments.config),
         Command::Promote(command) => command.run(&arguments.config),
+        Command::Switch(command) => command.run(&arguments.config),
         Command::DiscardFork(command) => command.run(&arguments.config),
         Command::Status(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),

@@ -8,7 +8,7 @@
 //! Order of calls, agent: [`Lease::ask`], then [`Lease::granted`] for the answer; [`Lease::is_valid`] at any time; [`Lease::forget`] when it
 //! promises an epoch. Proxy: [`Grants::grant`] for each asking, [`Grants::stop`] then [`Grants::free_at`] before a shrink.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use pgtandem_proto::membership::{Epoch, MemberSet, NodeState, Record};
 use pgtandem_proto::message::LeaseGrant;
@@ -101,12 +101,12 @@ pub fn doubted(record: &Record, last_contact: Option<u64>) -> Option<Record> {
 }
 
 /// The proxy's side: when each node was granted a lease last, and who gets none any more.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Grants {
-    nodes: HashMap<String, Granted>,
+    nodes: BTreeMap<String, Granted>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 struct Granted {
     last: Option<u64>,
     stopped: bool,

@@ -74,6 +74,17 @@ pub fn without(set: &MemberSet, node: &str) -> Result<MemberSet, MembersError> {
     Ok(next)
 }
 
+/// The next version, with another leader, on whose host the proxy runs.
+pub fn led_by(set: &MemberSet, node: &str) -> Result<MemberSet, MembersError> {
+    check(set)?;
+    if !contains(set, node) {
+        return Err(MembersError::NotMember(node.into()));
+    }
+    let next = MemberSet { leader: node.into(), proxy: node.into(), ..next_version(set)? };
+    debug_assert!(is_successor(set, &next));
+    Ok(next)
+}
+
 /// The same nodes under a new reign; its versions start at 1.
 pub fn in_epoch(set: &MemberSet, epoch: Epoch, proxy: &str) -> Result<MemberSet, MembersError> {
     check(set)?;
@@ -162,6 +173,14 @@ mod tests {
         assert_eq!(again.version, 3);
         assert_eq!(without(&again, "a"), Err(MembersError::NotMember("a".into())));
         assert_eq!(without(&again, "b"), Err(MembersError::IsLeader("b".into())));
+    }
+
+    #[test]
+    fn only_a_member_can_lead() {
+        let two = with(&first("a"), "b").unwrap();
+        let led = led_by(&two, "b").unwrap();
+        assert_eq!((led.leader.as_str(), led.proxy.as_str(), led.version), ("b", "b", 3));
+        assert_eq!(led_by(&two, "c"), Err(MembersError::NotMember("c".into())));
     }
 
     #[test]

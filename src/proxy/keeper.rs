@@ -40,6 +40,7 @@ async fn ask(connection: &mut Connection) -> Result<(), ServerError> {
 async fn keep_leader(hub: &Arc<Hub>) {
     loop {
         let epoch = hub.reign_epoch().unwrap_or(0);
+        let mut occasion = Occasion::LeaderBack { epoch };
         tokio::select! {
             lost = watch_leader(hub) => {
                 tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
@@ -48,15 +49,17 @@ async fn keep_leader(hub: &Arc<Hub>) {
             promised = watch_promise(hub, epoch) => {
                 tracing::error!(epoch, promised, "this node has promised a newer epoch: this reign is over");
             }
+            // Another node was made the leader, or it is not known whether it was.
+            () = ended(hub) => occasion = Occasion::Start,
         }
-        raise_again(hub, epoch).await;
+        raise_again(hub, occasion).await;
         hub.set_trouble(None);
     }
 }
 
 /// Returns when an epoch serves again. Where it must not, clients are told so meanwhile.
-async fn raise_again(hub: &Arc<Hub>, epoch: u64) {
-    while let Err(error) = reign::raise(hub, Occasion::LeaderBack { epoch }).await {
+async fn raise_again(hub: &Arc<Hub>, occasion: Occasion) {
+    while let Err(error) = reign::raise(hub, occasion).await {
         if let ReignError::Refused(refusal) = &error {
             let why = Problem { what: refusal.to_string(), hint: refusal.hint() };
             let is_new = !matches!(&*hub.reign.borrow(), Reign::Waiting(known) if **known == why);
@@ -70,6 +73,13 @@ async fn raise_again(hub: &Arc<Hub>, epoch: u64) {
         }
         tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
     }
+}
+
+/// Returns when nobody is served any more, by this proxy's own decision.
+async fn ended(hub: &Hub) {
+    let mut reign = hub.reign.subscribe();
+    // The sender lives as long as the hub.
+    let _ = reign.wait_for(|reign| matches!(reign, Reign::Starting | Reign::Waiting(_))).await;
 }
 
 /// Returns when this host's agent has promised more than `epoch`, with what: whoever asked for that has ended this reign.

@@ -45,6 +45,9 @@ pub trait Replication: Send + Sync {
     /// Drops the backlog of `node`; the node stays out. Does nothing for a node without a backlog or for a member.
     fn abandon(&self, node: &str) -> impl Future<Output = ()> + Send;
 
+    /// Makes another member the leader. When this returns, this proxy serves nobody, and the one on that node's host may.
+    fn switch(&self, node: &str) -> impl Future<Output = Result<MemberSet, ReplicationError>> + Send;
+
     /// Takes a member out of the set: its agent is told Stale if it answers, the smaller set is stored on the others,
     /// and the next commit goes without it. `reason` is one sentence, kept as the node's last error.
     fn remove(&self, node: &str, reason: &str) -> impl Future<Output = Result<MemberSet, ReplicationError>> + Send;

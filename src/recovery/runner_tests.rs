@@ -92,6 +92,10 @@ impl Replication for World {
         self.note("abandon");
     }
 
+    async fn switch(&self, _: &str) -> Result<MemberSet, ReplicationError> {
+        unreachable!("a recovery changes no leader")
+    }
+
     async fn remove(&self, _: &str, _: &str) -> Result<MemberSet, ReplicationError> {
         self.note("remove");
         *self.is_member.lock().unwrap() = false;

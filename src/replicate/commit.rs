@@ -354,22 +354,28 @@ impl Commit<'_> {
 
 /// Commits or rolls back what is prepared. A follower that can not is taken out of the member set.
 /// When this returns it is true on every member.
-pub async fn finish(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepared>, gid: &str, commit: bool) {
+/// True: everybody who held it has finished it; otherwise somebody has left, or the reign is over.
+pub async fn finish(hub: &Hub, pool: &Pool, database: &Arc<str>, held: Vec<Prepared>, gid: &str, commit: bool) -> bool {
     let finishing = held.into_iter().map(|mut prepared| async move {
         let result = tokio::select! {
             result = within(hub.config.proxy.follower_ms_max, flight::finish(&mut prepared.connection, gid, commit)) => result,
-            () = prepared.follower.gone.cancelled() => return,
+            () = prepared.follower.gone.cancelled() => return false,
         };
         match result {
-            Ok(()) if prepared.reusable => pool.give_back(hub, &prepared.follower, database, prepared.connection),
-            Ok(()) => {}
+            Ok(()) => {
+                if prepared.reusable {
+                    pool.give_back(hub, &prepared.follower, database, prepared.connection);
+                }
+                true
+            }
             Err(e) => {
                 let reason = format!("finishing {gid} in database {database} failed: {e}");
                 take_out(hub, &prepared.follower, &reason, gid).await;
+                false
             }
         }
     });
-    join_all(finishing).await;
+    join_all(finishing).await.into_iter().all(|finished| finished)
 }
 
 /// Connections whose halves stay prepared.

@@ -330,6 +330,10 @@ impl Replication for Hub {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
     }
 
+    async fn switch(&self, node: &str) -> Result<MemberSet, ReplicationError> {
+        self.switch_leader(node).await
+    }
+
     async fn remove(&self, node: &str, reason: &str) -> Result<MemberSet, ReplicationError> {
         self.remove_member(node, reason).await.map_err(|e| match &e {
             HubError::Members(_) | HubError::UnknownNode(_) => wrong_node(&e),

@@ -24,4 +24,5 @@ pub mod rows;
 pub mod schema;
 pub mod sequences;
 pub mod shapes;
+pub mod switch;
 pub mod two_phase;

@@ -16,7 +16,7 @@ use crate::replicate::commit::{self, Commit, PrepareError, Prepared};
 use crate::replicate::effects::EffectLog;
 use crate::replicate::flight::{self, Decision};
 use crate::replicate::gate::{Closed, Pass};
-use crate::replicate::hub::{Hub, HubError};
+use crate::replicate::hub::{Hub, HubError, Reign};
 use crate::replicate::once::Halves;
 use crate::replicate::resolve;
 use crate::session::effect::client_error_frame;
@@ -198,7 +198,8 @@ impl Session {
         closed: &mut Option<Closed<'h>>,
     ) -> Result<Pass, ClientError> {
         if !ddl {
-            return Ok(hub.gate.pass().await);
+            let pass = hub.gate.pass().await;
+            return Self::still_serving(hub).map(|()| pass);
         }
         let mut attempt = 0;
         let gate = loop {
@@ -210,9 +211,19 @@ impl Session {
                 }
             }
         };
+        Self::still_serving(hub)?;
         let pass = hub.gate.pass_closed(&gate);
         *closed = Some(gate);
         Ok(pass)
+    }
+
+    /// A change of the leader closes the gate: what it held back is not decided here any more.
+    fn still_serving(hub: &Hub) -> Result<(), ClientError> {
+        if hub.reign_epoch().is_some() {
+            return Ok(());
+        }
+        let what = "the transaction was rolled back: the leader changed before it was committed";
+        Err(ClientError::error("40001", what, "Try the transaction again."))
     }
 
     /// Followers have prepared, the gate is passed: mark and COMMIT on the leader.
@@ -236,7 +247,7 @@ impl Session {
             Ok(()) => {
                 entries.settle(false);
                 let error = self.last_error();
-                self.abandon(std::mem::take(held), decision).await;
+                self.abandon(std::mem::take(held), decision).await?;
                 return Ok(Err(error));
             }
             Err(end) => {
@@ -248,7 +259,7 @@ impl Session {
         };
         entries.settle(committed);
         if !committed {
-            self.abandon(std::mem::take(held), decision).await;
+            self.abandon(std::mem::take(held), decision).await?;
             return Err(self.tell_rolled_back().await);
         }
         if let Some(gate) = closed {
@@ -322,13 +333,25 @@ impl Session {
         decision: &Decision,
         error: ClientError,
     ) -> Result<BytesMut, End> {
-        self.abandon(held, decision).await;
+        self.abandon(held, decision).await?;
         self.roll_back_everywhere().await?;
         Ok(client_error_frame(&error))
     }
 
-    pub(super) async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) {
-        commit::finish(&self.hub, &self.thread.pool, &self.database, held, &decision.gid, false).await;
+    /// When this returns without an error, the half is on no member any more, so that a failure may be told: a member that still
+    /// held it could be made the leader, and would commit what may have been acknowledged.
+    pub(super) async fn abandon(&mut self, held: Vec<Prepared>, decision: &Decision) -> Result<(), End> {
+        let finished = commit::finish(&self.hub, &self.thread.pool, &self.database, held, &decision.gid, false).await;
+        if finished || self.hub.reign_epoch() == Some(self.epoch) {
+            return Ok(());
+        }
+        // The reign ended in the middle. The next one rolls it back before it serves, if it is this proxy's.
+        let mut reign = self.hub.reign.subscribe();
+        let decided = reign.wait_for(|reign| !matches!(reign, Reign::Starting));
+        match tokio::time::timeout(Duration::from_millis(OUTCOME_MS_MAX), decided).await {
+            Ok(Ok(reign)) if matches!(*reign, Reign::Serving { .. }) => Ok(()),
+            _ => Err(End::Unknown),
+        }
     }
 
     /// The leader's connection ended with a COMMIT under way. Its mark says whether it was committed: once the backend is gone,
@@ -364,6 +387,8 @@ impl Session {
                     let n = self.hub.marks.decided_after(self.epoch, &self.database, decision.mark_id);
                     return n.map(|n| n >= decision.mark_n).ok_or(End::Unknown);
                 }
+                // Another host decides it.
+                None if matches!(*self.hub.reign.borrow(), Reign::Waiting(_)) => return Err(End::Unknown),
                 None => {}
             }
             tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await;

@@ -105,7 +105,7 @@ impl Session {
                 return Err(self.tell_rolled_back().await);
             }
             Err(error) => {
-                self.abandon(std::mem::take(held), decision).await;
+                self.abandon(std::mem::take(held), decision).await?;
                 self.halves = open.take();
                 self.roll_halves_back().await;
                 self.finish_prepared(decision, false).await?;
@@ -117,7 +117,7 @@ impl Session {
         let committed = self.finish_prepared(decision, true).await?;
         entries.settle(committed);
         if !committed {
-            self.abandon(std::mem::take(held), decision).await;
+            self.abandon(std::mem::take(held), decision).await?;
             return Err(self.tell_rolled_back().await);
         }
         if let Some(gate) = closed {

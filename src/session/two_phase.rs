@@ -181,7 +181,7 @@ impl Session {
         match prepared? {
             Ok(()) => Ok(Ok(())),
             Err(error) => {
-                self.abandon(std::mem::take(held), decision).await;
+                self.abandon(std::mem::take(held), decision).await?;
                 Ok(Err(error_frame(&error)))
             }
         }

@@ -23,6 +23,9 @@ pub enum ControlRequest {
     Detach {
         node: String,
     },
+    Switch {
+        node: String,
+    },
 }
 
 /// What the proxy answers: any number of progress lines, then one `{"result":...}` or `{"error":...}`.
@@ -40,6 +43,16 @@ pub enum Outcome {
     Status { status: Box<ClusterStatus> },
     Recover { recovery: Box<RecoveryView> },
     Detach(Detached),
+    Switch(Switched),
+}
+
+/// Another node leads; its proxy takes over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switched {
+    pub node: String,
+    pub members: Vec<String>,
+    /// The epoch that ended with it.
+    pub epoch: u64,
 }
 
 /// The end of a detach.

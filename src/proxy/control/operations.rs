@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::message::{ControlAnswer, ControlRequest, Detached, Outcome};
+use super::message::{ControlAnswer, ControlRequest, Detached, Outcome, Switched};
 use super::server::{Answers, Handler};
 use crate::cluster::members;
 use crate::config::NodeConfig;
@@ -40,6 +40,7 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Handler for Operation
         let outcome = match request {
             ControlRequest::Status => Ok(Outcome::Status { status: Box::new(self.status().await) }),
             ControlRequest::Recover { node, yes } => return self.recover(&node, yes, answers).await,
+            ControlRequest::Switch { node } => self.switch(&node).await.map(Outcome::Switch),
             ControlRequest::Detach { node } => self.detach(&node).await.map(Outcome::Detach),
         };
         Ok(match outcome {
@@ -117,6 +118,14 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
         }
     }
 
+    async fn switch(&self, node: &str) -> Result<Switched, Cause> {
+        if !self.recoveries.nodes().iter().any(|known| known == node) {
+            return Err(self.unknown(node));
+        }
+        let set = self.recoveries.replication().switch(node).await?;
+        Ok(Switched { node: node.into(), members: set.nodes, epoch: set.epoch })
+    }
+
     async fn detach(&self, node: &str) -> Result<Detached, Cause> {
         if !self.recoveries.nodes().iter().any(|known| known == node) {
             return Err(self.unknown(node));
@@ -133,7 +142,7 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
             return Err(Cause::new(
                 CauseKind::Refused,
                 format!("{node} is the leader and can not be detached"),
-                "another node must become the leader first; if this host is to go: stop the proxy here, then on the other one: pgtandem promote",
+                "make another node the leader first: pgtandem switch NODE",
             ));
         }
         let set = replication.remove(node, "an operator detached it").await?;
