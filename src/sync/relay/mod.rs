@@ -189,7 +189,7 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
 
 /// One walreceiver, until it or the source goes.
 async fn serve(mut stream: UnixStream, shared: &Shared) -> Result<(), SyncError> {
-    let mut session = Session::new(shared.identity.clone(), shared.end());
+    let mut session = Session::new(shared.identity.clone());
     let mut wal: Option<WalStream> = None;
     let mut buffer = vec![0; READ_BYTES];
     let mut keepalive = tokio::time::interval(Duration::from_millis(KEEPALIVE_MS));
@@ -205,6 +205,10 @@ async fn serve(mut stream: UnixStream, shared: &Shared) -> Result<(), SyncError>
                 session.handle_bytes(buffer.get(..count).unwrap_or_default());
                 while let Some(event) = session.poll_event().map_err(|error| SyncError::Protocol(error.to_string()))? {
                     match event {
+                        Event::Identify => {
+                            shared.ask_position().await;
+                            session.handle_position(Lsn(lock(&shared.status).source_flushed));
+                        }
                         Event::Start { from } => wal = begin(shared, &mut session, from).await,
                         Event::Feedback { flushed, applied, reply_requested, .. } => {
                             shared.note_feedback(flushed, applied);
@@ -309,6 +313,15 @@ impl Shared {
         let flushed = lock(&self.status).source_flushed;
         let limit = lock(&self.fence).limit();
         Lsn(limit.map_or(flushed, |limit| limit.0.min(flushed)))
+    }
+
+    /// Asks the source how far it has flushed by now. If it can not be asked, what is known stands.
+    async fn ask_position(&self) {
+        let known = Lsn(lock(&self.status).source_flushed);
+        match open(self, segment_start(known, self.wal_segment_bytes)).await {
+            Ok(_) => {}
+            Err(error) => tracing::info!(%error, "the relay could not ask the source for its position"),
+        }
     }
 
     fn note_flushed(&self, flushed: Lsn) {

@@ -31,6 +31,8 @@ pub struct Identity {
 /// What a walreceiver wants, or says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// It asks how far the source is: [`Session::handle_position`] answers.
+    Identify,
     /// Stream from here.
     Start { from: Lsn },
     /// How far it is.
@@ -63,18 +65,15 @@ enum State {
 #[derive(Debug)]
 pub struct Session {
     identity: Identity,
-    /// What IDENTIFY_SYSTEM answers.
-    position: Lsn,
     state: State,
     input: BytesMut,
     output: BytesMut,
 }
 
 impl Session {
-    /// `position`: how far WAL may be had from us at this moment.
     #[must_use]
-    pub fn new(identity: Identity, position: Lsn) -> Session {
-        Session { identity, position, state: State::Startup, input: BytesMut::new(), output: BytesMut::new() }
+    pub fn new(identity: Identity) -> Session {
+        Session { identity, state: State::Startup, input: BytesMut::new(), output: BytesMut::new() }
     }
 
     pub fn handle_bytes(&mut self, bytes: &[u8]) {
@@ -233,7 +232,7 @@ impl Session {
     fn handle_query(&mut self, query: &str) -> Option<Event> {
         let mut words = query.trim().trim_end_matches(';').split_ascii_whitespace();
         match words.next().map(str::to_ascii_uppercase).as_deref() {
-            Some("IDENTIFY_SYSTEM") => self.answer_identity(),
+            Some("IDENTIFY_SYSTEM") => return Some(Event::Identify),
             Some("TIMELINE_HISTORY") => match words.next().and_then(|word| word.parse().ok()) {
                 Some(timeline) if timeline == self.identity.timeline => self.answer_history(timeline),
                 _ => self.refuse("58P01", "the relay has only the history of the source's own timeline"),
@@ -250,9 +249,12 @@ impl Session {
         None
     }
 
-    fn answer_identity(&mut self) {
+    /// Answers IDENTIFY_SYSTEM. `position`: how far the source has flushed. A walreceiver that finds it behind the position that it
+    /// wants does not begin (seen in PostgreSQL 15.20, not yet in 15.18; `walreceiver.c`, "is ahead of the upstream server's flush
+    /// position"), and it may want the segment after one that it has whole.
+    pub fn handle_position(&mut self, position: Lsn) {
         let identity = self.identity.system_identifier.to_string();
-        let (timeline, position) = (self.identity.timeline.to_string(), format_lsn(self.position));
+        let (timeline, position) = (self.identity.timeline.to_string(), format_lsn(position));
         let columns = [("systemid", 25_u32), ("timeline", 23), ("xlogpos", 25), ("dbname", 25)];
         self.answer_row(
             &columns,
@@ -378,7 +380,7 @@ mod tests {
             history: b"1\t0/3000000\tx\n".to_vec(),
             version_num: 150_018,
         };
-        Session::new(identity, Lsn(0x0300_0100))
+        Session::new(identity)
     }
 
     fn startup(session: &mut Session) {
@@ -413,7 +415,9 @@ mod tests {
         assert_eq!(session.poll_event(), Ok(None));
         assert_eq!(session.take_output(), "N");
         startup(&mut session);
-        assert_eq!(ask(&mut session, "IDENTIFY_SYSTEM"), Ok(None));
+        assert_eq!(ask(&mut session, "IDENTIFY_SYSTEM"), Ok(Some(Event::Identify)));
+        assert!(session.take_output().is_empty());
+        session.handle_position(Lsn(0x0300_0100));
         let answer = session.take_output();
         assert!(answer.windows(4).any(|window| window == b"7100"));
         assert!(answer.windows(9).any(|window| window == b"0/3000100"));
