@@ -125,11 +125,16 @@ async fn what_a_trigger_does_besides_is_not_lost() {
            $$ begin execute 'insert into log values (random() * 1000, now())'; return new; end $$;
          create function calls() returns trigger language plpgsql as $$ begin perform helper(new.id); return new; end $$;
          create function helper(i int) returns void language plpgsql as $$ begin insert into log values (i, now()); end $$;
+         create function adds(int, int) returns boolean language plpgsql as
+           $$ begin insert into log values ($1, now()); return true; end $$;
+         create operator ==> (leftarg = int, rightarg = int, function = adds);
+         create function operates() returns trigger language plpgsql as
+           $$ begin if new.v ==> 1 then new.v := random(); end if; return new; end $$;
          create function stamps() returns trigger language plpgsql as $$ begin new.at := now(); return new; end $$;
          insert into t values (1, 1, 1), (2, 2, 2)",
     )
     .await;
-    for function in ["writes", "moves", "other", "builds", "calls"] {
+    for function in ["writes", "moves", "other", "builds", "calls", "operates"] {
         run(&client, &format!("create trigger x before update on t for each row execute function {function}()")).await;
         assert_eq!(
             code(&client, "update t set v = v + 1 where id = 1").await,

@@ -350,11 +350,13 @@ impl Reach {
             self.relation(&relation);
         }
         if answer.odd {
+            self.beside("a cast or a domain calls a function of users");
             self.open("a cast or a domain calls a function of users".to_owned());
         }
         for operator in answer.operators.unwrap_or_default() {
             // Runs of operators are not cut apart here: `a<-b` may be `<` and `-`.
             if self.operators.iter().any(|run| run.contains(&operator)) {
+                self.beside(format!("the operator {operator} calls a function of users"));
                 self.open(format!("the operator {operator} calls a function of users"));
             }
         }
