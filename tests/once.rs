@@ -160,6 +160,16 @@ async fn parameters_notices_and_rows_are_as_on_one_server() {
     let error = client.query(&insert, &[&20, &1, &"twice"]).await.expect_err("the row is there");
     assert_eq!(error.code(), Some(&SqlState::UNIQUE_VIOLATION));
     assert!(notices.try_recv().is_err(), "no notice twice");
+    // No table is near, so that a session's temporary tables are in nobody's way.
+    run(&client, "create temp table scratch (i int)").await;
+    run(
+        &client,
+        "create procedure tell(inout words text) language plpgsql as $$ begin raise notice '%', words; end $$",
+    )
+    .await;
+    let row = client.query_one("call tell($1)", &[&"hello"]).await.expect("call");
+    assert_eq!((row.get::<_, &str>(0), notices.recv().await.as_deref()), ("hello", Some("hello")));
+    assert_eq!(refused(&client, "call move(13)").await.0, SqlState::FEATURE_NOT_SUPPORTED);
     everywhere(&cluster, "select count(*) || ':' || count(v) from item", "9:7").await;
 }
 

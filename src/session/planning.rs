@@ -247,6 +247,8 @@ impl Session {
             Verdict::Known(Proof { unproven: Some(why), .. }) if self.hub.config.proxy.unproven == Unproven::Refuse => {
                 Lane::Refused(crate::sql::refuse::unproven_code(&why))
             }
+            // Followers have no part in it. Behind the guard, because a function that its owner calls immutable is not read.
+            Verdict::Known(Proof { unproven: None, tables: false, .. }) => Lane::Read { guard: true, copy_in: false },
             Verdict::Known(proof) => Lane::Once(Box::new(Once { proof, ..*once })),
         };
         Ok(Ok(Plan { lane, ..plan }))

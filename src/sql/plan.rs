@@ -159,6 +159,8 @@ pub struct Proof {
     pub settings: Vec<String>,
     /// It catches errors: a lock that is not free must not be one of them.
     pub catches_errors: bool,
+    /// It may read or write tables of users.
+    pub tables: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]

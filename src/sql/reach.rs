@@ -571,7 +571,10 @@ impl Reach {
         }
         match self.varies {
             Some(why) => Verdict::Varies(why),
-            None => Verdict::Known(Proof { unproven: self.unproven, settings, catches_errors: self.catches_errors }),
+            None => {
+                let (catches_errors, tables) = (self.catches_errors, !self.seen_relations.is_empty());
+                Verdict::Known(Proof { unproven: self.unproven, settings, catches_errors, tables })
+            }
         }
     }
 }

@@ -42,6 +42,16 @@ select count(*) from scratch;
 create function scratched() returns bigint language sql as 'select count(*) from scratch';
 select scratched();
 drop function scratched();
+-- Code that comes near no table is the leader's alone.
+do $$ begin raise notice 'hello'; end $$;
+create procedure told(in text, inout text) language plpgsql as $$ begin $2 := upper($1); raise notice '%', $2; end $$;
+call told('hello', null);
+begin isolation level repeatable read;
+select count(*) from kept;
+do $$ begin raise notice 'hello'; perform set_config('work_mem', '5MB', true); end $$;
+show work_mem;
+commit;
+do $$ begin raise exception 'goodbye'; end $$;
 discard temp;
 select * from scratch;
 select * from kept order by id;
