@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential torture catalogue mutants versions kill-phases check
+.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -27,6 +27,11 @@ differential: setup
 	@test -n "$(DIR)" || { echo 'which folder? make differential DIR=tests/differential' >&2; exit 2; }
 	PGTANDEM_SCRIPTS="$(abspath $(DIR))" PGTANDEM_SCRIPTS_ONLY="$(ONLY)" \
 		$(CARGO) test --locked --quiet --test differential -- --nocapture
+
+# The drivers' own test suites on a lone server and through the proxy: docs/drivers.md
+drivers: setup
+	scripts/setup test
+	scripts/driver-suites $(DRIVER)
 
 # Random transactions, servers compared, for as long as it takes: the seeds SEED .. SEED + SEEDS - 1. A red run prints a script.
 SEED ?= $(shell date +%s)
