@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases check
+.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases simulate check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -58,6 +58,11 @@ versions: setup
 ROUNDS ?= 200
 kill-phases: setup
 	KILL_ROUNDS=$(ROUNDS) KILL_SEED=$(SEED) $(CARGO) test --locked --test kill_phases -- --nocapture
+
+# The membership core through long lives drawn from the seeds SEED .. SEED + SEEDS - 1; SEED=7 SEEDS=1 plays one again.
+simulate:
+	SIMULATE_SEED=$(SEED) SIMULATE_SEEDS=$(SEEDS) \
+		$(CARGO) test --locked --test membership -- --nocapture long_lives
 
 check:
 	$(CARGO) fmt --all --check

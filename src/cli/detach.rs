@@ -190,7 +190,8 @@ fn plan(node: &str, found: &[Found]) -> Result<Option<Plan>, Explained> {
     }
     remaining.sort_by_key(|(name, _)| *name == smaller.leader);
     let promised = found.iter().filter_map(|found| found.answer.as_ref().ok()).map(|status| status.record.promised);
-    let epoch = promised.max().unwrap_or(0).max(set.epoch) + 1;
+    let above = promised.max().unwrap_or(0).max(set.epoch);
+    let epoch = members::next_epoch(above, &smaller.leader, found.iter().map(|found| found.node.as_str()));
     let proxy = smaller.proxy.clone();
     let set = members::in_epoch(&smaller, epoch, &proxy)
         .map_err(|error| Explained { what: error.to_string(), hint: "look at pgtandem status --json".into() })?;

@@ -5,7 +5,6 @@
 //! any more; then the records are written. The proxy of this host, which waits or is started next, settles what the old leader
 //! left undecided and serves.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::io::IsTerminal;
 use std::path::Path;
@@ -86,7 +85,8 @@ impl Promote {
 
     async fn promote(&self, config: &Config, own: &str) -> anyhow::Result<ExitCode> {
         let clients = records::clients(config)?;
-        let judgement = judge(own, &self.when_leases_have_ended(config, &clients).await);
+        let found = self.when_leases_have_ended(config, &clients).await;
+        let judgement = promote::judge(own, &views(&found));
         let stated = Stated { dead: self.dead.clone(), accept_data_loss: self.accept_data_loss };
         let missing = judgement.missing(&stated);
         if !self.json {
@@ -189,19 +189,14 @@ impl Promote {
             order(clients, node, Request::Fence { epoch }).await.map_err(failed)?;
         }
         let found = records::read(config, clients).await;
-        let judgement = judge(own, &found);
-        let fenced: BTreeSet<&String> = plan.fenced.iter().collect();
-        let same_nodes =
-            judgement.plan.as_ref().is_some_and(|now| now.fenced.iter().collect::<BTreeSet<_>>() == fenced);
-        let Some(plan) = judgement.plan.clone().filter(|_| same_nodes && judgement.missing(stated).is_empty()) else {
+        let Some(plan) = promote::confirm(own, plan, &views(&found), stated) else {
             return Err(Explained {
                 what: "what the nodes say has changed meanwhile; nothing was written".into(),
                 hint: format!("look again: {}", self.command(&[])),
             }
             .into());
         };
-        // Nothing below the promised epoch takes effect any more, so it is enough: the set gets its number.
-        let set = MemberSet { epoch, ..plan.set };
+        let set = plan.set;
         let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let dead = if self.dead.is_empty() {
             String::new()
@@ -285,16 +280,15 @@ fn is_leased(found: &Found) -> bool {
     found.answer.as_ref().is_ok_and(|status| status.lease_ms.is_some())
 }
 
-fn judge(own: &str, found: &[Found]) -> Judgement {
-    let found: Vec<_> = found
+fn views(found: &[Found]) -> Vec<promote::Found<'_>> {
+    found
         .iter()
         .map(|found| promote::Found {
             node: &found.node,
             answer: found.answer.as_ref().map(|status| &status.record).map_err(String::as_str),
             is_leased: is_leased(found),
         })
-        .collect();
-    promote::judge(own, &found)
+        .collect()
 }
 
 fn told(own: &str, judgement: &Judgement) -> String {

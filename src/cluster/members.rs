@@ -4,6 +4,8 @@
 //! which nodes store it, are the caller's; [`everyone_stored`] and [`is_successor`] are the invariants I3 and I5 that
 //! the caller asserts before it acts on a set.
 
+use std::collections::BTreeSet;
+
 use pgtandem_proto::membership::{Epoch, MemberSet};
 use thiserror::Error;
 
@@ -96,6 +98,16 @@ pub fn in_epoch(set: &MemberSet, epoch: Epoch, proxy: &str) -> Result<MemberSet,
     Ok(next)
 }
 
+/// The first epoch above `above` that is `node`'s to take: each of the `configured` nodes has numbers of its own, so that two that
+/// can not hear of each other never take the same one (I1).
+#[must_use]
+pub fn next_epoch<'a>(above: Epoch, node: &'a str, configured: impl Iterator<Item = &'a str>) -> Epoch {
+    let names: BTreeSet<&str> = configured.chain([node]).collect();
+    let (count, place) = (names.len() as u64, names.range(..node).count() as u64);
+    let next = above + 1;
+    next + (place + count - next % count) % count
+}
+
 /// What every set fulfils, wherever it came from.
 pub fn check(set: &MemberSet) -> Result<(), MembersError> {
     if set.nodes.is_empty() {
@@ -173,6 +185,19 @@ mod tests {
         assert_eq!(again.version, 3);
         assert_eq!(without(&again, "a"), Err(MembersError::NotMember("a".into())));
         assert_eq!(without(&again, "b"), Err(MembersError::IsLeader("b".into())));
+    }
+
+    #[test]
+    fn every_node_has_epochs_of_its_own() {
+        let all = ["b", "a", "c"];
+        let next = |above, node| next_epoch(above, node, all.into_iter());
+        assert_eq!((next(0, "a"), next(0, "b"), next(0, "c")), (3, 1, 2));
+        assert_eq!((next(3, "a"), next(3, "b")), (6, 4));
+        assert_eq!(next_epoch(7, "a", std::iter::once("a")), 8);
+        for above in 0..50 {
+            assert!(all.iter().all(|node| next(above, node) > above));
+            assert!(next(above, "a") != next(above, "b") && next(above, "b") != next(above, "c"));
+        }
     }
 
     #[test]

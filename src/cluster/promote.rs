@@ -126,9 +126,21 @@ pub fn judge(own: &str, found: &[Found<'_>]) -> Judgement {
         (true, false) => Case::Assert,
         (true, true) => Case::Safe,
     };
-    let plan = plan(own, record, newest, &answers, is_current);
+    let plan = plan(own, record, newest, &answers, found.iter().map(|found| found.node), is_current);
     let evidence = evidence(own, record, newest, &silent, case, &plan);
     Judgement { case, evidence, silent, plan: Some(plan), hint: String::new() }
+}
+
+/// Judges once more when everybody who answered has promised the epoch of `first`, and ended what is older: nothing below it can
+/// change any more. Gives what is to be written; `None`: something has changed meanwhile, or a newer epoch was taken.
+#[must_use]
+pub fn confirm(own: &str, first: &Plan, found: &[Found<'_>], stated: &Stated) -> Option<Plan> {
+    let judgement = judge(own, found);
+    let nobody_is_ahead =
+        found.iter().filter_map(|found| found.answer.ok()).all(|record| record.promised <= first.set.epoch);
+    let missing = judgement.missing(stated);
+    let plan = judgement.plan.filter(|plan| plan.fenced == first.fenced && nobody_is_ahead && missing.is_empty())?;
+    Some(Plan { set: MemberSet { epoch: first.set.epoch, ..plan.set }, ..plan })
 }
 
 fn impossible(what: String, hint: String) -> Judgement {
@@ -168,7 +180,14 @@ fn unfit(own: &str, record: &Record, newest: &MemberSet) -> Option<Judgement> {
     }
 }
 
-fn plan(own: &str, record: &Record, newest: &MemberSet, answers: &[(&str, &Record)], is_current: bool) -> Plan {
+fn plan<'a>(
+    own: &'a str,
+    record: &Record,
+    newest: &MemberSet,
+    answers: &[(&str, &Record)],
+    configured: impl Iterator<Item = &'a str>,
+    is_current: bool,
+) -> Plan {
     let others = || answers.iter().filter(|(node, _)| *node != own);
     let stays = |node: &str, theirs: &Record| {
         is_current
@@ -183,7 +202,7 @@ fn plan(own: &str, record: &Record, newest: &MemberSet, answers: &[(&str, &Recor
     let leaving = leaving.map(|(node, theirs)| ((*node).to_owned(), record::left_behind(theirs, &record.generations)));
     let promised = answers.iter().map(|(_, theirs)| theirs.promised);
     let stored = answers.iter().filter_map(|(_, theirs)| theirs.members.as_ref()).map(|set| set.epoch);
-    let epoch = promised.chain(stored).fold(0, Epoch::max) + 1;
+    let epoch = members::next_epoch(promised.chain(stored).fold(0, Epoch::max), own, configured);
     let mut nodes: Vec<String> = staying.iter().cloned().chain([own.to_owned()]).collect();
     nodes.sort();
     Plan {

@@ -34,7 +34,7 @@ fn a_current_node_whose_peer_is_silent_needs_a_statement() {
     assert_eq!(judgement.case, Case::Assert);
     assert!(judgement.evidence.iter().any(|line| line.contains("2026-11-23 09:05:01")), "{:?}", judgement.evidence);
     let plan = judgement.plan.clone().unwrap();
-    assert_eq!(plan.set, set(4, 1, &["b"], "b"));
+    assert_eq!(plan.set, set(5, 1, &["b"], "b"));
     assert_eq!(judgement.missing(&Stated::default()), ["--peer-is-dead a"]);
     assert_eq!(judgement.missing(&Stated { dead: vec!["c".into()], accept_data_loss: true }), ["--peer-is-dead a"]);
     assert!(judgement.missing(&Stated { dead: vec!["a".into()], accept_data_loss: false }).is_empty());
@@ -50,7 +50,7 @@ fn it_is_safe_when_every_other_member_answers() {
     let judgement = promote("b", &[("a", Some(&a)), ("b", Some(&b))]);
     assert_eq!(judgement.case, Case::Safe);
     let plan = judgement.plan.clone().unwrap();
-    assert_eq!((plan.set, plan.fenced, plan.leaving), (set(10, 1, &["a", "b"], "b"), vec!["a".to_owned()], vec![]));
+    assert_eq!((plan.set, plan.fenced, plan.leaving), (set(11, 1, &["a", "b"], "b"), vec!["a".to_owned()], vec![]));
     assert!(judgement.missing(&Stated::default()).is_empty());
     // With a third one that was left behind, and is no member: it need not answer.
     let c = of("c", NodeState::Stale, set(3, 1, &["a", "b", "c"], "a"), &["g0"]);
@@ -71,6 +71,24 @@ fn a_node_that_was_left_behind_can_only_be_promoted_at_a_loss() {
     let judgement = promote("b", &[("a", Some(&a)), ("b", Some(&untold))]);
     assert_eq!(judgement.case, Case::Lossy);
     assert_eq!(judgement.plan.unwrap().leaving, [("a".to_owned(), NodeState::Forked)]);
+}
+
+#[test]
+fn what_has_changed_meanwhile_is_not_written() {
+    let b = of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]);
+    let a = of("a", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]);
+    let first = promote("b", &[("a", Some(&a)), ("b", Some(&b))]).plan.unwrap();
+    let confirm = |a: Option<&Record>, promised| {
+        let b = Record { promised, ..b.clone() };
+        let found = [("a", a), ("b", Some(&b))];
+        let found = found.map(|(node, record)| Found { node, answer: record.ok_or("no answer"), is_leased: false });
+        confirm("b", &first, &found, &Stated::default())
+    };
+    let fenced = Record { promised: first.set.epoch, ..a.clone() };
+    assert_eq!(confirm(Some(&fenced), first.set.epoch).unwrap().set, first.set);
+    assert_eq!(confirm(None, first.set.epoch), None, "it does not answer any more");
+    // Its proxy was started in between.
+    assert_eq!(confirm(Some(&Record { promised: first.set.epoch + 1, ..a.clone() }), first.set.epoch), None);
 }
 
 #[test]

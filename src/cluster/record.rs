@@ -100,8 +100,9 @@ pub fn store(
     if state == NodeState::InSync && !members::contains(set, &record.node) {
         return Err(RecordError::NotMember { state });
     }
-    // A record that was lost is Blank, too: only a cluster's first node is current without having been filled.
-    let first = record.state == NodeState::Blank && set.nodes == [record.node.as_str()];
+    // A record that was lost is Blank, too, and has forgotten its promises: only a cluster's first node, before any proxy has reigned, is
+    // current without having been filled.
+    let first = record.state == NodeState::Blank && *set == members::first(&record.node);
     if !may_be_told(record.state, state, first, note.is_some()) {
         return Err(RecordError::Transition { from: record.state, to: state });
     }
@@ -199,7 +200,8 @@ fn may_be_told(from: NodeState, to: NodeState, first: bool, overridden: bool) ->
         Seeding => matches!(to, Stale | Suspect | Forked | Blank),
         CatchingUp => to != Seeding,
         Joining | InSync => !matches!(to, Seeding | CatchingUp | Joining),
-        Blank => matches!(to, Stale | Suspect | Forked) || (to == InSync && (first || overridden)),
+        // Nothing is known of its data, and nothing that it is told changes that: as Stale it could be promoted.
+        Blank => to == InSync && (first || overridden),
         Stale | Suspect => matches!(to, Stale | Suspect | Forked | Blank) || (to == InSync && overridden),
     }
 }
@@ -219,9 +221,10 @@ mod tests {
     }
 
     fn member() -> Record {
-        let record = promise(&blank("shop", "a"), 3).unwrap();
-        let first = store(&record, &set(3, 0, &["a"]), NodeState::InSync, false, Some("g1"), None).unwrap();
-        store(&first, &set(3, 1, &["a", "b"]), NodeState::InSync, false, None, None).unwrap()
+        let first =
+            store(&blank("shop", "a"), &members::first("a"), NodeState::InSync, false, Some("g1"), None).unwrap();
+        let record = promise(&first, 3).unwrap();
+        store(&record, &set(3, 1, &["a", "b"]), NodeState::InSync, false, None, None).unwrap()
     }
 
     #[test]
@@ -263,6 +266,9 @@ mod tests {
     fn a_node_that_lost_its_record_is_not_told_back_into_the_set() {
         let lost = blank("shop", "a");
         assert!(store(&lost, &set(3, 5, &["a", "b"]), NodeState::InSync, false, None, None).is_err());
+        assert!(store(&lost, &set(3, 5, &["b"]), NodeState::Stale, false, None, None).is_err());
+        // Not alone either: by a proxy of an epoch that it had promised away, say.
+        assert!(store(&lost, &set(3, 5, &["a"]), NodeState::InSync, false, None, None).is_err());
     }
 
     #[test]

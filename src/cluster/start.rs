@@ -91,6 +91,13 @@ pub struct Start {
     pub silent: Vec<String>,
 }
 
+/// Whether the data get a new generation with this set: what is acknowledged under it is not on everybody who was recorded, so whoever
+/// went on from the older one went another way.
+#[must_use]
+pub fn shrinks(record: &Record, next: &MemberSet) -> bool {
+    record.members.as_ref().is_some_and(|recorded| recorded.nodes.iter().any(|node| !members::contains(next, node)))
+}
+
 /// Judges. `others`: every other node of the configuration.
 pub fn judge(record: &Record, others: &[Other<'_>], occasion: Occasion) -> Result<Start, Refusal> {
     let own = &record.node;
@@ -131,7 +138,8 @@ pub fn judge(record: &Record, others: &[Other<'_>], occasion: Occasion) -> Resul
     }
     let promised = answers().map(|(_, theirs)| theirs.promised).chain([record.promised]);
     let stored = sets().map(|(_, set)| set.epoch).chain([set.epoch]);
-    let epoch = promised.chain(stored).fold(0, Epoch::max) + 1;
+    let above = promised.chain(stored).fold(0, Epoch::max);
+    let epoch = members::next_epoch(above, own, others.iter().map(|other| other.node));
     Ok(Start { epoch, set: set.clone(), followers, leaving, silent })
 }
 
@@ -159,7 +167,7 @@ mod tests {
         let a = of("a", NodeState::InSync, set(3, 2, &["a", "b"], "a"));
         let b = Record { promised: 6, ..of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a")) };
         let started = start(&a, &[("b", Some(&b))]).unwrap();
-        assert_eq!((started.epoch, started.followers), (7, vec!["b".to_owned()]));
+        assert_eq!((started.epoch, started.followers), (8, vec!["b".to_owned()]));
         let silent = start(&a, &[("b", None)]);
         assert_eq!(silent, Err(Refusal::Silent { node: "b".into() }));
         let silent = [Other { node: "b", record: None }];
@@ -189,6 +197,7 @@ mod tests {
         let b = of("b", NodeState::InSync, set(3, 3, &["a", "b"], "a"));
         let c = of("c", NodeState::Stale, set(3, 3, &["a", "b"], "a"));
         let started = start(&a, &[("b", Some(&b)), ("c", Some(&c))]).unwrap();
+        assert!(shrinks(&a, &started.set) && !shrinks(&b, &started.set));
         assert_eq!((started.set.version, started.followers), (3, vec!["b".to_owned()]));
         // It was told, and nobody else: whoever starts finds it out of sync.
         let b = of("b", NodeState::InSync, set(3, 2, &["a", "b", "c"], "a"));

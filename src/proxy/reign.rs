@@ -178,8 +178,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
         }
     }
     let new = members::in_epoch(&new, epoch, &own.name)?;
-    let shrunk = !dropped.is_empty() || !start.silent.is_empty();
-    let generation = shrunk.then(|| format!("{:032x}", rand::random::<u128>()));
+    let generation = start::shrinks(&leader.status.record, &new).then(|| format!("{:032x}", rand::random::<u128>()));
     for member in std::iter::once(&mut leader).chain(&mut staying) {
         store_on(&mut member.control, &new, NodeState::InSync, generation.as_deref(), None)
             .await

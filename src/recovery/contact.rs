@@ -64,22 +64,19 @@ pub fn duty(node: &str, set: &MemberSet, leader: Option<&Record>, status: &NodeS
     let record = &status.record;
     let recorded = record.members.as_ref().map_or((0, 0), members::number);
     let ours = members::number(set);
-    if record.state != NodeState::InSync || recorded > ours || record.promised > set.epoch {
-        // Nothing to take back from a node that does not serve; nothing to tell to one that knows more than we do.
+    if members::contains(set, node) || recorded > ours || record.promised > set.epoch {
+        // Nothing to tell to a member, nor to one that knows more than we do.
         return None;
     }
-    if !members::contains(set, node) {
-        // Whether it went on alone is told by the generations of the leader's data.
-        let leader = leader.filter(|leader| leader.members.as_ref() == Some(set))?;
-        return Some(Request::Store {
-            members: set.clone(),
-            state: record::left_behind(record, &leader.generations),
-            uncertain: false,
-            new_generation: None,
-            note: None,
-        });
-    }
-    None
+    // Whether its data went another way than the leader's is told by the generations of both.
+    let leader = leader.filter(|leader| leader.members.as_ref() == Some(set))?;
+    let state = record::left_behind(record, &leader.generations);
+    let is_news = match record.state {
+        NodeState::InSync => true,
+        NodeState::Stale | NodeState::Suspect => state == NodeState::Forked,
+        _ => false,
+    };
+    is_news.then(|| Request::Store { members: set.clone(), state, uncertain: false, new_generation: None, note: None })
 }
 
 /// Keeps contact with every node until `stop`. One connection and one task for each, so that an agent that does not
@@ -228,6 +225,13 @@ mod tests {
         };
         assert_eq!(told("b", &now, &with("g2")), Some((NodeState::Stale, false)));
         assert_eq!(told("b", &now, &with("alone")), Some((NodeState::Forked, false)));
+        // It was left behind, and the leader that left it behind is not the one that leads now.
+        let stale = |generation| NodeStatus {
+            record: Record { state: NodeState::Stale, ..with(generation).record },
+            ..with(generation)
+        };
+        assert_eq!(told("b", &now, &stale("alone")), Some((NodeState::Forked, false)));
+        assert_eq!(told("b", &now, &stale("g2")), None);
         assert_eq!(duty("b", &now, None, &with("g2")), None, "the leader's generations are not known yet");
     }
 

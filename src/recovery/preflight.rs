@@ -1,10 +1,10 @@
 //! May this node be recovered? Pure: the judgement over records and facts, before anything is touched.
 
-use pgtandem_proto::membership::{Epoch, MemberSet, NodeState};
+use pgtandem_proto::membership::{Epoch, MemberSet, NodeState, Record};
 use pgtandem_proto::message::{NodeFacts, NodeStatus, PostgresState};
 
 use super::report::{Cause, CauseKind};
-use crate::cluster::members;
+use crate::cluster::{members, record};
 use crate::sync::facts::{Finding, compare};
 
 /// What the records say: refuses, or tells whether the node is a member now.
@@ -17,10 +17,7 @@ pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStat
         ));
     }
     match target.record.state {
-        NodeState::Forked => Err(refused(
-            format!("{node} went on alone while this side did, too; its data may hold the only copy of writes"),
-            format!("look at the data of {node} first; when nothing in them is needed: pgtandem discard-fork {node}"),
-        )),
+        NodeState::Forked => Err(fork(node)),
         NodeState::Blank
         | NodeState::Seeding
         | NodeState::CatchingUp
@@ -29,6 +26,22 @@ pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStat
         | NodeState::Stale
         | NodeState::Suspect => Ok(members::contains(set, node)),
     }
+}
+
+/// Data that went another way than the leader's are not overwritten, although the node does not know it yet: they may be the only copy
+/// of an acknowledged write.
+pub fn judge_fork(node: &str, leader: &Record, target: &Record) -> Result<(), Cause> {
+    if record::left_behind(target, &leader.generations) == NodeState::Forked {
+        return Err(fork(node));
+    }
+    Ok(())
+}
+
+fn fork(node: &str) -> Cause {
+    refused(
+        format!("{node} went on alone while this side did, too; its data may hold the only copy of writes"),
+        format!("look at the data of {node} first; when nothing in them is needed: pgtandem discard-fork {node}"),
+    )
 }
 
 /// The leader is never the target of a recovery.
@@ -95,7 +108,6 @@ fn refused(what: impl Into<String>, hint: impl Into<String>) -> Cause {
 
 #[cfg(test)]
 mod tests {
-    use pgtandem_proto::membership::Record;
 
     use super::*;
 

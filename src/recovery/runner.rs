@@ -249,7 +249,9 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         if is_member && !self.consent {
             return Ok(Done::Preflight { is_member, warnings: Vec::new() });
         }
-        preflight::judge_source(&set, &agents::status(&mut source).await.map_err(of_source)?)?;
+        let source_status = agents::status(&mut source).await.map_err(of_source)?;
+        preflight::judge_source(&set, &source_status)?;
+        preflight::judge_fork(self.node, &source_status.record, &target_status.record)?;
         let source_facts = agents::facts(&mut source).await.map_err(of_source)?;
         let target_facts = agents::facts(&mut target).await.map_err(of_node)?;
         let warnings = preflight::judge_facts(self.node, &set.leader, &source_facts, &target_facts)?;

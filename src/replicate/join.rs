@@ -346,10 +346,14 @@ impl Hub {
     /// Some stored the larger set, one could not: the next version is without the node again, before the gate opens.
     async fn shrink_out(&self, larger: &MemberSet, node: &str, stored: &[String]) -> Result<(), ReplicationError> {
         let smaller = members::without(larger, node).map_err(|e| wrong_node(&e.into()))?;
+        // The node may have stored the larger set, and could be made the leader: from here on its data go another way.
+        let generation = format!("{:032x}", rand::random::<u128>());
         for name in stored.iter().chain(smaller.nodes.iter()) {
             let config = self.node(name).map_err(|e| wrong_node(&e))?;
-            let state = if name == node { NodeState::Stale } else { NodeState::InSync };
-            let store = self.store(config, &smaller, state, None, None);
+            let leaves = name == node;
+            let state = if leaves { NodeState::Stale } else { NodeState::InSync };
+            let generation = (!leaves).then_some(generation.as_str());
+            let store = self.store(config, &smaller, state, generation, None);
             let told = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {
                 Ok(told) => told.map_err(|e| e.to_string()),
                 Err(_) => Err("no answer in time".to_owned()),
