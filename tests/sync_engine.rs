@@ -5,6 +5,7 @@
 
 mod sync_engine_support;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -130,6 +131,44 @@ fn a_fill_that_broke_leaves_nothing_that_starts_and_the_next_one_sends_the_rest(
         let cut = cluster.cut().await;
         target.leave_recovery(cut.x).await.unwrap();
         assert_eq!(cluster.fingerprint_of(&cut.snapshot).await, cluster.fingerprint(&cluster.b).await);
+        cluster.stop().await;
+    });
+}
+
+#[test]
+fn bytes_that_change_on_the_way_end_the_fill_and_nothing_starts() {
+    run_as_postgres("bytes_that_change_on_the_way_end_the_fill_and_nothing_starts", async {
+        let cluster = Cluster::start().await;
+        cluster.pgbench_init(1).await;
+        let source = cluster.source();
+        let mut target = Target::new(cluster.b.clone());
+        for message in [1, 2, 4, 8, 16] {
+            source.corrupt_files_at(message);
+            let error = target.fill(source.clone()).await.unwrap_err();
+            assert!(matches!(error, SyncError::Protocol(_)), "{message}: {error}");
+            assert!(error.to_string().contains("another content"), "{message}: {error}");
+            assert!(cluster.b.start().await.is_err(), "{message}");
+        }
+        target.fill(source.clone()).await.unwrap();
+        target.catch_up(source.clone(), LAG_BYTES_MAX).await.unwrap();
+        cluster.stop().await;
+    });
+}
+
+#[test]
+fn a_damaged_page_of_the_source_is_reported() {
+    run_as_postgres("a_damaged_page_of_the_source_is_reported", async {
+        let cluster = Cluster::start_with(Path::new(sync_engine_support::BIN_DIR), &["-k"]).await;
+        let a = cluster.a.connect("postgres").await.unwrap();
+        a.batch_execute("CREATE TABLE t AS SELECT generate_series(1, 20000) n; CHECKPOINT").await.unwrap();
+        let path: String = a.query_one("SELECT pg_relation_filepath('t')", &[]).await.unwrap().get(0);
+        let file = cluster.a.node().pgdata.join(path);
+        let mut content = std::fs::read(&file).unwrap();
+        content[3 * 8192 + 5000] ^= 1;
+        std::fs::write(&file, content).unwrap();
+        let mut target = Target::new(cluster.b.clone());
+        target.fill(cluster.source()).await.unwrap();
+        assert_eq!(target.progress().borrow().damaged_pages, 1);
         cluster.stop().await;
     });
 }

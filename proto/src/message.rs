@@ -164,6 +164,12 @@ pub struct Progress {
     /// Last flushed position of the source that is known here.
     pub wal_source: u64,
     pub wal_replayed: u64,
+    /// Where the backup began: WAL from here on is needed.
+    pub wal_start: u64,
+    /// Files that there are; `files` of them are done.
+    pub files_total: u64,
+    /// Pages of the source whose checksum was wrong in every read; they were copied as they are.
+    pub damaged_pages: u64,
 }
 
 // ---------------------------------------------------------------- files

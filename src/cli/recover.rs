@@ -17,6 +17,8 @@ use crate::proxy::control::client::{ControlClient, ControlClientError};
 use crate::proxy::control::message::{ControlAnswer, ControlFailure, ControlRequest, Outcome};
 use crate::recovery::report::{CauseKind, Phase};
 
+/// Of the bar on a terminal.
+const BAR_CHARACTERS: usize = 20;
 /// Where output is not a terminal: a line per phase, and at least one in this time while something moves.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
@@ -153,13 +155,11 @@ struct Screen {
     terminal: bool,
     shown: Option<(Phase, Instant)>,
     warnings: usize,
-    /// When seeding was first seen, and how many bytes had been compared then.
-    seeding: Option<(Instant, u64)>,
 }
 
 impl Screen {
     fn new(terminal: bool) -> Self {
-        Self { terminal, shown: None, warnings: 0, seeding: None }
+        Self { terminal, shown: None, warnings: 0 }
     }
 
     fn show(&mut self, view: &RecoveryView) -> std::io::Result<()> {
@@ -169,7 +169,8 @@ impl Screen {
             writeln!(out, "{clear}note: {warning}")?;
         }
         self.warnings = view.warnings.len();
-        let line = format!("{}{}", view.line(), self.remaining(view));
+        let bar = if self.terminal { view.bar(BAR_CHARACTERS) } else { String::new() };
+        let line = format!("{bar}{}", view.line());
         let new_phase = self.shown.is_none_or(|(phase, _)| phase != view.phase);
         if self.terminal {
             // A phase that has ended keeps its last line.
@@ -181,26 +182,6 @@ impl Screen {
             self.shown = Some((view.phase, Instant::now()));
         }
         out.flush()
-    }
-
-    fn remaining(&mut self, view: &RecoveryView) -> String {
-        if view.phase != Phase::Seeding {
-            return String::new();
-        }
-        let (since, first) = *self.seeding.get_or_insert((Instant::now(), view.bytes_compared));
-        let done = view.bytes_compared.saturating_sub(first) as f64;
-        let seconds = since.elapsed().as_secs_f64();
-        let left = view.bytes_total.saturating_sub(view.bytes_compared) as f64;
-        if seconds < 1.0 || done < 1.0 || left < 1.0 {
-            return String::new();
-        }
-        let rest = Duration::from_secs_f64((left / (done / seconds)).clamp(0.0, 1e9));
-        let (minutes, seconds) = (rest.as_secs() / 60, rest.as_secs() % 60);
-        if minutes > 0 {
-            format!(", about {minutes} min {seconds} s left")
-        } else {
-            format!(", about {seconds} s left")
-        }
     }
 
     fn end(&mut self) -> std::io::Result<()> {

@@ -8,12 +8,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::recovery::report::{Failed, Phase, Report};
 
+/// A longer rest is not told: it is a guess.
+const SECONDS_LEFT_MAX: f64 = 1e7;
+
 /// One moment of a recovery. Field names are stable; counters only grow within one recovery.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RecoveryView {
     pub node: String,
     pub phase: Phase,
-    /// Files found on the source.
+    /// Files found on the source, and how many of them are done.
+    pub files_total: u64,
     pub files: u64,
     pub bytes_total: u64,
     pub bytes_compared: u64,
@@ -21,6 +25,18 @@ pub struct RecoveryView {
     pub bytes_same: u64,
     pub bytes_sent: u64,
     pub wal_bytes_received: u64,
+    /// WAL that the source has made since the backup began, and how much of it the node has replayed; once known.
+    pub wal_bytes_made: u64,
+    pub wal_bytes_replayed: u64,
+    /// How fast it goes, over the last seconds: files compared and sent, WAL made on the source and replayed on the node.
+    pub compared_bytes_per_s: u64,
+    pub sent_bytes_per_s: u64,
+    pub wal_made_bytes_per_s: u64,
+    pub wal_replayed_bytes_per_s: u64,
+    /// Of the phase, at this speed; None: not known, or never.
+    pub seconds_left: Option<u64>,
+    /// Pages of the source whose checksum is wrong; they were copied as they are.
+    pub damaged_pages: u64,
     /// How far the node's replay is behind the source, bytes of WAL; while it is a standby.
     pub lag_bytes: Option<u64>,
     /// Where the cut was made, as PostgreSQL writes positions.
@@ -60,12 +76,21 @@ impl RecoveryView {
         Self {
             node: node.into(),
             phase: report.phase,
+            files_total: progress.files_total,
             files: progress.files,
             bytes_total: progress.bytes_total,
             bytes_compared: progress.bytes_compared,
             bytes_same: progress.bytes_same,
             bytes_sent: progress.bytes_sent,
             wal_bytes_received: progress.wal_bytes_received,
+            wal_bytes_made: progress.wal_source.saturating_sub(progress.wal_start),
+            wal_bytes_replayed: progress.wal_replayed.saturating_sub(progress.wal_start),
+            compared_bytes_per_s: whole(report.rates.compared),
+            sent_bytes_per_s: whole(report.rates.sent),
+            wal_made_bytes_per_s: whole(report.rates.wal_made),
+            wal_replayed_bytes_per_s: whole(report.rates.wal_replayed),
+            seconds_left: seconds_left(report),
+            damaged_pages: progress.damaged_pages,
             lag_bytes: (standby && progress.wal_replayed > 0)
                 .then(|| progress.wal_source.saturating_sub(progress.wal_replayed)),
             cut_lsn: report.x.map(|x| format!("{:X}/{:X}", x.0 >> 32, x.0 & 0xFFFF_FFFF)),
@@ -102,10 +127,17 @@ impl RecoveryView {
                     percent.min(100),
                     bytes(self.bytes_sent)
                 );
+                if self.compared_bytes_per_s > 0 {
+                    let _ = write!(line, ", {}/s", bytes(self.compared_bytes_per_s));
+                }
             }
             Phase::CatchingUp => {
                 if let Some(lag) = self.lag_bytes {
                     let _ = write!(line, "  {} of WAL behind", bytes(lag));
+                    if self.wal_replayed_bytes_per_s > 0 {
+                        let (replayed, made) = (self.wal_replayed_bytes_per_s, self.wal_made_bytes_per_s);
+                        let _ = write!(line, ", {}/s replayed, {}/s made", bytes(replayed), bytes(made));
+                    }
                 }
             }
             Phase::Cut if self.cut_attempts > 1 => {
@@ -124,7 +156,25 @@ impl RecoveryView {
             }
             _ => {}
         }
+        if let Some(seconds) = self.seconds_left {
+            let (minutes, rest) = (seconds / 60, seconds % 60);
+            let _ = match minutes {
+                0 => write!(line, ", about {rest} s left"),
+                _ => write!(line, ", about {minutes} min {rest} s left"),
+            };
+        }
         line
+    }
+
+    /// The part of the files that was compared, as a bar of so many characters; nothing in other phases.
+    #[must_use]
+    pub fn bar(&self, characters: usize) -> String {
+        if self.phase != Phase::Seeding || self.bytes_total == 0 {
+            return String::new();
+        }
+        let part = self.bytes_compared.min(self.bytes_total) as f64 / self.bytes_total as f64;
+        let done = usize::try_from(whole(part * characters as f64)).unwrap_or(0).min(characters);
+        format!("[{}{}] ", "#".repeat(done), ".".repeat(characters - done))
     }
 
     /// The last word on a recovery that succeeded, several lines.
@@ -140,6 +190,13 @@ impl RecoveryView {
             bytes(self.bytes_sent),
             bytes(self.wal_bytes_received)
         );
+        if self.damaged_pages > 0 {
+            let _ = writeln!(
+                text,
+                "  DAMAGED    {} pages of the leader have wrong checksums, and so have those of the node; agent.log names them",
+                self.damaged_pages
+            );
+        }
         let _ = writeln!(
             text,
             "  backlog    {} transactions applied, at most {} waiting",
@@ -153,6 +210,31 @@ impl RecoveryView {
         );
         text
     }
+}
+
+/// A rate without its fraction.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rate is not negative, and as casts saturates"
+)]
+fn whole(rate: f64) -> u64 {
+    rate as u64
+}
+
+/// What is left of the phase, at the speed of the last seconds.
+fn seconds_left(report: &Report) -> Option<u64> {
+    let progress = report.progress;
+    let (left, per_s) = match report.phase {
+        Phase::Seeding => (progress.bytes_total.saturating_sub(progress.bytes_compared), report.rates.compared),
+        Phase::CatchingUp if progress.wal_replayed > 0 => (
+            progress.wal_source.saturating_sub(progress.wal_replayed),
+            report.rates.wal_replayed - report.rates.wal_made,
+        ),
+        _ => return None,
+    };
+    let seconds = left as f64 / per_s;
+    (left > 0 && per_s >= 1.0 && seconds < SECONDS_LEFT_MAX).then(|| whole(seconds.ceil()))
 }
 
 /// When a gate that closed at `closed_unix_us` and stayed closed for `gate_ms` was open again.
@@ -204,6 +286,21 @@ mod tests {
         report.phase = Phase::Seeding;
         let line = RecoveryView::new("b", &report).line();
         assert_eq!(line, "b: seeding  1.0 GiB of 4.0 GiB compared (25%), 0 B sent");
+        assert_eq!(RecoveryView::new("b", &report).bar(8), "[##......] ");
+        report.rates.compared = f64::from(1 << 24);
+        let line = RecoveryView::new("b", &report).line();
+        assert!(line.ends_with("0 B sent, 16.0 MiB/s, about 3 min 12 s left"), "{line}");
+        report.phase = Phase::CatchingUp;
+        (report.progress.wal_source, report.progress.wal_replayed) = (101 << 20, 1 << 20);
+        (report.rates.wal_replayed, report.rates.wal_made) = (f64::from(30 << 20), f64::from(10 << 20));
+        let line = RecoveryView::new("b", &report).line();
+        assert!(
+            line.ends_with("100 MiB of WAL behind, 30.0 MiB/s replayed, 10.0 MiB/s made, about 5 s left"),
+            "{line}"
+        );
+        (report.rates.wal_replayed, report.rates.wal_made) = (f64::from(10 << 20), f64::from(30 << 20));
+        let line = RecoveryView::new("b", &report).line();
+        assert!(line.ends_with("30.0 MiB/s made"), "it never comes: {line}");
         report.phase = Phase::Draining;
         report.drained.left = 7;
         assert!(RecoveryView::new("b", &report).line().ends_with("0 transactions applied, 7 left"));

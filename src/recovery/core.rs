@@ -6,6 +6,7 @@ use std::time::Instant;
 use pgtandem_proto::message::{Lsn, Progress};
 
 use super::limits::{CUT_ATTEMPTS_MAX, JOIN_ATTEMPTS_MAX, RETRY_WAIT, stall_max};
+use super::pace::Pace;
 use super::replication::{CutDone, Drained, JoinDone};
 use super::report::{Cause, CauseKind, Failed, Phase, Report};
 
@@ -93,6 +94,9 @@ pub struct Recovery {
     /// The operator agrees that a member is detached first.
     consent: bool,
     report: Report,
+    /// Counters as they came last, and how fast they grow.
+    told: Progress,
+    pace: Pace,
     phase_since: Instant,
     /// The work under way.
     step: Option<Step>,
@@ -117,6 +121,8 @@ impl Recovery {
         let mut recovery = Self {
             consent,
             report: Report::new(),
+            told: Progress::default(),
+            pace: Pace::default(),
             phase_since: now,
             step: None,
             deadline: None,
@@ -290,10 +296,13 @@ impl Recovery {
             return;
         }
         let grown = grown(self.report.progress, progress);
-        if grown != self.report.progress {
-            self.report.progress = grown;
+        // A fill that is taken up again compares from the beginning: that moves, although it is not further than before.
+        if progress != self.told {
+            self.told = progress;
             self.progressed(now);
         }
+        self.report.progress = grown;
+        self.report.rates = self.pace.handle(now, progress);
     }
 
     fn handle_drained(&mut self, now: Instant, drained: Drained) {
@@ -401,6 +410,9 @@ fn grown(old: Progress, new: Progress) -> Progress {
         wal_bytes_received: old.wal_bytes_received.max(new.wal_bytes_received),
         wal_source: old.wal_source.max(new.wal_source),
         wal_replayed: old.wal_replayed.max(new.wal_replayed),
+        wal_start: old.wal_start.max(new.wal_start),
+        files_total: old.files_total.max(new.files_total),
+        damaged_pages: old.damaged_pages.max(new.damaged_pages),
     }
 }
 

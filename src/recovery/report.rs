@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::limits::WARNINGS_MAX;
+use super::pace::Rates;
 use super::replication::{Drained, ReplicationError, ReplicationErrorKind};
 
 /// Where a recovery is. In this order, without leaving one out; `Failed` can follow each but `Member`.
@@ -125,6 +126,8 @@ pub struct Report {
     pub phase: Phase,
     /// Counters of the fill and of the replay.
     pub progress: Progress,
+    /// How fast they grow.
+    pub rates: Rates,
     pub drained: Drained,
     pub x: Option<Lsn>,
     /// When the gate began to close for the cut, microseconds since 1970 by the proxy's clock.
@@ -155,6 +158,7 @@ impl Report {
         Self {
             phase: Phase::Preflight,
             progress: Progress::default(),
+            rates: Rates::default(),
             drained: Drained::default(),
             x: None,
             cut_gate_closed_unix_us: None,

@@ -16,6 +16,7 @@ use pgtandem::sync::link::Link;
 use pgtandem::sync::source::{Backups, SourceContext, serve_files, serve_wal};
 use pgtandem::sync::target::{Opening, Source};
 use pgtandem::sync::wal::parse_lsn;
+use pgtandem_proto::frame::Message;
 use pgtandem_proto::message::{FilesReply, FilesRequest, Lsn, WalReply, WalRequest};
 use tokio::sync::Notify;
 use tokio_postgres::Client;
@@ -119,6 +120,7 @@ impl Cluster {
                 bytes_per_s_max: 0,
             },
             files_left: Arc::new(AtomicI64::new(i64::MAX)),
+            corrupt_at: Arc::new(AtomicI64::new(0)),
             cut_wal: Arc::default(),
             wal_opened: AtomicUsize::new(0),
         })
@@ -301,6 +303,8 @@ pub struct LocalSource {
     context: SourceContext,
     /// Files replies that still pass.
     files_left: Arc<AtomicI64>,
+    /// Files replies with bytes until one of them is changed on the way; 0: none is.
+    corrupt_at: Arc<AtomicI64>,
     cut_wal: Arc<Notify>,
     pub wal_opened: AtomicUsize,
 }
@@ -308,6 +312,11 @@ pub struct LocalSource {
 impl LocalSource {
     pub fn break_files_after(&self, messages: i64) {
         self.files_left.store(messages, Ordering::Relaxed);
+    }
+
+    /// Changes a byte of the reply with bytes that comes as number `message`, from 1.
+    pub fn corrupt_files_at(&self, message: i64) {
+        self.corrupt_at.store(message, Ordering::Relaxed);
     }
 
     pub fn repair(&self) {
@@ -328,7 +337,7 @@ impl Source for LocalSource {
             tokio::spawn(async move { serve_files(far, &context).await });
             let Link { outgoing, mut incoming } = Link::<FilesRequest, FilesReply>::over("files", near);
             let (link, mut pump) = Link::new("files");
-            let left = Arc::clone(&self.files_left);
+            let (left, corrupt_at) = (Arc::clone(&self.files_left), Arc::clone(&self.corrupt_at));
             let requests = tokio::spawn(async move {
                 while let Some(request) = pump.to_write.recv().await {
                     if outgoing.send(request).await.is_err() {
@@ -337,7 +346,15 @@ impl Source for LocalSource {
                 }
             });
             tokio::spawn(async move {
-                while let Ok(Some(reply)) = incoming.receive().await {
+                while let Ok(Some(mut reply)) = incoming.receive().await {
+                    if let Some(bulk) = reply.bulk_mut().filter(|bulk| !bulk.is_empty())
+                        && corrupt_at.fetch_sub(1, Ordering::Relaxed) == 1
+                    {
+                        let mut changed = bulk.to_vec();
+                        let middle = changed.len() / 2;
+                        changed[middle] ^= 1;
+                        *bulk = changed.into();
+                    }
                     if left.fetch_sub(1, Ordering::Relaxed) <= 0 || pump.was_read.send(Ok(reply)).await.is_err() {
                         break;
                     }

@@ -105,6 +105,10 @@ impl Target {
         let begun = begin(&mut link).await?;
         check_identity(&node, begun).await?;
         let table = progressing(BEGIN_SECONDS_MAX, "the table of files", receive_table(&mut link)).await?;
+        self.progress.send_modify(|progress| {
+            progress.wal_start = begun.start.0;
+            progress.wal_source = progress.wal_source.max(begun.start.0);
+        });
         let pgdata = node.pgdata.clone();
         let state_dir = node.state_dir.clone();
         let entries = Arc::new(table);
@@ -150,6 +154,7 @@ impl Target {
             ));
         }
         let journal = Journal { stop: ended.stop, wal_end: wal_end.0, ..journal };
+        self.progress.send_modify(|progress| progress.damaged_pages = ended.damaged_count);
         if ended.damaged_count > 0 {
             tracing::error!(
                 count = ended.damaged_count,
@@ -184,7 +189,10 @@ impl Target {
             return Err(SyncError::Protocol(format!("the table of files has no {CONTROL_FILE}")));
         }
         let total: u64 = wanted.iter().chain(&control).map(|wanted| wanted.entry.bytes).sum();
-        self.progress.send_modify(|progress| progress.bytes_total = total);
+        self.progress.send_modify(|progress| {
+            progress.bytes_total = total;
+            progress.files_total = (wanted.len() + control.len()) as u64;
+        });
         let copied = async {
             pull(links, wanted, true, &self.progress).await?;
             let Some((first, _)) = links.split_first_mut() else {
