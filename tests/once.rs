@@ -533,3 +533,13 @@ async fn a_statement_that_failed_does_not_hinder_the_next() {
     assert_eq!(client.execute(&insert, &[&2]).await.unwrap(), 1);
     cluster.assert_identical().await;
 }
+
+/// Each of them waits for the others of its kind, but not for those of its own text.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_statements_of_one_text_do_not_wait_for_each_other() {
+    let (cluster, client) = prepared().await;
+    let two = "insert into item values (1, 1, 'x'); do $$ begin update total set n = n + 1; end $$; call move(5)";
+    let done = tokio::time::timeout(Duration::from_secs(60), client.batch_execute(two)).await;
+    assert!(matches!(done, Ok(Ok(()))), "{done:?}");
+    everywhere(&cluster, "select (select n from total) || ',' || (select count(*) from item)", "6,2").await;
+}

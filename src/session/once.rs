@@ -116,9 +116,16 @@ impl Session {
             ));
         }
         let hub = Arc::clone(&self.hub);
-        let turn = Arc::clone(&hub.once.order).lock_owned();
-        let Ok(turn) = tokio::time::timeout(Duration::from_millis(TURN_MS_MAX), turn).await else {
-            return Ok(retry("other statements that call or fire code did not end in time"));
+        let turn = match self.once_turn.take() {
+            // An earlier statement of the same text has it still.
+            Some(turn) => turn,
+            None => {
+                let turn = Arc::clone(&hub.once.order).lock_owned();
+                match tokio::time::timeout(Duration::from_millis(TURN_MS_MAX), turn).await {
+                    Ok(turn) => turn,
+                    Err(_) => return Ok(retry("other statements that call or fire code did not end in time")),
+                }
+            }
         };
         if self.halves.is_none() {
             let Some(uncut) = hub.cuts.begin(Duration::from_millis(JOIN_WAIT_MS_MAX)).await else {
