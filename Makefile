@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases simulate check
+.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases simulate fuzz check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -63,6 +63,11 @@ kill-phases: setup
 simulate:
 	SIMULATE_SEED=$(SEED) SIMULATE_SEEDS=$(SEEDS) \
 		$(CARGO) test --locked --test membership -- --nocapture long_lives
+
+# Fuzz targets, SECONDS each; TARGET=lexer runs one: docs/fuzz.md
+fuzz:
+	@scripts/setup fuzz
+	SECONDS=$(or $(SECONDS),3600) scripts/fuzz $(TARGET)
 
 check:
 	$(CARGO) fmt --all --check
