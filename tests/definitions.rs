@@ -107,6 +107,8 @@ fn judge(statement: &Statement<'_>, result: Result<(), tokio_postgres::Error>) -
 async fn play(file: &str) {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
+    // A moment after its start a node has no lease yet.
+    common::wait_for("leases", async || cluster.status().0.contains("All is well")).await;
     let mut wrong = Vec::new();
     for (section, statements) in sections(file) {
         for (at, statement) in statements.iter().enumerate() {
