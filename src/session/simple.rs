@@ -89,13 +89,7 @@ impl Session {
             }
             Lane::Read { .. } => {
                 self.touched.begin(&plan.sequences);
-                let reused = match &plan.one_row {
-                    Some(shared) => self.read_reused(shared, shape, text).await?,
-                    None => false,
-                };
-                if !reused {
-                    self.forward(frame).await?;
-                }
+                self.forward(frame).await?;
                 self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
             }
