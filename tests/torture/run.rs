@@ -202,16 +202,13 @@ async fn client_runs(
     shared: &Mutex<Shared>,
 ) {
     let fail = |text: String| shared.lock().expect("no panic").failures.push(text);
-    let client = match sandbox::compare::connect(port, "postgres").await {
+    let place = (port, schema);
+    let client = match connect(place).await {
         Ok(client) => client,
-        Err(error) => return fail(format!("client {number}: {error}")),
+        Err(Broken(what)) => return fail(format!("client {number}: {what}")),
     };
-    let settings =
-        format!("set search_path = {schema}; set deadlock_timeout = '100ms'; set client_min_messages = error");
-    if let Err(error) = client.batch_execute(&settings).await {
-        return fail(format!("client {number}: {error:?}"));
-    }
-    let mut player = Player { client, prepared: HashMap::new(), changes_schema, row_locked, shared };
+    let mut player =
+        Player { client, place, lost: false, prepared: HashMap::new(), changes_schema, row_locked, shared };
     for transaction in list {
         match tokio::time::timeout(STUCK, player.play(transaction)).await {
             Ok(Ok(())) => {}
@@ -222,6 +219,14 @@ async fn client_runs(
             }
         }
     }
+}
+
+async fn connect((port, schema): (u16, &str)) -> Result<Client, Broken> {
+    let client = sandbox::compare::connect(port, "postgres").await.map_err(|error| Broken(error.to_string()))?;
+    let settings =
+        format!("set search_path = {schema}; set deadlock_timeout = '100ms'; set client_min_messages = error");
+    client.batch_execute(&settings).await.map_err(|error| Broken(format!("{error:?}")))?;
+    Ok(client)
 }
 
 /// What the leader's and the first follower's sessions do, for a failure's message.
@@ -247,6 +252,9 @@ struct Broken(String);
 
 struct Player<'a> {
     client: Client,
+    place: (u16, &'a str),
+    /// The connection can not be used any more, although the server's end is well.
+    lost: bool,
     prepared: HashMap<String, tokio_postgres::Statement>,
     changes_schema: bool,
     row_locked: &'a BTreeSet<u32>,
@@ -258,6 +266,9 @@ impl Player<'_> {
         let Some(begin) = &transaction.begin else {
             for statement in &transaction.statements {
                 let committed = self.one(statement, false).await?;
+                if self.lost {
+                    self.connect_again().await?;
+                }
                 let mut shared = self.shared.lock().expect("no panic");
                 *(if committed { &mut shared.counts.committed } else { &mut shared.counts.rolled_back }) += 1;
             }
@@ -278,6 +289,10 @@ impl Player<'_> {
                 (true, ["rollback", "to", name]) => savepoints.truncate(1 + position(&savepoints, name)),
                 (true, ["release", name]) => savepoints.truncate(position(&savepoints, name)),
                 (true, _) => {}
+                (false, _) if self.lost => {
+                    self.connect_again().await?;
+                    return self.ended(false, None, "").await;
+                }
                 (false, _) => match savepoints.last() {
                     Some(name) => self.control(&format!("rollback to {name}")).await?,
                     None => return self.ended(false, None, "rollback").await,
@@ -295,6 +310,13 @@ impl Player<'_> {
                 self.ended(false, None, "").await
             }
         }
+    }
+
+    async fn connect_again(&mut self) -> Result<(), Broken> {
+        self.client = connect(self.place).await?;
+        self.prepared.clear();
+        self.lost = false;
+        Ok(())
     }
 
     async fn ended(&mut self, committed: bool, ledger: Option<(i32, i32)>, last: &str) -> Result<(), Broken> {
@@ -342,7 +364,15 @@ impl Player<'_> {
         match &statement.sent {
             Sent::Text => self.client.batch_execute(&statement.text).await,
             Sent::Copy(data) => {
-                let sink = self.client.copy_in(&statement.text).await?;
+                let sink = match self.client.copy_in(&statement.text).await {
+                    Ok(sink) => sink,
+                    Err(error) => {
+                        // Where the server refuses to begin, a lone one, too, the library sends a CopyFail and a Sync more, and
+                        // takes each later answer for the one before it.
+                        self.lost = true;
+                        return Err(error);
+                    }
+                };
                 let mut sink = Box::pin(sink);
                 sink.send(Bytes::from(data.clone())).await?;
                 sink.as_mut().finish().await.map(|_| ())
