@@ -329,6 +329,7 @@ impl Session {
             self.savepoints.truncate(at + 1);
             self.log.truncate(position);
             self.objects.forget_made();
+            self.reused.forget_locks();
             // What was planned since then may be about a catalog that is gone.
             self.own_plans.clear();
         }
@@ -397,5 +398,6 @@ impl Session {
         self.own_block = false;
         self.effects_since = None;
         self.held_tag = None;
+        self.reused.forget_locks();
     }
 }

@@ -89,7 +89,9 @@ impl Session {
             }
             Lane::Read { .. } => {
                 self.touched.begin(&plan.sequences);
-                self.forward(frame).await?;
+                if !self.read_reused(plan, shape, text).await? {
+                    self.forward(frame).await?;
+                }
                 self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
             }
@@ -156,6 +158,9 @@ impl Session {
         if plan.changes_settings {
             self.facts = None;
             self.settings_touched = true;
+        }
+        if ok && self.wire.status == b'T' {
+            self.reused.keep_locked(plan.locks);
         }
         if plan.drops_prepared && ok {
             self.statements.clear();

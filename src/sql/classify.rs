@@ -5,7 +5,7 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    CopyStmt, DeclareCursorStmt, ExplainStmt, SelectStmt, TransactionStmt, TransactionStmtKind, VacuumStmt,
+    CopyStmt, DeclareCursorStmt, ExplainStmt, RangeVar, SelectStmt, TransactionStmt, TransactionStmtKind, VacuumStmt,
     VariableSetKind, VariableSetStmt,
 };
 use serde_json::Value;
@@ -22,6 +22,8 @@ use super::plan::{Admin, Control, Finish, Lane, Plan};
 use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_statements, refused};
 use super::sequences::{self, SequenceUse};
 use super::shape::Shape;
+use super::shared::{self, SharedText};
+use super::text::Edits;
 use super::{carry, copy, ddl, encoding, insert, merge, modify, named};
 
 /// What a statement is classified from.
@@ -66,7 +68,14 @@ pub(super) fn read(guard: bool) -> Lane {
 }
 
 fn plan(lane: Lane) -> Plan {
-    Plan { lane, changes_settings: false, sequences: SequenceUse::None, drops_prepared: false }
+    Plan {
+        lane,
+        changes_settings: false,
+        sequences: SequenceUse::None,
+        drops_prepared: false,
+        one_row: None,
+        locks: None,
+    }
 }
 
 /// Classifies the one statement of `text`. `shape` is the text's mask, `facts` the leader's answer to the statement's needs.
@@ -103,7 +112,11 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
             {
                 rows.sequences = sequences::of_rows(node, &needs, &rows.write, facts);
             }
-            Plan { changes_settings, sequences, ..plan(lane) }
+            let one_row = match (node, &lane) {
+                (NodeEnum::SelectStmt(select), Lane::Read { guard: false, .. }) => one_row(select, &context),
+                _ => None,
+            };
+            Plan { changes_settings, sequences, one_row, locks: locks(node, &context), ..plan(lane) }
         }
     }
 }
@@ -196,6 +209,47 @@ fn select_statement(statement: &SelectStmt, context: &Context<'_>) -> Lane {
     let needs = || Needs::of_tree(&context.tree);
     let carried = if writes { large_objects::lane(statement, &needs(), context) } else { None };
     carried.unwrap_or(lane)
+}
+
+/// The table that the statement leaves locked, where it names just one.
+fn locks(node: &NodeEnum, context: &Context<'_>) -> Option<u32> {
+    let named = match node {
+        NodeEnum::InsertStmt(insert) => insert.relation.as_ref(),
+        NodeEnum::UpdateStmt(update) => update.relation.as_ref(),
+        NodeEnum::DeleteStmt(delete) => delete.relation.as_ref(),
+        NodeEnum::SelectStmt(select) => the_source(select),
+        _ => None,
+    }?;
+    Some(context.facts.relation(&named.schemaname, &named.relname)?.oid)
+}
+
+fn the_source(select: &SelectStmt) -> Option<&RangeVar> {
+    let [source] = select.from_clause.as_slice() else { return None };
+    if let Some(NodeEnum::RangeVar(named)) = source.node.as_ref() { Some(named) } else { None }
+}
+
+/// The text that all queries of this shape share, if they ask one table for the row with a primary key: their plan is the same
+/// for every key.
+fn one_row(select: &SelectStmt, context: &Context<'_>) -> Option<SharedText> {
+    let plain = select.distinct_clause.is_empty()
+        && select.group_clause.is_empty()
+        && select.having_clause.is_none()
+        && select.window_clause.is_empty()
+        && select.sort_clause.is_empty()
+        && select.limit_count.is_none()
+        && select.limit_offset.is_none()
+        && select.locking_clause.is_empty()
+        && select.with_clause.is_none()
+        && select.larg.is_none();
+    let named = the_source(select)?;
+    let relation = context.facts.relation(&named.schemaname, &named.relname)?;
+    let permanent = relation.is_table() && !relation.is_system() && !relation.is_temporary() && !relation.foreign;
+    let one = modify::is_one_row(select.where_clause.as_deref(), relation) && !relation.children && !relation.rls;
+    if !(plain && permanent && one) || context.look(&context.tree).subqueries {
+        return None;
+    }
+    let end = Edits::find(context.text, context.shape, &[])?.0.end?;
+    shared::share(context.text, context.shape, 0..end.at(context.shape))
 }
 
 /// The lane of a query that a function of was found to write when it ran behind the guard.

@@ -285,8 +285,13 @@ fn depends_on_row_order<'m>(modify: &Modify<'m>, relation: &Relation) -> Option<
 
 /// Each column of the primary key is compared with a constant.
 fn names_whole_key(modify: &Modify<'_>, relation: &Relation) -> bool {
+    is_one_row(modify.condition, relation)
+}
+
+/// The same of any condition on the table's rows.
+pub(super) fn is_one_row(condition: Option<&Node>, relation: &Relation) -> bool {
     let mut keys = Vec::new();
-    if let Some(condition) = modify.condition {
+    if let Some(condition) = condition {
         equalities(condition, &mut |column, value| {
             if is_constant(value) {
                 keys.extend(node_names(column).last().map(|name| (*name).to_owned()));

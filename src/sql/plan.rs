@@ -12,6 +12,7 @@ use super::large_objects::Call;
 use super::named::Named;
 use super::rows::RowTexts;
 use super::sequences::SequenceUse;
+use super::shared::SharedText;
 use super::text::Edits;
 
 /// What is done with every statement of one shape, under one context and schema number.
@@ -24,6 +25,10 @@ pub struct Plan {
     pub sequences: SequenceUse,
     /// `DISCARD ALL` or `DEALLOCATE ALL`: prepared statements of the session are gone.
     pub drops_prepared: bool,
+    /// A query for one row by its primary key: the text that the leader may keep prepared for all of this shape.
+    pub one_row: Option<SharedText>,
+    /// The table that it leaves locked on the leader until its transaction ends: an oid there. Not told of every statement.
+    pub locks: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
