@@ -4,12 +4,13 @@
 
 mod common;
 
+use common::ask::{run, value};
 use std::time::Duration;
 
 use common::Cluster;
 use common::fault::{Fault, Held, Towards};
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, SimpleQueryMessage};
+use tokio_postgres::Client;
 
 struct Scene {
     cluster: Cluster,
@@ -52,16 +53,6 @@ impl Scene {
         self.cluster.assert_identical().await;
         assert_eq!(value(&self.clients[0], sql).await, expected);
     }
-}
-
-async fn run(client: &Client, text: &str) {
-    client.batch_execute(text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
-}
-
-async fn value(client: &Client, text: &str) -> String {
-    let answer = client.simple_query(text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
-    let row = answer.iter().find_map(|m| if let SimpleQueryMessage::Row(row) = m { Some(row) } else { None });
-    row.and_then(|row| row.get(0)).unwrap_or_default().to_owned()
 }
 
 /// A8: the follower does not have the row yet that the leader's second transaction changed.

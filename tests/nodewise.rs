@@ -3,9 +3,10 @@
 
 mod common;
 
+use common::ask::{run_all, same, state, value};
 use common::{Cluster, wait_for};
+use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, SimpleQueryMessage};
 
 /// All databases with what a client can see of them.
 const DATABASES: &str =
@@ -15,45 +16,13 @@ const DATABASES: &str =
 const INDEXES: &str = "select coalesce(string_agg(d || indisvalid, E'\n' order by d), '')
     from (select pg_get_indexdef(indexrelid) d, indisvalid from pg_index where indexrelid >= 16384) i where d !~ 'pg_toast'";
 
-async fn text(client: &Client, sql: &str) -> String {
-    let rows = client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    let row = |message: SimpleQueryMessage| match message {
-        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-        _ => None,
-    };
-    rows.into_iter().find_map(row).unwrap_or_default()
-}
-
-/// What this query gives on the leader; fails unless it gives the same on every server.
-async fn same(cluster: &Cluster, database: &str, sql: &str) -> String {
-    let leader = text(&cluster.connect_node(0, database).await, sql).await;
-    for index in 1..cluster.layout.plan.nodes {
-        let follower = text(&cluster.connect_node(index, database).await, sql).await;
-        assert_eq!(leader, follower, "on node{index}: {sql}\n{}", cluster.logs());
-    }
-    leader
-}
-
-async fn state(client: &Client, sql: &str) -> String {
-    match client.batch_execute(sql).await {
-        Ok(()) => "ok".to_owned(),
-        Err(error) => error.code().map_or_else(|| error.to_string(), |code| code.code().to_owned()),
-    }
-}
-
-async fn run(client: &Client, statements: &[&str]) {
-    for sql in statements {
-        client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn databases_come_and_go_on_three_servers() {
     let cluster = Cluster::up(&["--nodes", "3"]);
     let client = cluster.connect("postgres").await;
-    run(&client, &["create role bob createdb login", "create database shop owner bob encoding 'UTF8'"]).await;
+    run_all(&client, &["create role bob createdb login", "create database shop owner bob encoding 'UTF8'"]).await;
     let shop = cluster.connect("shop").await;
-    run(
+    run_all(
         &shop,
         &[
             "create table t (id int primary key, v text)",
@@ -70,7 +39,7 @@ async fn databases_come_and_go_on_three_servers() {
             client.execute("insert into t values ($1, $2)", &[&id, &name]).await.expect("a write");
         }
     }
-    run(
+    run_all(
         &client,
         &[
             "alter database copy connection limit 7",
@@ -79,34 +48,34 @@ async fn databases_come_and_go_on_three_servers() {
         ],
     )
     .await;
-    run(&cluster.connect("bare").await, &["create table t (id int primary key)", "insert into t values (1)"]).await;
+    run_all(&cluster.connect("bare").await, &["create table t (id int primary key)", "insert into t values (1)"]).await;
     wait_for("nobody is there", async || state(&client, "alter database copy rename to second").await == "ok").await;
-    run(&cluster.connect("second").await, &["update t set v = 'renamed' where id = 1"]).await;
+    run_all(&cluster.connect("second").await, &["update t set v = 'renamed' where id = 1"]).await;
     assert!(same(&cluster, "postgres", DATABASES).await.contains("second postgres UTF8"));
     cluster.assert_identical().await;
 
     // As the owner, and with the errors of a lone server.
     let bob = "set role bob";
-    run(&client, &[bob, "create database of_bob", "reset role"]).await;
+    run_all(&client, &[bob, "create database of_bob", "reset role"]).await;
     assert!(same(&cluster, "postgres", DATABASES).await.contains("of_bob bob"));
     assert_eq!(state(&client, "create database shop").await, "42P04");
     assert_eq!(state(&client, "drop database missing").await, "3D000");
     assert_eq!(state(&client, "drop database if exists missing").await, "ok");
     let busy = cluster.connect("shop").await;
-    run(&busy, &["insert into t values (1000, 'x')"]).await;
+    run_all(&busy, &["insert into t values (1000, 'x')"]).await;
     assert_eq!(state(&client, "drop database shop").await, "55006");
-    run(&client, &["drop database shop with (force)"]).await;
+    run_all(&client, &["drop database shop with (force)"]).await;
     assert!(busy.batch_execute("select 1").await.is_err());
     wait_for("nobody is there", async || state(&client, "drop database second").await == "ok").await;
-    run(&client, &["drop database of_bob", "create database shop"]).await;
+    run_all(&client, &["drop database of_bob", "create database shop"]).await;
     assert!(!same(&cluster, "postgres", DATABASES).await.contains("second"));
-    run(&cluster.connect("shop").await, &["create table t (id int primary key)", "insert into t values (1)"]).await;
+    run_all(&cluster.connect("shop").await, &["create table t (id int primary key)", "insert into t values (1)"]).await;
     cluster.assert_identical().await;
     cluster.wait_well().await;
     // Everything that is new goes through a new epoch, too.
     cluster.kill_proxy();
     cluster.start_again();
-    run(&cluster.connect("shop").await, &["insert into t values (2)"]).await;
+    run_all(&cluster.connect("shop").await, &["insert into t values (2)"]).await;
     cluster.assert_identical().await;
 }
 
@@ -114,7 +83,7 @@ async fn databases_come_and_go_on_three_servers() {
 async fn in_a_block_the_server_says_that_it_can_not_be() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key)", "create index i on t (id)"]).await;
+    run_all(&client, &["create table t (id int primary key)", "create index i on t (id)"]).await;
     let outside = SqlState::ACTIVE_SQL_TRANSACTION;
     for sql in [
         "create database x",
@@ -131,7 +100,7 @@ async fn in_a_block_the_server_says_that_it_can_not_be() {
         for text in [format!("begin; {sql}; commit"), format!("select 1; {sql}"), format!("{sql}; select 1")] {
             let error = client.batch_execute(&text).await.expect_err(&text);
             assert_eq!(error.code(), Some(&outside), "{text}: {error:?}");
-            run(&client, &["rollback"]).await;
+            run_all(&client, &["rollback"]).await;
         }
     }
     // Refused with a sentence, and nothing is left of it.
@@ -146,7 +115,7 @@ async fn in_a_block_the_server_says_that_it_can_not_be() {
     ] {
         assert_eq!(state(&client, sql).await, "0A000", "{sql}");
     }
-    run(&client, &["insert into t values (1)"]).await;
+    run_all(&client, &["insert into t values (1)"]).await;
     same(&cluster, "postgres", DATABASES).await;
     cluster.assert_identical().await;
 }
@@ -155,7 +124,7 @@ async fn in_a_block_the_server_says_that_it_can_not_be() {
 async fn indexes_are_built_and_dropped_beside_the_clients_work() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(
+    run_all(
         &client,
         &[
             "create table t (id int primary key, k int, v text)",
@@ -183,7 +152,7 @@ async fn indexes_are_built_and_dropped_beside_the_clients_work() {
         }
         n
     });
-    run(
+    run_all(
         &client,
         &[
             "create index concurrently on u (id)",
@@ -207,7 +176,7 @@ async fn indexes_are_built_and_dropped_beside_the_clients_work() {
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     assert!(writing.await.expect("the writer") > 0);
     // What fails leaves no invalid index, on no server.
-    run(&client, &["insert into u values (1), (1)"]).await;
+    run_all(&client, &["insert into u values (1), (1)"]).await;
     assert_eq!(state(&client, "create unique index concurrently twice on u (id)").await, "23505");
     let indexes = same(&cluster, "postgres", INDEXES).await;
     for name in ["by_k", "by_v", "u_id_idx"] {
@@ -225,14 +194,14 @@ async fn settings_of_the_server_are_set_on_every_server() {
     let client = cluster.connect("postgres").await;
     let setting = "select setting from pg_settings where name = 'work_mem'";
     let before = same(&cluster, "postgres", setting).await;
-    run(
+    run_all(
         &client,
         &["alter system set work_mem = '7MB'", "alter system set log_statement to 'ddl'", "select pg_reload_conf()"],
     )
     .await;
     for index in 0..2 {
         wait_for("the server has read it", async || {
-            text(&cluster.connect_node(index, "postgres").await, setting).await == "7168"
+            value(&cluster.connect_node(index, "postgres").await, setting).await == "7168"
         })
         .await;
     }
@@ -240,11 +209,11 @@ async fn settings_of_the_server_are_set_on_every_server() {
         "select string_agg(name || setting, ' ' order by name) from pg_file_settings where sourcefile ~ 'auto.conf'";
     assert_eq!(same(&cluster, "postgres", files).await, "log_statementddl work_mem7MB");
     assert_eq!(state(&client, "alter system set work_mem = 'much'").await, "22023");
-    run(&client, &["alter system reset all", "select pg_reload_conf()"]).await;
+    run_all(&client, &["alter system reset all", "select pg_reload_conf()"]).await;
     assert_eq!(same(&cluster, "postgres", files).await, "");
     for index in 0..2 {
         wait_for("the server has read it", async || {
-            text(&cluster.connect_node(index, "postgres").await, setting).await == before
+            value(&cluster.connect_node(index, "postgres").await, setting).await == before
         })
         .await;
     }
@@ -263,11 +232,11 @@ struct Halfway {
 
 async fn halfway(cluster: &Cluster, lock: &str, statement: &'static str) -> Halfway {
     let locker = cluster.connect_node(1, "postgres").await;
-    run(&locker, &["begin", lock]).await;
+    run_all(&locker, &["begin", lock]).await;
     let statement = spawn(cluster.connect("postgres").await, statement);
     wait_for("the follower waits for the lock", async || {
         let waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and usename = 'pgtandem'";
-        text(&cluster.connect_node(1, "postgres").await, waits).await == "1"
+        value(&cluster.connect_node(1, "postgres").await, waits).await == "1"
     })
     .await;
     Halfway { statement, lock: locker }
@@ -277,7 +246,7 @@ async fn halfway(cluster: &Cluster, lock: &str, statement: &'static str) -> Half
 async fn what_builds_on_it_waits_until_followers_have_it() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key, k int, v int)", "insert into t values (1, 1, 1)"]).await;
+    run_all(&client, &["create table t (id int primary key, k int, v int)", "insert into t values (1, 1, 1)"]).await;
     let lock = "lock table t in share update exclusive mode";
     let halfway = halfway(&cluster, lock, "create unique index concurrently by_k on t (k)").await;
     // The leader has the index, the follower does not: an arbiter, whose row goes to the follower by its key, a definition
@@ -288,10 +257,10 @@ async fn what_builds_on_it_waits_until_followers_have_it() {
         cluster.connect("postgres").await,
         "begin; alter index by_k rename to kept; create table after (id int); commit",
     );
-    run(&client, &["insert into t values (3, 3, 3)"]).await;
+    run_all(&client, &["insert into t values (3, 3, 3)"]).await;
     assert!(!halfway.statement.is_finished(), "the index");
     assert!(!drop_index.is_finished(), "what builds on the index");
-    run(&halfway.lock, &["commit"]).await;
+    run_all(&halfway.lock, &["commit"]).await;
     for task in [halfway.statement, upsert, drop_index] {
         task.await.expect("a task").unwrap_or_else(|error| panic!("{error:?}\n{}", cluster.logs()));
     }
@@ -304,9 +273,12 @@ async fn what_builds_on_it_waits_until_followers_have_it() {
 async fn the_proxy_is_killed_between_the_leader_and_a_follower() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key, v int)", "insert into t values (1, 1)", "create database old"])
-        .await;
-    run(&cluster.connect("old").await, &["create table t (id int primary key)", "insert into t values (1)"]).await;
+    run_all(
+        &client,
+        &["create table t (id int primary key, v int)", "insert into t values (1, 1)", "create database old"],
+    )
+    .await;
+    run_all(&cluster.connect("old").await, &["create table t (id int primary key)", "insert into t values (1)"]).await;
     let databases = "lock table pg_database in exclusive mode";
     let table = "lock table t in share update exclusive mode";
     for (lock, statement) in [
@@ -324,7 +296,7 @@ async fn the_proxy_is_killed_between_the_leader_and_a_follower() {
         cluster.wait_member(1, true).await;
         cluster.connect("postgres").await.batch_execute("update t set v = v + 1 where id = 1").await.expect("a write");
         // Indexes are gone on with beside the clients: a definition waits for them.
-        run(&cluster.connect("postgres").await, &["create table x (id int)", "drop table x"]).await;
+        run_all(&cluster.connect("postgres").await, &["create table x (id int)", "drop table x"]).await;
         same(&cluster, "postgres", DATABASES).await;
         same(&cluster, "postgres", INDEXES).await;
         assert_eq!(same(&cluster, "postgres", "select count(*) from pgtandem.intent").await, "0");
@@ -332,7 +304,7 @@ async fn the_proxy_is_killed_between_the_leader_and_a_follower() {
     }
     let databases = same(&cluster, "postgres", DATABASES).await;
     assert!(databases.contains("fresh") && !databases.contains("old"), "{databases}");
-    run(&cluster.connect("fresh").await, &["insert into t values (2)"]).await;
+    run_all(&cluster.connect("fresh").await, &["insert into t values (2)"]).await;
     cluster.assert_identical().await;
     cluster.wait_well().await;
 }
@@ -341,7 +313,7 @@ async fn the_proxy_is_killed_between_the_leader_and_a_follower() {
 async fn a_follower_that_is_killed_in_the_middle_leaves_and_comes_back() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key, v int)", "insert into t values (1, 1)"]).await;
+    run_all(&client, &["create table t (id int primary key, v int)", "insert into t values (1, 1)"]).await;
     for (lock, statement) in [
         ("lock table pg_database in exclusive mode", "create database fresh"),
         ("lock table t in share update exclusive mode", "create index concurrently by_v on t (v)"),
@@ -351,11 +323,11 @@ async fn a_follower_that_is_killed_in_the_middle_leaves_and_comes_back() {
         halfway.statement.await.expect("a task").unwrap_or_else(|error| panic!("{statement}: {error:?}"));
         drop(halfway.lock);
         cluster.wait_member(1, false).await;
-        run(&client, &["update t set v = v + 1 where id = 1"]).await;
+        run_all(&client, &["update t set v = v + 1 where id = 1"]).await;
         cluster.recover(1);
         same(&cluster, "postgres", DATABASES).await;
         same(&cluster, "postgres", INDEXES).await;
-        run(&cluster.connect("fresh").await, &["create table if not exists u (id int)"]).await;
+        run_all(&cluster.connect("fresh").await, &["create table if not exists u (id int)"]).await;
         cluster.assert_identical().await;
     }
     cluster.wait_well().await;

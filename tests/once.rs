@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::ask::run;
 use std::time::Duration;
 
 use common::Cluster;
@@ -74,10 +75,6 @@ async fn connect_as(cluster: &Cluster, user: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(&settings, tokio_postgres::NoTls).await.expect("a client");
     tokio::spawn(connection);
     client
-}
-
-async fn run(client: &Client, text: &str) {
-    client.batch_execute(text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
 }
 
 /// SQLSTATE and message of a statement that must fail.

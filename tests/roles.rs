@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::Cluster;
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+use common::ask::{run_all, same, value};
+use tokio_postgres::NoTls;
 
 /// Everything that a role is, and whose member.
 const ROLES: &str = "select string_agg(concat_ws(' ', rolname, rolsuper, rolinherit, rolcreaterole, rolcreatedb, rolcanlogin,
@@ -18,28 +18,6 @@ const GRANTS: &str = "select coalesce(string_agg(concat_ws(' ', relname, pg_get_
 const COMMENTS: &str = "select coalesce(string_agg(description, E'\n' order by description), '') from pg_shdescription
     where description like 'ours%'";
 
-async fn text(client: &Client, sql: &str) -> String {
-    let rows = client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    let row = |message: SimpleQueryMessage| match message {
-        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-        _ => None,
-    };
-    rows.into_iter().find_map(row).unwrap_or_default()
-}
-
-async fn same(cluster: &Cluster, sql: &str) -> String {
-    let leader = text(&cluster.connect_node(0, "postgres").await, sql).await;
-    let follower = text(&cluster.connect_node(1, "postgres").await, sql).await;
-    assert_eq!(leader, follower, "{sql}\n{}", cluster.logs());
-    leader
-}
-
-async fn run(client: &Client, statements: &[&str]) {
-    for sql in statements {
-        client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn roles_are_the_same_on_every_server() {
     let cluster = common::cluster();
@@ -48,7 +26,7 @@ async fn roles_are_the_same_on_every_server() {
         let error = client.batch_execute(sql).await.expect_err(sql);
         error.code().map(|code| code.code().to_owned()).unwrap_or_default()
     };
-    run(&client, &[
+    run_all(&client, &[
         "create role readers",
         "create user alice password 'first secret' connection limit 3",
         "create role bob login createrole encrypted password $$second 'secret'$$ valid until '2040-01-01 00:00+00' in role readers",
@@ -63,11 +41,11 @@ async fn roles_are_the_same_on_every_server() {
     ])
     .await;
     client.execute("alter role erin password 'extended'", &[]).await.expect("by the extended protocol");
-    let roles = same(&cluster, ROLES).await;
+    let roles = same(&cluster, "postgres", ROLES).await;
     assert_eq!(roles.matches("SCRAM-SHA-256$").count(), 4, "{roles}");
-    same(&cluster, MEMBERS).await;
+    same(&cluster, "postgres", MEMBERS).await;
     // As a role that may not see verifiers, for itself and for others.
-    run(
+    run_all(
         &client,
         &[
             "set role bob",
@@ -78,7 +56,7 @@ async fn roles_are_the_same_on_every_server() {
         ],
     )
     .await;
-    assert_eq!(same(&cluster, ROLES).await.matches("SCRAM-SHA-256$").count(), 5);
+    assert_eq!(same(&cluster, "postgres", ROLES).await.matches("SCRAM-SHA-256$").count(), 5);
     // The password that the client gave is the one that logs in.
     let port = cluster.layout.proxy_port();
     let config = format!("host=127.0.0.1 port={port} user=bob password=seventh dbname=postgres");
@@ -91,7 +69,7 @@ async fn roles_are_the_same_on_every_server() {
         assert!(!follower.contains(secret) && !proxy.contains(secret), "{secret}");
     }
     // Settings, grants, comments, owners.
-    run(
+    run_all(
         &client,
         &[
             "alter role alice set work_mem = '2MB'",
@@ -112,10 +90,10 @@ async fn roles_are_the_same_on_every_server() {
         ],
     )
     .await;
-    same(&cluster, SETTINGS).await;
-    assert!(same(&cluster, GRANTS).await.contains("/alice"));
-    assert_eq!(same(&cluster, COMMENTS).await, "ours 1\nours 2");
-    run(
+    same(&cluster, "postgres", SETTINGS).await;
+    assert!(same(&cluster, "postgres", GRANTS).await.contains("/alice"));
+    assert_eq!(same(&cluster, "postgres", COMMENTS).await, "ours 1\nours 2");
+    run_all(
         &client,
         &[
             "reassign owned by bob to alice",
@@ -126,10 +104,10 @@ async fn roles_are_the_same_on_every_server() {
         ],
     )
     .await;
-    assert!(!same(&cluster, ROLES).await.contains("alice"));
-    same(&cluster, GRANTS).await;
-    same(&cluster, MEMBERS).await;
-    same(&cluster, SETTINGS).await;
+    assert!(!same(&cluster, "postgres", ROLES).await.contains("alice"));
+    same(&cluster, "postgres", GRANTS).await;
+    same(&cluster, "postgres", MEMBERS).await;
+    same(&cluster, "postgres", SETTINGS).await;
     for sql in [
         "alter role carol set work_mem from current",
         "grant select on t to session_user",
@@ -148,7 +126,7 @@ async fn roles_are_the_same_on_every_server() {
 async fn notifications_come_once_and_advisory_locks_hold() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key)"]).await;
+    run_all(&client, &["create table t (id int primary key)"]).await;
     let config = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", cluster.layout.proxy_port());
     let (listener, mut connection) = tokio_postgres::connect(&config, NoTls).await.expect("a listener");
     let (sender, mut receiver) = tokio::sync::mpsc::channel(100);
@@ -159,8 +137,8 @@ async fn notifications_come_once_and_advisory_locks_hold() {
             }
         }
     });
-    run(&listener, &["listen news"]).await;
-    run(
+    run_all(&listener, &["listen news"]).await;
+    run_all(
         &client,
         &[
             "begin; insert into t values (1); notify news, 'one'; commit",
@@ -174,19 +152,19 @@ async fn notifications_come_once_and_advisory_locks_hold() {
         let heard = tokio::time::timeout(common::LIMIT, receiver.recv()).await.expect("a notification");
         assert_eq!(heard.as_deref(), Some(expected));
     }
-    run(&listener, &["unlisten *", "select 1"]).await;
+    run_all(&listener, &["unlisten *", "select 1"]).await;
     assert!(receiver.try_recv().is_err());
     // A lock that one session holds, another does not get; one of a transaction ends with it.
     let get = "select pg_try_advisory_lock(7)";
-    assert_eq!(text(&client, get).await, "t");
-    assert_eq!(text(&listener, get).await, "f");
-    run(&client, &["begin; select pg_advisory_xact_lock(8); insert into t values (4)"]).await;
-    assert_eq!(text(&listener, "select pg_try_advisory_xact_lock(8)").await, "f");
-    run(&client, &["commit", "discard all"]).await;
-    assert_eq!(text(&listener, get).await, "t");
-    assert_eq!(text(&listener, "select pg_try_advisory_xact_lock(8)").await, "t");
-    run(&client, &["checkpoint", "insert into t values (5)"]).await;
+    assert_eq!(value(&client, get).await, "t");
+    assert_eq!(value(&listener, get).await, "f");
+    run_all(&client, &["begin; select pg_advisory_xact_lock(8); insert into t values (4)"]).await;
+    assert_eq!(value(&listener, "select pg_try_advisory_xact_lock(8)").await, "f");
+    run_all(&client, &["commit", "discard all"]).await;
+    assert_eq!(value(&listener, get).await, "t");
+    assert_eq!(value(&listener, "select pg_try_advisory_xact_lock(8)").await, "t");
+    run_all(&client, &["checkpoint", "insert into t values (5)"]).await;
     assert!(client.batch_execute("begin; discard all").await.is_err());
-    run(&client, &["rollback", "insert into t values (6)"]).await;
+    run_all(&client, &["rollback", "insert into t values (6)"]).await;
     cluster.assert_identical().await;
 }

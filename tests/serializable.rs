@@ -4,8 +4,9 @@
 
 mod common;
 
+use common::ask::{run, value};
 use common::{Cluster, load};
-use tokio_postgres::{Client, Error, SimpleQueryMessage};
+use tokio_postgres::{Client, Error};
 
 const WRITERS: usize = 16;
 const TRANSACTIONS: usize = 25;
@@ -18,17 +19,6 @@ async fn refused(client: &Client, text: &str, expected: &str) -> String {
     let error = client.batch_execute(text).await.expect_err("an error");
     assert_eq!(sqlstate(&error), expected, "{text}: {error:?}");
     error.as_db_error().unwrap().message().to_owned()
-}
-
-async fn run(client: &Client, text: &str) {
-    client.batch_execute(text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
-}
-
-/// First column of the first row.
-async fn value(client: &Client, text: &str) -> String {
-    let answer = client.simple_query(text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
-    let row = answer.iter().find_map(|m| if let SimpleQueryMessage::Row(row) = m { Some(row) } else { None });
-    row.and_then(|row| row.get(0)).unwrap_or_default().to_owned()
 }
 
 /// What a test left behind is the same everywhere.

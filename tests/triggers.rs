@@ -5,6 +5,7 @@
 mod common;
 
 use common::Cluster;
+use common::ask::run;
 use futures_util::StreamExt;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client};
@@ -37,10 +38,6 @@ begin
 end $$;
 create trigger tell after insert or update or delete on item for each statement execute function tell();
 ";
-
-async fn run(client: &Client, text: &str) {
-    client.batch_execute(text).await.unwrap_or_else(|error| panic!("{text}: {error:?}"));
-}
 
 async fn code(client: &Client, text: &str) -> SqlState {
     client.batch_execute(text).await.expect_err(text).code().cloned().expect(text)

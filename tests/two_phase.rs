@@ -3,69 +3,38 @@
 mod common;
 
 use common::Cluster;
-use tokio_postgres::{Client, SimpleQueryMessage};
+use common::ask::{run_all, same, state};
 
 const PREPARED: &str = "select coalesce(string_agg(gid || ' ' || owner || ' ' || database, E'\n' order by gid), '') from pg_prepared_xacts";
 
-async fn text(client: &Client, sql: &str) -> String {
-    let rows = client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    let row = |message: SimpleQueryMessage| match message {
-        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-        _ => None,
-    };
-    rows.into_iter().find_map(row).unwrap_or_default()
-}
-
-async fn same(cluster: &Cluster, sql: &str) -> String {
-    let leader = text(&cluster.connect_node(0, "postgres").await, sql).await;
-    for index in 1..cluster.layout.plan.nodes {
-        let follower = text(&cluster.connect_node(index, "postgres").await, sql).await;
-        assert_eq!(leader, follower, "on node{index}: {sql}\n{}", cluster.logs());
-    }
-    leader
-}
-
-async fn state(client: &Client, sql: &str) -> String {
-    match client.batch_execute(sql).await {
-        Ok(()) => "ok".to_owned(),
-        Err(error) => error.code().map_or_else(|| error.to_string(), |code| code.code().to_owned()),
-    }
-}
-
-async fn run(client: &Client, statements: &[&str]) {
-    for sql in statements {
-        client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-}
-
 async fn rows(cluster: &Cluster) -> String {
-    same(cluster, "select coalesce(string_agg(id || ' ' || v, ', ' order by id), '') from t").await
+    same(cluster, "postgres", "select coalesce(string_agg(id || ' ' || v, ', ' order by id), '') from t").await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
     let cluster = Cluster::up(&["--nodes", "3"]);
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key, v int)", "create role bob", "insert into t values (1, 1)"])
+    run_all(&client, &["create table t (id int primary key, v int)", "create role bob", "insert into t values (1, 1)"])
         .await;
-    run(
+    run_all(
         &client,
         &["begin; update t set v = 2 where id = 1; insert into t values (2, 2); prepare transaction 'it''s one'"],
     )
     .await;
-    assert_eq!(same(&cluster, PREPARED).await, "it's one postgres postgres");
+    assert_eq!(same(&cluster, "postgres", PREPARED).await, "it's one postgres postgres");
     assert_eq!(rows(&cluster).await, "1 1");
     // The name is taken, the row is locked; another session, and the same one, go on meanwhile.
     let other = cluster.connect("postgres").await;
     assert_eq!(state(&other, "begin; insert into t values (9, 9); prepare transaction 'it''s one'").await, "42710");
-    run(&other, &["rollback"]).await;
+    run_all(&other, &["rollback"]).await;
     assert_eq!(state(&other, "set lock_timeout = 100; update t set v = 3 where id = 1").await, "55P03");
-    run(&client, &["insert into t values (3, 3)"]).await;
+    run_all(&client, &["insert into t values (3, 3)"]).await;
     assert_eq!(state(&other, "begin; commit prepared 'it''s one'").await, "25001");
-    run(&other, &["rollback", "set role bob"]).await;
+    run_all(&other, &["rollback", "set role bob"]).await;
     assert_eq!(state(&other, "commit prepared 'it''s one'").await, "42501");
     assert_eq!(state(&other, "rollback prepared 'it''s one'").await, "42501");
-    run(&other, &["reset role", "commit prepared 'it''s one'"]).await;
+    run_all(&other, &["reset role", "commit prepared 'it''s one'"]).await;
     assert_eq!(rows(&cluster).await, "1 2, 2 2, 3 3");
     assert_eq!(state(&other, "commit prepared 'it''s one'").await, "42704");
 
@@ -73,7 +42,7 @@ async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
     for sql in ["begin", "delete from t where id = 1", "prepare transaction 'it''s one'"] {
         client.execute(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
-    assert!(same(&cluster, PREPARED).await.contains("it's one"));
+    assert!(same(&cluster, "postgres", PREPARED).await.contains("it's one"));
     client.execute("rollback prepared 'it''s one'", &[]).await.expect("rolled back");
     assert_eq!(rows(&cluster).await, "1 2, 2 2, 3 3");
     for sql in ["begin", "update t set v = 7 where id = 1", "prepare transaction 'x'"] {
@@ -83,23 +52,23 @@ async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
     assert_eq!(rows(&cluster).await, "1 7, 2 2, 3 3");
 
     // Of a role that is no superuser, who may finish its own.
-    run(
+    run_all(
         &client,
         &["grant all on t to bob; set role bob", "begin; insert into t values (4, 4); prepare transaction 'bob''s'"],
     )
     .await;
-    assert_eq!(same(&cluster, PREPARED).await, "bob's bob postgres");
-    run(&client, &["commit prepared 'bob''s'", "delete from t where id = 4", "reset role"]).await;
+    assert_eq!(same(&cluster, "postgres", PREPARED).await, "bob's bob postgres");
+    run_all(&client, &["commit prepared 'bob''s'", "delete from t where id = 4", "reset role"]).await;
 
     // What is in it: nothing, a definition, a serializable transaction.
-    run(&client, &[
+    run_all(&client, &[
         "begin; select count(*) from t; prepare transaction 'empty'",
         "begin; create table u (id int primary key, v text default 'd'); insert into u values (1); prepare transaction 'ddl'",
         "begin isolation level serializable; update t set v = 8 where id = 2; prepare transaction 'ser'",
     ])
     .await;
-    assert_eq!(same(&cluster, PREPARED).await.lines().count(), 3);
-    run(
+    assert_eq!(same(&cluster, "postgres", PREPARED).await.lines().count(), 3);
+    run_all(
         &client,
         &[
             "create table n (id serial primary key)",
@@ -110,7 +79,7 @@ async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
     )
     .await;
     assert_eq!(state(&client, "select * from u").await, "42P01");
-    run(
+    run_all(
         &client,
         &["commit prepared 'ddl'", "insert into u values (2)", "commit prepared 'empty'", "commit prepared 'ser'"],
     )
@@ -122,19 +91,19 @@ async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
         ["create temp table w (id int); insert into t values (20, 1)", "listen news; insert into t values (21, 1)"]
     {
         assert_eq!(state(&client, &format!("begin; {sql}; prepare transaction 'not'")).await, "0A000", "{sql}");
-        run(&client, &["rollback"]).await;
+        run_all(&client, &["rollback"]).await;
     }
     assert_eq!(state(&client, "begin; insert into t values (1, 1); prepare transaction 'not'").await, "23505");
-    run(&client, &["rollback", "begin"]).await;
+    run_all(&client, &["rollback", "begin"]).await;
     assert_eq!(state(&client, "insert into t values (1, 1)").await, "23505");
     // PostgreSQL rolls a failed one back, and says so.
-    run(&client, &["prepare transaction 'not'"]).await;
+    run_all(&client, &["prepare transaction 'not'"]).await;
     for sql in ["begin; prepare transaction 'pgtandem:x:1:1:1'", "commit prepared 'pgtandem:x:1:1:1'"] {
         assert_eq!(state(&client, sql).await, "0A000");
-        run(&client, &["rollback"]).await;
+        run_all(&client, &["rollback"]).await;
     }
-    assert_eq!(same(&cluster, PREPARED).await, "");
-    assert_eq!(same(&cluster, "select count(*) from pgtandem.prepared").await, "0");
+    assert_eq!(same(&cluster, "postgres", PREPARED).await, "");
+    assert_eq!(same(&cluster, "postgres", "select count(*) from pgtandem.prepared").await, "0");
     cluster.assert_identical().await;
     cluster.wait_well().await;
 }
@@ -143,23 +112,23 @@ async fn what_a_client_prepares_has_its_name_and_its_end_on_every_server() {
 async fn what_is_open_survives_and_what_was_decided_is_finished() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
-    run(&client, &["create table t (id int primary key, v int)"]).await;
+    run_all(&client, &["create table t (id int primary key, v int)"]).await;
     for (id, gid) in [(1, "open"), (2, "committed"), (3, "rolled back"), (4, "later")] {
-        run(&client, &[&format!("begin; insert into t values ({id}, 0); prepare transaction '{gid}'")]).await;
+        run_all(&client, &[&format!("begin; insert into t values ({id}, 0); prepare transaction '{gid}'")]).await;
     }
-    let open = same(&cluster, PREPARED).await;
+    let open = same(&cluster, "postgres", PREPARED).await;
     // A recovery would copy it without its end.
     let output = cluster.command(&["recover", "node1", "--yes"]);
     assert!(!output.status.success() && common::text(&output).contains("COMMIT PREPARED"), "{}", common::text(&output));
     cluster.kill_proxy();
     cluster.start_again();
-    assert_eq!(same(&cluster, PREPARED).await, open);
+    assert_eq!(same(&cluster, "postgres", PREPARED).await, open);
     // The proxy dies after the leader has decided and before the follower knows.
     cluster.kill_proxy();
     let leader = cluster.connect_node(0, "postgres").await;
-    run(&leader, &["commit prepared 'committed'", "rollback prepared 'rolled back'"]).await;
+    run_all(&leader, &["commit prepared 'committed'", "rollback prepared 'rolled back'"]).await;
     cluster.start_again();
-    assert_eq!(same(&cluster, PREPARED).await, "later postgres postgres\nopen postgres postgres");
+    assert_eq!(same(&cluster, "postgres", PREPARED).await, "later postgres postgres\nopen postgres postgres");
     assert_eq!(rows(&cluster).await, "2 0");
     // So does the leader's PostgreSQL.
     cluster.kill_postgres(0);
@@ -169,13 +138,13 @@ async fn what_is_open_survives_and_what_was_decided_is_finished() {
     })
     .await;
     let client = cluster.connect("postgres").await;
-    run(&client, &["insert into t values (5, 5)", "commit prepared 'open'", "rollback prepared 'later'"]).await;
-    assert_eq!(same(&cluster, PREPARED).await, "");
+    run_all(&client, &["insert into t values (5, 5)", "commit prepared 'open'", "rollback prepared 'later'"]).await;
+    assert_eq!(same(&cluster, "postgres", PREPARED).await, "");
     assert_eq!(rows(&cluster).await, "1 0, 2 0, 5 5");
-    assert_eq!(same(&cluster, "select count(*) from pgtandem.prepared").await, "0");
+    assert_eq!(same(&cluster, "postgres", "select count(*) from pgtandem.prepared").await, "0");
     // Their marks are used again, and counted on.
     for id in 10..20 {
-        run(
+        run_all(
             &client,
             &[&format!("begin; insert into t values ({id}, 0); prepare transaction 'g'"), "commit prepared 'g'"],
         )

@@ -1,29 +1,13 @@
 //! When may a record be overridden, and with what.
 
 use pgtandem_proto::membership::Record;
-use pgtandem_proto::message::PostgresState;
 
 use super::*;
+use crate::cluster::record::{blank, running};
 
 fn found(node: &str, answer: Result<(NodeState, u64, &MemberSet), &str>) -> Found {
-    let answer = answer.map_err(String::from).map(|(state, promised, set)| NodeStatus {
-        record: Record {
-            cluster: "shop".into(),
-            node: node.into(),
-            promised,
-            members: Some(set.clone()),
-            state,
-            uncertain: true,
-            generations: Vec::new(),
-            verified_at: None,
-            overrides: Vec::new(),
-            taking_over: false,
-            last_contact: None,
-        },
-        postgres: PostgresState::Running,
-        postgres_detail: String::new(),
-        progress: None,
-        lease_ms: None,
+    let answer = answer.map_err(String::from).map(|(state, promised, set)| {
+        running(Record { promised, members: Some(set.clone()), state, ..blank("shop", node) })
     });
     Found { node: node.into(), address: "10.0.0.1:7001".into(), answer }
 }

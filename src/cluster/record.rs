@@ -51,6 +51,18 @@ pub fn blank(cluster: &str, node: &str) -> Record {
     }
 }
 
+/// What an agent says whose PostgreSQL runs and who has this record.
+#[cfg(test)]
+pub(crate) fn running(record: Record) -> pgtandem_proto::message::NodeStatus {
+    pgtandem_proto::message::NodeStatus {
+        record,
+        postgres: pgtandem_proto::message::PostgresState::Running,
+        postgres_detail: String::new(),
+        progress: None,
+        lease_ms: None,
+    }
+}
+
 /// The record as an agent holds it after its start: it may have been left behind while it did not run.
 #[must_use]
 pub fn started(record: &Record) -> Record {

@@ -110,32 +110,21 @@ fn row(node: &NodeView) -> [String; 6] {
 #[cfg(test)]
 mod tests {
     use pgtandem_proto::membership::{MemberSet, NodeState, Record};
-    use pgtandem_proto::message::{NodeStatus, PostgresState};
+    use pgtandem_proto::message::NodeStatus;
 
     use super::super::status::{NodeFindings, ProxyCounters};
     use super::*;
     use crate::cluster::members;
+    use crate::cluster::record::{blank, running};
 
     fn answer(node: &str, state: NodeState, set: &MemberSet) -> NodeStatus {
-        NodeStatus {
-            record: Record {
-                cluster: "shop".into(),
-                node: node.into(),
-                promised: set.epoch,
-                members: Some(set.clone()),
-                state,
-                uncertain: false,
-                generations: Vec::new(),
-                verified_at: None,
-                overrides: Vec::new(),
-                taking_over: false,
-                last_contact: None,
-            },
-            postgres: PostgresState::Running,
-            postgres_detail: String::new(),
-            progress: None,
-            lease_ms: None,
-        }
+        running(Record {
+            promised: set.epoch,
+            members: Some(set.clone()),
+            state,
+            uncertain: false,
+            ..blank("shop", node)
+        })
     }
 
     fn finding(node: &str, answer: Result<NodeStatus, String>) -> NodeFindings {

@@ -168,30 +168,11 @@ pub(crate) fn silent(node: &str) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use pgtandem_proto::message::PostgresState;
-
     use super::*;
+    use crate::cluster::record::{blank, running};
 
     fn status(state: NodeState, uncertain: bool, set: &MemberSet) -> NodeStatus {
-        NodeStatus {
-            record: Record {
-                cluster: "shop".into(),
-                node: "b".into(),
-                promised: set.epoch,
-                members: Some(set.clone()),
-                state,
-                uncertain,
-                generations: Vec::new(),
-                verified_at: None,
-                overrides: Vec::new(),
-                taking_over: false,
-                last_contact: None,
-            },
-            postgres: PostgresState::Running,
-            postgres_detail: String::new(),
-            progress: None,
-            lease_ms: None,
-        }
+        running(Record { promised: set.epoch, members: Some(set.clone()), state, uncertain, ..blank("shop", "b") })
     }
 
     fn told(node: &str, set: &MemberSet, status: &NodeStatus) -> Option<(NodeState, bool)> {

@@ -110,27 +110,10 @@ fn refused(what: impl Into<String>, hint: impl Into<String>) -> Cause {
 mod tests {
 
     use super::*;
+    use crate::cluster::record::{blank, running};
 
     fn status(node: &str, state: NodeState) -> NodeStatus {
-        NodeStatus {
-            record: Record {
-                cluster: "shop".into(),
-                node: node.into(),
-                promised: 3,
-                members: None,
-                state,
-                uncertain: false,
-                generations: Vec::new(),
-                verified_at: None,
-                overrides: Vec::new(),
-                taking_over: false,
-                last_contact: None,
-            },
-            postgres: PostgresState::Running,
-            postgres_detail: String::new(),
-            progress: None,
-            lease_ms: None,
-        }
+        running(Record { promised: 3, state, uncertain: false, ..blank("shop", node) })
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use pgtandem_proto::membership::{MemberSet, Record};
-use pgtandem_proto::message::{FailureCode, Lsn, NodeFacts, NodeStatus, PostgresState, Reply};
+use pgtandem_proto::message::{FailureCode, Lsn, NodeFacts, NodeStatus, Reply};
 
 use super::super::agents::AgentControl;
 use super::super::recoveries::Recoveries;
 use super::super::replication::{CutDone, JoinDone, ReplicationError, ReplicationErrorKind};
 use super::super::report::Phase;
 use super::*;
+use crate::cluster::record::{blank, running};
 
 /// A cluster of `a`, which leads, and `b`. Remembers what it was asked for, in order.
 #[derive(Default)]
@@ -171,25 +172,7 @@ impl Connection {
     fn status(&self) -> NodeStatus {
         let state = if self.node == "a" { NodeState::InSync } else { NodeState::Stale };
         let state = self.world.state.lock().unwrap().filter(|_| self.node == "b").unwrap_or(state);
-        NodeStatus {
-            record: Record {
-                cluster: "shop".into(),
-                node: self.node.clone(),
-                promised: 3,
-                members: None,
-                state,
-                uncertain: false,
-                generations: Vec::new(),
-                verified_at: None,
-                overrides: Vec::new(),
-                taking_over: false,
-                last_contact: None,
-            },
-            postgres: PostgresState::Running,
-            postgres_detail: String::new(),
-            progress: None,
-            lease_ms: None,
-        }
+        running(Record { promised: 3, state, uncertain: false, ..blank("shop", &self.node) })
     }
 }
 

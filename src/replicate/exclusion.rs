@@ -4,14 +4,13 @@
 //! for its locks there. From its end on the leader until every follower has done it, no DDL commit may reach a follower, because
 //! the order of the two is known to nobody there. From a cut to the join of that node no such statement begins.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use tokio::sync::Notify;
+use super::watched::Watched;
 
 #[derive(Debug, Default)]
 pub struct Exclusion {
-    state: Mutex<State>,
-    changed: Notify,
+    state: Watched<State>,
 }
 
 #[derive(Debug, Default)]
@@ -66,57 +65,32 @@ pub struct Hold(Arc<Exclusion>);
 pub struct Exclusive(Arc<Exclusion>);
 
 impl Exclusion {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // The state is consistent between statements, so a panic elsewhere does not spoil it.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `ready` gives a value for the state, without losing a wake-up.
-    async fn wait_for<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
-        loop {
-            let notified = self.changed.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            if let Some(value) = ready(&mut self.state()) {
-                return value;
-            }
-            notified.await;
-        }
-    }
-
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
-        let changed = change(&mut self.state());
-        self.changed.notify_waiters();
-        changed
-    }
-
     /// Waits for its turn and begins. `pid`: the leader's backend; `databases`: where nobody may connect meanwhile.
     pub async fn begin(self: &Arc<Self>, pid: i32, databases: &[&str]) -> Statement {
         let running =
             || Running { pid, databases: databases.iter().map(|name| (*name).to_owned()).collect(), following: false };
-        self.wait_for(|state| {
-            (state.statement.is_none() && state.cuts == 0).then(|| state.statement = Some(running()))
-        })
-        .await;
+        self.state
+            .wait_for(|state| (state.statement.is_none() && state.cuts == 0).then(|| state.statement = Some(running())))
+            .await;
         Statement(Arc::clone(self))
     }
 
     /// Waits until no statement is under way and no client's transaction is prepared; none begins until this is dropped.
     pub async fn cut(self: &Arc<Self>) -> Cut {
-        self.wait_for(|state| (state.statement.is_none() && state.holds == 0).then(|| state.cuts += 1)).await;
+        self.state.wait_for(|state| (state.statement.is_none() && state.holds == 0).then(|| state.cuts += 1)).await;
         Cut(Arc::clone(self))
     }
 
     /// Waits until no node is between its cut and its join; none is cut until this is dropped.
     pub async fn hold(self: &Arc<Self>) -> Hold {
-        self.wait_for(|state| (state.cuts == 0).then(|| state.holds += 1)).await;
+        self.state.wait_for(|state| (state.cuts == 0).then(|| state.holds += 1)).await;
         Hold(Arc::clone(self))
     }
 
     /// The same for what a new epoch has found, before anything is cut in it.
     #[must_use]
     pub fn hold_found(self: &Arc<Self>) -> Hold {
-        self.state().holds += 1;
+        self.state.lock().holds += 1;
         Hold(Arc::clone(self))
     }
 
@@ -125,7 +99,7 @@ impl Exclusion {
     /// # Errors
     /// If a statement is under way.
     pub fn fly(self: &Arc<Self>) -> Result<Flight, Conflict> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         match &state.statement {
             Some(Running { following: true, .. }) => return Err(Conflict::Following),
             Some(running) => return Err(Conflict::Leading(running.pid)),
@@ -139,7 +113,7 @@ impl Exclusion {
     /// # Errors
     /// If the leader is done with it.
     pub fn fly_before(self: &Arc<Self>) -> Result<Flight, Conflict> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if let Some(Running { following: true, .. }) = &state.statement {
             return Err(Conflict::Following);
         }
@@ -149,12 +123,14 @@ impl Exclusion {
 
     /// Waits until followers have done the statement under way, if there is one.
     pub async fn followed(&self) {
-        self.wait_for(|state| state.statement.as_ref().is_none_or(|running| !running.following).then_some(())).await;
+        self.state
+            .wait_for(|state| state.statement.as_ref().is_none_or(|running| !running.following).then_some(()))
+            .await;
     }
 
     /// Waits until no statement is under way.
     pub async fn quiet(&self) {
-        self.wait_for(|state| state.statement.is_none().then_some(())).await;
+        self.state.wait_for(|state| state.statement.is_none().then_some(())).await;
     }
 
     /// Waits until this database may be connected to.
@@ -162,20 +138,20 @@ impl Exclusion {
         let affected = |state: &State| {
             state.statement.as_ref().is_some_and(|running| running.databases.iter().any(|name| name == database))
         };
-        self.wait_for(|state| (!affected(state)).then_some(())).await;
+        self.state.wait_for(|state| (!affected(state)).then_some(())).await;
     }
 
     /// Says that followers are about to take locks that others may wait for.
     #[must_use]
     pub fn exclusive(self: &Arc<Self>) -> Exclusive {
-        self.state().exclusive += 1;
+        self.state.lock().exclusive += 1;
         Exclusive(Arc::clone(self))
     }
 
     /// Whether a half may have to wait on a follower for longer than on the leader.
     #[must_use]
     pub fn may_block_halves(&self) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         state.exclusive > 0 || state.statement.as_ref().is_some_and(|running| running.following)
     }
 }
@@ -183,7 +159,7 @@ impl Exclusion {
 impl Statement {
     /// The leader is done: no DDL commit starts to fly from here on.
     pub fn begin_to_follow(&self) {
-        self.0.change(|state| {
+        self.0.state.change(|state| {
             if let Some(running) = &mut state.statement {
                 running.following = true;
             }
@@ -193,37 +169,37 @@ impl Statement {
     /// The same, and waits for those that fly.
     pub async fn follow(&self) {
         self.begin_to_follow();
-        self.0.wait_for(|state| (state.flights == 0).then_some(())).await;
+        self.0.state.wait_for(|state| (state.flights == 0).then_some(())).await;
     }
 }
 
 impl Drop for Statement {
     fn drop(&mut self) {
-        self.0.change(|state| state.statement = None);
+        self.0.state.change(|state| state.statement = None);
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        self.0.change(|state| state.flights -= 1);
+        self.0.state.change(|state| state.flights -= 1);
     }
 }
 
 impl Drop for Cut {
     fn drop(&mut self) {
-        self.0.change(|state| state.cuts -= 1);
+        self.0.state.change(|state| state.cuts -= 1);
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.0.change(|state| state.holds -= 1);
+        self.0.state.change(|state| state.holds -= 1);
     }
 }
 
 impl Drop for Exclusive {
     fn drop(&mut self) {
-        self.0.change(|state| state.exclusive -= 1);
+        self.0.state.change(|state| state.exclusive -= 1);
     }
 }
 

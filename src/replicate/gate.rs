@@ -7,10 +7,12 @@
 //! half-committed transactions are the only reason why a follower may not yet hold what the leader showed.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use super::watched::Watched;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the gate did not close within {0:?}: commits that passed it are not finished on every member")]
@@ -18,8 +20,7 @@ pub struct GateTimeout(pub Duration);
 
 #[derive(Debug)]
 pub struct Gate {
-    state: Mutex<State>,
-    changed: Notify,
+    state: Watched<State>,
     /// One closer at a time.
     closers: Semaphore,
 }
@@ -57,50 +58,32 @@ pub struct Closed<'a> {
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { state: Mutex::default(), changed: Notify::new(), closers: Semaphore::new(1) }
+        Self { state: Watched::default(), closers: Semaphore::new(1) }
     }
 }
 
 impl Gate {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // The state is consistent between statements, so a panic elsewhere does not spoil it.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `ready` holds for the state, without losing a wake-up.
-    async fn wait_for<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
-        loop {
-            let notified = self.changed.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            if let Some(value) = ready(&mut self.state()) {
-                return value;
-            }
-            notified.await;
-        }
-    }
-
     /// Waits until the gate is open and enters it.
     pub async fn pass(self: &Arc<Self>) -> Pass {
-        let number = self.wait_for(|s| (!s.closed).then(|| s.enter())).await;
+        let number = self.state.wait_for(|s| (!s.closed).then(|| s.enter())).await;
         Pass { gate: Arc::clone(self), number }
     }
 
     /// Enters the gate although it is closed: for the one who closed it.
     #[must_use]
     pub fn pass_closed(self: &Arc<Self>, _closed: &Closed<'_>) -> Pass {
-        Pass { gate: Arc::clone(self), number: self.state().enter() }
+        Pass { gate: Arc::clone(self), number: self.state.lock().enter() }
     }
 
     /// The number that the next commit will get: everything sent so far is below it.
     #[must_use]
     pub fn next_number(&self) -> u64 {
-        self.state().next
+        self.state.lock().next
     }
 
     /// Waits until all commits with numbers below `number` are finished on every member.
     pub async fn barrier(&self, number: u64) {
-        self.wait_for(|s| s.inside.first().is_none_or(|first| *first >= number).then_some(())).await;
+        self.state.wait_for(|s| s.inside.first().is_none_or(|first| *first >= number).then_some(())).await;
     }
 
     /// Closes the gate and waits until all that passed are finished.
@@ -112,8 +95,8 @@ impl Gate {
             // The semaphore is never closed, so acquiring can not fail.
             let turn = self.closers.acquire().await.map_err(|_| GateTimeout(limit))?;
             let closed = Closed { gate: self, since: Instant::now(), since_clock: SystemTime::now(), _turn: turn };
-            self.state().closed = true;
-            self.wait_for(|s| s.inside.is_empty().then_some(())).await;
+            self.state.lock().closed = true;
+            self.state.wait_for(|s| s.inside.is_empty().then_some(())).await;
             Ok(closed)
         };
         tokio::time::timeout(limit, attempt).await.unwrap_or(Err(GateTimeout(limit)))
@@ -121,7 +104,7 @@ impl Gate {
 
     #[must_use]
     pub fn stats(&self) -> GateStats {
-        self.state().stats
+        self.state.lock().stats
     }
 }
 
@@ -157,21 +140,18 @@ impl Closed<'_> {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.gate.state().inside.remove(&self.number);
-        self.gate.changed.notify_waiters();
+        self.gate.state.change(|state| state.inside.remove(&self.number));
     }
 }
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         let closed_ms = self.closed_ms();
-        {
-            let mut state = self.gate.state();
+        self.gate.state.change(|state| {
             state.closed = false;
             state.stats.closed_count += 1;
             state.stats.closed_ms_max = state.stats.closed_ms_max.max(closed_ms);
-        }
-        self.gate.changed.notify_waiters();
+        });
     }
 }
 

@@ -26,3 +26,4 @@ pub mod sequences;
 pub mod shapes;
 pub mod switch;
 pub mod two_phase;
+mod watched;

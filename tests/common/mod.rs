@@ -1,6 +1,7 @@
 //! A cluster for a test: `pgtandem sandbox`, as a user would type it, taken down again whatever happens.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub mod ask;
 pub mod fault;
 pub mod load;
 

@@ -1,0 +1,75 @@
+//! Queries of the simple protocol that come again are executed from what the leader has prepared. A definition that is committed
+//! meanwhile must not be seen in that: a lone server answers a text by what the table is now.
+
+mod common;
+
+use common::ask::run;
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+const QUERY: &str = "select * from t where id = 1";
+
+/// The columns of the only row.
+async fn row(client: &Client) -> Result<String, tokio_postgres::Error> {
+    let messages = client.simple_query(QUERY).await?;
+    let row = messages.iter().find_map(|m| if let SimpleQueryMessage::Row(row) = m { Some(row) } else { None });
+    let row = row.expect("one row");
+    Ok((0..row.len()).map(|i| row.get(i).unwrap_or("null")).collect::<Vec<_>>().join(","))
+}
+
+/// The definition holds the table when the queries come, and is committed before they are answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_prepared_before_a_definition_is_answered_by_the_table_as_it_is() {
+    let cluster = common::cluster();
+    let definer = cluster.connect("postgres").await;
+    run(&definer, "create table t (id int primary key, v text); insert into t values (1, 'old')").await;
+    let (alone, reader, writer) =
+        (cluster.connect("postgres").await, cluster.connect("postgres").await, cluster.connect("postgres").await);
+    for client in [&alone, &reader, &writer] {
+        for _ in 0..3 {
+            assert_eq!(row(client).await.expect("a row"), "1,old");
+        }
+        let prepared = "select count(*) from pg_prepared_statements where name like 'pgtandem_w%'";
+        let count = client.query_one(prepared, &[]).await.expect("a count").get::<_, i64>(0);
+        assert_eq!(count, 1, "the query is prepared, or this test shows nothing");
+    }
+
+    run(&definer, "begin; alter table t add column w text default 'new'").await;
+    run(&reader, "begin; select 1").await;
+    let waiting = tokio::spawn(async move {
+        let (alone, in_block) = tokio::join!(row(&alone), row(&reader));
+        assert_eq!(alone.expect("outside a block"), "1,old,new");
+        assert_eq!(in_block.expect("in a block"), "1,old,new");
+        run(&reader, "commit").await;
+    });
+    let leader = cluster.connect_node(0, "postgres").await;
+    common::wait_for("both queries wait for the definition", async || {
+        let sql = "select count(*) from pg_locks where not granted";
+        leader.query_one(sql, &[]).await.expect("locks").get::<_, i64>(0) == 2
+    })
+    .await;
+    run(&definer, "commit").await;
+    waiting.await.expect("no error");
+
+    // What has the table locked executes what is prepared; what was rolled back to before it, not.
+    for _ in 0..2 {
+        assert_eq!(row(&writer).await.expect("a row"), "1,old,new");
+    }
+    run(&writer, "begin").await;
+    run(&writer, "savepoint s").await;
+    run(&writer, "update t set v = 'mine' where id = 1").await;
+    assert_eq!(row(&writer).await.expect("the own row"), "1,mine,new");
+    run(&writer, "rollback to s").await;
+    run(&definer, "begin; alter table t drop column w").await;
+    let waiting = tokio::spawn(async move {
+        assert_eq!(row(&writer).await.expect("the lock was given up"), "1,old");
+        run(&writer, "commit").await;
+    });
+    common::wait_for("the query waits for the definition", async || {
+        let sql = "select count(*) from pg_locks where not granted";
+        leader.query_one(sql, &[]).await.expect("locks").get::<_, i64>(0) == 1
+    })
+    .await;
+    run(&definer, "commit").await;
+    waiting.await.expect("no error");
+    cluster.assert_identical().await;
+}
