@@ -309,3 +309,52 @@ async fn kills_under_load() {
     }
     cluster.wait_well().await;
 }
+
+/// The catalog is read with the snapshot, statements run with the definitions of their moment: a default that varies, or a trigger,
+/// that was made in between must not be taken for absent.
+#[tokio::test(flavor = "multi_thread")]
+async fn definitions_that_are_newer_than_the_snapshot_are_not_missed() {
+    let cluster = common::cluster();
+    let (owner, late, other) =
+        (cluster.connect("postgres").await, cluster.connect("postgres").await, cluster.connect("postgres").await);
+    run(&owner, "create table t (id int primary key, v int)").await;
+    run(
+        &owner,
+        "create function f() returns trigger language plpgsql as 'begin new.v := random() * 1000000; return new; end'",
+    )
+    .await;
+    let definitions = [
+        "alter table t add column w float default random()",
+        "create trigger tr before insert on t for each row execute function f()",
+        "drop trigger tr on t",
+    ];
+    for (n, definition) in definitions.iter().enumerate() {
+        for (m, level) in ["repeatable read", "serializable"].iter().enumerate() {
+            let id = 10 * n + m;
+            run(&late, &format!("begin isolation level {level}")).await;
+            run(&late, "select 1").await;
+            if m == 0 {
+                run(&owner, definition).await;
+            } else {
+                run(&owner, &format!("comment on table t is '{n}'")).await;
+            }
+            let insert = format!("insert into t (id, v) values ({id}, 0)");
+            refused(&late, &insert, "40001").await;
+            run(&late, "rollback").await;
+            // Nobody else has got the plan, and it works at the next attempt.
+            run(&other, &format!("insert into t (id, v) values ({}, 0)", 100 + id)).await;
+            run(&late, &format!("begin isolation level {level}")).await;
+            run(&late, &insert).await;
+            run(&late, "commit and chain").await;
+            run(&late, &format!("insert into t (id, v) values ({}, 0)", 200 + id)).await;
+            run(&late, "commit").await;
+            cluster.assert_identical().await;
+        }
+    }
+    // READ COMMITTED sees each definition as it comes.
+    run(&late, "begin; select 1").await;
+    run(&owner, "alter table t add column x float default random()").await;
+    run(&late, "insert into t (id, v) values (1000, 0)").await;
+    run(&late, "commit").await;
+    cluster.assert_identical().await;
+}

@@ -20,6 +20,7 @@ impl Session {
         self.wire.to_server.extend_from_slice(frame);
         self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
         self.wire.begin_waits = true;
+        self.note_begin();
         self.wire.status = b'T';
         build::command_complete(&mut self.wire.to_client, "BEGIN");
         build::ready_for_query(&mut self.wire.to_client, b'T');

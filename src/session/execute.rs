@@ -36,6 +36,7 @@ impl Session {
             self.hidden("pgtandem_p", "pgtandem_begin", &[]);
             self.own_block = true;
             self.is_first = true;
+            self.note_begin();
         }
     }
 
@@ -93,7 +94,7 @@ impl Session {
                 Lane::Refused(refusal) => self.refuse_extended(&refused(refusal)).await,
                 _ => self.refuse_extended(&refused(&crate::sql::refuse::guarded_write())).await,
             },
-            Planned::Refused(refusal) => self.refuse_extended(&refused(&refusal)).await,
+            Planned::Refused(error) => self.refuse_extended(&error).await,
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
                 self.skip_until_sync = true;

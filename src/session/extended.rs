@@ -140,7 +140,7 @@ impl Session {
                 return Ok(());
             }
             Planned::Skipped => return Ok(()),
-            Planned::Refused(refusal) => return self.refuse_extended(&refused(&refusal)).await,
+            Planned::Refused(error) => return self.refuse_extended(&error).await,
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
                 self.skip_until_sync = true;

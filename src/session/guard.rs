@@ -79,7 +79,7 @@ impl Session {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
                 return Ok(false);
             }
-            Planned::Refused(refusal) => return self.refuse_in_text(&refused(&refusal)).await.map(|()| false),
+            Planned::Refused(error) => return self.refuse_in_text(&error).await.map(|()| false),
             Planned::Several(_) | Planned::Nothing | Planned::Skipped => return Ok(false),
         };
         let once = match &plan.lane {

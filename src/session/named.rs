@@ -234,7 +234,7 @@ impl Session {
         let (plan, shape, inner) = match self.plan(&self.encoded(inner)).await? {
             Planned::One { plan, shape, text } => (plan, shape, text),
             Planned::Nothing | Planned::Several(_) => return self.send_and_wait(text).await,
-            Planned::Refused(refusal) => return Ok(Err(Failure::Ours(refused(&refusal)))),
+            Planned::Refused(error) => return Ok(Err(Failure::Ours(error))),
             Planned::Failed(error) => return Ok(Err(Failure::Server(error))),
             Planned::Skipped => return Ok(Err(Failure::Told)),
         };

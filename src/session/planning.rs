@@ -13,25 +13,28 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use crate::config::Unproven;
-use crate::pg::build;
+use crate::pg::build::{self, ClientError};
 use crate::pg::frame::HEADER_BYTES;
 use crate::replicate::schema::{self, SessionFacts};
 use crate::session::rewrite;
 use crate::session::run::Session;
-use crate::session::simple::error_frame;
+use crate::session::simple::{error_frame, refused};
 use crate::session::wire::{End, Expect, Mode, Until};
+use crate::sql::facts::{Facts, FactsError};
 use crate::sql::lex::{Kind, Lexer};
 use crate::sql::parse::Statement;
-use crate::sql::plan::{EffectPlan, Lane, Once, Plan, Proof, Refusal, Write};
-use crate::sql::reach::{Reach, Verdict};
+use crate::sql::plan::{EffectPlan, Lane, Once, Plan, Proof, Write};
+use crate::sql::reach::{Answer, Reach, Verdict};
 use crate::sql::sequences::SequenceUse;
 use crate::sql::shape::{self, Shape};
-use crate::sql::{catalog, classify, encoding, facts::Facts, needs::Needs, parse};
+use crate::sql::{catalog, classify, encoding, needs::Needs, parse};
 
 /// Plans that one thread keeps; past that it starts anew.
 const PLANS_MAX: usize = 10_000;
 /// Texts longer than this are not kept.
 const TEXT_BYTES_MAX: usize = 64 * 1024;
+/// How often the catalog is asked again when its answer can not be read.
+const AGAIN_MAX: usize = 3;
 /// Position of `search_path` and `client_encoding` among [`schema::MIRRORED`].
 const SEARCH_PATH: usize = 0;
 const CLIENT_ENCODING: usize = 1;
@@ -73,7 +76,7 @@ pub enum Planned {
     Several(Parts),
     /// Nothing but white space and comments.
     Nothing,
-    Refused(Refusal),
+    Refused(ClientError),
     /// The leader answered the catalog query with this error.
     Failed(Bytes),
     /// An earlier message of the batch failed: the leader skips to the next Sync.
@@ -88,8 +91,34 @@ pub struct Parts {
     pub ranges: Vec<Range<usize>>,
 }
 
-fn refusal(message: &str, hint: &str) -> Refusal {
-    Refusal { message: message.to_owned(), hint: hint.to_owned() }
+/// Why the catalog's answer is not there.
+enum NoAnswer {
+    /// The leader's error.
+    Server(Bytes),
+    /// The transaction sees the catalog as it was before a change that its statements will see.
+    OldSnapshot,
+    Unreadable(FactsError),
+}
+
+impl From<NoAnswer> for Planned {
+    fn from(why: NoAnswer) -> Self {
+        match why {
+            NoAnswer::Server(error) => Self::Failed(error),
+            NoAnswer::OldSnapshot => Self::Refused(ClientError::error(
+                "40001",
+                "the schema was changed after this transaction's snapshot was taken",
+                "Try the transaction again.",
+            )),
+            NoAnswer::Unreadable(error) => {
+                tracing::error!(%error, "the catalog's answer can not be read");
+                Self::Refused(ClientError::error(
+                    "XX000",
+                    "the leader's catalog gave an answer that pgtandem can not read",
+                    "Report this as a bug of pgtandem; its log says more.",
+                ))
+            }
+        }
+    }
 }
 
 impl Session {
@@ -98,6 +127,9 @@ impl Session {
     /// # Errors
     /// If the connection to the leader ends.
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
+        if !self.in_block() {
+            self.schema_at_begin = None;
+        }
         let asks_nothing = takes_no_snapshot(&String::from_utf8_lossy(text));
         if self.facts.is_none() && !asks_nothing {
             self.catch_up().await?;
@@ -147,24 +179,15 @@ impl Session {
         let facts = if needs.is_empty() || failed || asks_nothing {
             Facts::default()
         } else {
-            match self.catalog_query(&catalog::query(&needs)).await? {
-                Ok(json) => match Facts::parse(&json) {
-                    Ok(facts) => facts,
-                    Err(e) => {
-                        tracing::error!(error = %e, "the catalog's answer can not be read");
-                        return Ok(Planned::Refused(refusal(
-                            "the leader's catalog gave an answer that pgtandem can not read",
-                            "Report this as a bug of pgtandem.",
-                        )));
-                    }
-                },
-                Err(error) => return Ok(Planned::Failed(error)),
+            match self.ask_catalog(&catalog::query(&needs), Facts::parse).await? {
+                Ok(facts) => facts,
+                Err(why) => return Ok(why.into()),
             }
         };
         let plan = classify::classify(&statement, &text, &shape, &facts);
         let plan = match self.prove(plan, &statement, &text).await? {
             Ok(plan) => Arc::new(plan),
-            Err(error) => return Ok(Planned::Failed(error)),
+            Err(why) => return Ok(why.into()),
         };
         if failed {
             // Only what ends the failed block is known without a catalog; the server refuses the rest.
@@ -198,16 +221,16 @@ impl Session {
         self.planned_at = self.hub.settled_schema().await;
         let shape = shape::mask(text);
         let Ok(statement) = parse::parse_one(text) else {
-            return Ok(Planned::Refused(crate::sql::refuse::guarded_write()));
+            return Ok(Planned::Refused(refused(&crate::sql::refuse::guarded_write())));
         };
-        let facts = match self.catalog_query(&catalog::query(&Needs::of(&statement))).await? {
-            Ok(json) => Facts::parse(&json).unwrap_or_default(),
-            Err(error) => return Ok(Planned::Failed(error)),
+        let facts = match self.ask_catalog(&catalog::query(&Needs::of(&statement)), Facts::parse).await? {
+            Ok(facts) => facts,
+            Err(why) => return Ok(why.into()),
         };
         let plan = classify::writing(&statement, text, &shape, &facts);
         let plan = match self.prove(plan, &statement, text).await? {
             Ok(plan) => Arc::new(plan),
-            Err(error) => return Ok(Planned::Failed(error)),
+            Err(why) => return Ok(why.into()),
         };
         let key = self.key(&shape.key);
         let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
@@ -216,24 +239,16 @@ impl Session {
     }
 
     /// Looks at all that a statement of the `once` lane can reach.
-    async fn prove(&mut self, plan: Plan, statement: &Statement, text: &str) -> Result<Result<Plan, Bytes>, End> {
+    async fn prove(&mut self, plan: Plan, statement: &Statement, text: &str) -> Result<Result<Plan, NoAnswer>, End> {
         let Lane::Once(once) = plan.lane else { return Ok(Ok(plan)) };
         let mut reach = Reach::of(statement, text, once.single);
         if once.rows.is_some() {
             reach = reach.wanting_rows();
         }
         while let Some(query) = reach.query() {
-            let json = match self.catalog_query(&query).await? {
-                Ok(json) => json,
-                Err(error) => return Ok(Err(error)),
-            };
-            if let Err(error) = reach.answer(&json) {
-                tracing::error!(%error, "the catalog's answer about code can not be read");
-                let lane = Lane::Refused(refusal(
-                    "the leader's catalog gave an answer that pgtandem can not read",
-                    "Report this as a bug of pgtandem.",
-                ));
-                return Ok(Ok(Plan { lane, ..plan }));
+            match self.ask_catalog(&query, Answer::parse).await? {
+                Ok(answer) => reach.answer(answer),
+                Err(why) => return Ok(Err(why)),
             }
         }
         if let Some(rows) = &once.rows
@@ -316,6 +331,33 @@ impl Session {
         self.context_hash = hasher.finish();
     }
 
+    /// What the catalog says, as it is for statements that run now.
+    async fn ask_catalog<T>(
+        &mut self,
+        query: &str,
+        parse: impl Fn(&str) -> Result<T, FactsError>,
+    ) -> Result<Result<T, NoAnswer>, End> {
+        let mut attempts = 0;
+        loop {
+            // The catalog's tables are read with the transaction's snapshot, but a statement runs with the definitions of its moment.
+            let keeps_snapshot = self.facts.as_ref().is_none_or(|facts| facts.isolation != "read committed");
+            if keeps_snapshot && self.in_block() && self.schema_at_begin != Some(self.planned_at) {
+                return Ok(Err(NoAnswer::OldSnapshot));
+            }
+            let json = match self.catalog_query(query).await? {
+                Ok(json) => json,
+                Err(error) => return Ok(Err(NoAnswer::Server(error))),
+            };
+            match parse(&json) {
+                Ok(answer) => return Ok(Ok(answer)),
+                Err(error) if attempts == AGAIN_MAX => return Ok(Err(NoAnswer::Unreadable(error))),
+                // Functions like pg_table_is_visible() know nothing of what was dropped since the query's snapshot.
+                Err(error) => tracing::debug!(%error, "the catalog is asked once more"),
+            }
+            attempts += 1;
+        }
+    }
+
     /// One row with one text from the catalog, on the session's own connection: it sees its own uncommitted DDL.
     async fn catalog_query(&mut self, text: &str) -> Result<Result<String, Bytes>, End> {
         self.wire.clear_results();
@@ -337,14 +379,14 @@ impl Session {
     }
 
     /// Why this session may not write, whatever the statement.
-    pub fn refuses_write(&self, write: &Write) -> Option<build::ClientError> {
+    pub fn refuses_write(&self, write: &Write) -> Option<ClientError> {
         let facts = self.facts.as_ref()?;
         if let Some(refusal) = self.refuses_session(facts) {
             return Some(refusal);
         }
         let ordered = matches!(&write.effect, EffectPlan::Text { lock_tables, .. } if !lock_tables.is_empty());
         (ordered && matches!(facts.isolation.as_str(), "repeatable read" | "serializable")).then(|| {
-            build::ClientError::error(
+            ClientError::error(
                 "0A000",
                 "this statement must order itself by table locks, which REPEATABLE READ and SERIALIZABLE do not allow after \
                  their snapshot",
@@ -354,9 +396,9 @@ impl Session {
     }
 
     /// Why this session may not write in any lane.
-    pub fn refuses_session(&self, facts: &SessionFacts) -> Option<build::ClientError> {
+    pub fn refuses_session(&self, facts: &SessionFacts) -> Option<ClientError> {
         let encoding = facts.context.settings.get(CLIENT_ENCODING).map_or("", String::as_str);
-        let error = |message: &str, hint: &str| Some(build::ClientError::error("0A000", message, hint));
+        let error = |message: &str, hint: &str| Some(ClientError::error("0A000", message, hint));
         if !facts.standard_conforming_strings {
             return error(
                 "standard_conforming_strings = off is not supported",
@@ -429,6 +471,6 @@ pub fn mode_of(write: &Write) -> Mode {
 
 /// The schema changed while the statement ran, and its plan would be another one now.
 #[must_use]
-pub fn schema_changed() -> build::ClientError {
-    build::ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
+pub fn schema_changed() -> ClientError {
+    ClientError::error("40001", "the schema changed while the statement ran", "Try the transaction again.")
 }

@@ -62,7 +62,7 @@ impl Session {
             Planned::One { plan, shape, .. } => (plan, shape),
             Planned::Nothing | Planned::Several(_) => return Ok(Ok(old)),
             Planned::Skipped => return Ok(Err(Failure::Told)),
-            Planned::Refused(refusal) => return Ok(Err(Failure::Ours(refused(&refusal)))),
+            Planned::Refused(error) => return Ok(Err(Failure::Ours(error))),
             Planned::Failed(error) => return Ok(Err(Failure::Server(error))),
         };
         if let Lane::Refused(refusal) = &plan.lane {

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -68,6 +69,8 @@ pub struct Session {
     pub settings_touched: bool,
     /// Schema number of the last plan.
     pub planned_at: u64,
+    /// The schema number when the block under way was opened, or before: its snapshot is not older. `None`: not known.
+    pub schema_at_begin: Option<u64>,
     /// The client's Sync went to the server with the Execute before it.
     pub synced_early: bool,
     /// The last text of an effect that may come again.
@@ -137,6 +140,7 @@ impl Session {
             context_hash: 0,
             settings_touched: false,
             planned_at: 0,
+            schema_at_begin: None,
             synced_early: false,
             last_text: None,
             held_tag: None,
@@ -297,6 +301,11 @@ impl Session {
         self.wire.status != b'I' || self.own_block
     }
 
+    /// A block is opened now: nothing has been seen in it yet.
+    pub fn note_begin(&mut self) {
+        self.schema_at_begin = Some(self.hub.schema_number.load(Ordering::Acquire));
+    }
+
     /// Whether one more savepoint can be remembered.
     ///
     /// # Errors
@@ -399,5 +408,10 @@ impl Session {
         self.effects_since = None;
         self.held_tag = None;
         self.reused.forget_locks();
+        self.schema_at_begin = None;
+        if self.wire.status == b'T' {
+            // COMMIT AND CHAIN: the next one has begun.
+            self.note_begin();
+        }
     }
 }

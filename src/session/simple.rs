@@ -44,7 +44,7 @@ impl Session {
             Planned::Several(parts) => self.several(&parts).await,
             Planned::Nothing => self.forward(&frame).await,
             Planned::Skipped => Ok(()),
-            Planned::Refused(refusal) => self.refuse_simple(&refused(&refusal)).await,
+            Planned::Refused(error) => self.refuse_simple(&error).await,
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
                 build::ready_for_query(&mut self.wire.to_client, self.wire.status);
@@ -183,6 +183,7 @@ impl Session {
         self.wire.expects.push_back(Expect::Query { mode: Mode::Hidden });
         self.own_block = true;
         self.is_first = true;
+        self.note_begin();
     }
 
     /// Ends a statement or text of the simple protocol: commits or rolls back what was ours, and says ready.
@@ -368,7 +369,12 @@ impl Session {
                 self.facts = None;
                 self.settings_touched = true;
             }
-            Control::Begin { .. } => self.is_first = ok,
+            Control::Begin { .. } => {
+                self.is_first = ok;
+                if self.schema_at_begin.is_none() {
+                    self.note_begin();
+                }
+            }
             Control::Commit { .. } | Control::Rollback { .. } | Control::Prepare { .. }
                 if self.wire.status == b'I' || ok =>
             {
@@ -413,7 +419,7 @@ impl Session {
         let (plan, shape, text) = match self.plan(part).await? {
             Planned::One { plan, shape, text } => (plan, shape, text),
             Planned::Nothing | Planned::Several(_) | Planned::Skipped => return Ok(true),
-            Planned::Refused(refusal) => return self.refuse_in_text(&refused(&refusal)).await.map(|()| false),
+            Planned::Refused(error) => return self.refuse_in_text(&error).await.map(|()| false),
             Planned::Failed(error) => {
                 self.wire.to_client.extend_from_slice(&error_frame(&error));
                 return Ok(false);

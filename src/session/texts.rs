@@ -3,11 +3,12 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use crate::pg::build::ClientError;
 use crate::session::planning::Planned;
 use crate::session::run::Session;
 use crate::sql::encoding;
 use crate::sql::lex::{Kind, Lexer};
-use crate::sql::plan::{EffectPlan, Lane, Refusal};
+use crate::sql::plan::{EffectPlan, Lane};
 
 impl Session {
     /// The client's encoding by PostgreSQL's name, as last read or reported.
@@ -63,12 +64,11 @@ impl Session {
     }
 
     pub(super) fn unreadable(&self) -> Planned {
-        Planned::Refused(Refusal {
-            message: format!(
-                "the statement can not be read safely under client_encoding {}: it has other bytes than ASCII",
-                self.encoding()
-            ),
-            hint: "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.".to_owned(),
-        })
+        let what = format!(
+            "the statement can not be read safely under client_encoding {}: it has other bytes than ASCII",
+            self.encoding()
+        );
+        let hint = "SET client_encoding = 'UTF8' and send UTF-8, or send such values as parameters.";
+        Planned::Refused(ClientError::error("0A000", what, hint))
     }
 }

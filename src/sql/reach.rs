@@ -70,14 +70,22 @@ pub struct Reach {
     takes_values: bool,
 }
 
+/// What the catalog says of code and of what it can reach.
 #[derive(Debug, Deserialize)]
-struct Answer {
+pub struct Answer {
     functions: Option<Vec<FunctionFact>>,
     relations: Option<Vec<RelationFact>>,
     /// Operators of users that are not immutable.
     operators: Option<Vec<String>>,
     /// A cast or the check of a domain calls a function of users that is not immutable.
     odd: bool,
+}
+
+impl Answer {
+    /// Reads the one value that [`Reach::query`] returns.
+    pub fn parse(json: &str) -> Result<Self, FactsError> {
+        Ok(serde_json::from_str(json)?)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -337,12 +345,8 @@ impl Reach {
         Some(super::catalog::qualify(&text))
     }
 
-    /// Takes in the catalog's answer: one JSON document.
-    ///
-    /// # Errors
-    /// If it can not be read.
-    pub fn answer(&mut self, json: &str) -> Result<(), FactsError> {
-        let answer: Answer = serde_json::from_str(json)?;
+    /// Takes in the catalog's answer.
+    pub fn answer(&mut self, answer: Answer) {
         for function in answer.functions.unwrap_or_default() {
             self.function(&function, None);
         }
@@ -360,7 +364,6 @@ impl Reach {
                 self.open(format!("the operator {operator} calls a function of users"));
             }
         }
-        Ok(())
     }
 
     fn function(&mut self, fact: &FunctionFact, fired_by: Option<&str>) {
