@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases simulate fuzz check
+.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases soak simulate fuzz check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -58,6 +58,13 @@ versions: setup
 ROUNDS ?= 200
 kill-phases: setup
 	KILL_ROUNDS=$(ROUNDS) KILL_SEED=$(SEED) $(CARGO) test --locked --test kill_phases -- --nocapture
+
+# Rounds on real hosts, each with a random load and a random fault, until ROUNDS of SEED are done in all runs together: the state and the logs
+# of red rounds are in SOAK_DIR. ROUND=12 plays one again.
+SOAK_DIR ?= $(CURDIR)/target/soak
+soak: setup
+	SOAK_SEED=$(if $(filter file,$(origin SEED)),1,$(SEED)) SOAK_ROUNDS=$(ROUNDS) SOAK_ROUND=$(ROUND) SOAK_DIR=$(SOAK_DIR) \
+		$(CARGO) test --locked --test soak -- --nocapture rounds_of_a_seed
 
 # The membership core through long lives drawn from the seeds SEED .. SEED + SEEDS - 1; SEED=7 SEEDS=1 plays one again.
 simulate:

@@ -77,7 +77,7 @@ impl Cluster {
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("pgtandem")
     }
 
-    fn as_user(&self) -> Command {
+    pub fn as_user(&self) -> Command {
         use std::os::unix::process::CommandExt;
         if !sandbox::user::is_root() {
             return pgtandem();
