@@ -6,7 +6,7 @@
 pub mod check;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,9 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 pub struct Config {
     pub cluster: ClusterConfig,
     pub proxy: ProxyConfig,
+    /// What keeps an old host from serving.
+    #[serde(default)]
+    pub fence: FenceConfig,
     /// In the order of `SHOW pool_nodes`.
     #[serde(rename = "node")]
     pub nodes: Vec<NodeConfig>,
@@ -35,6 +38,19 @@ pub struct ClusterConfig {
     /// What a recovery may read from the leader's disk in a second, bytes; 0: as much as it can.
     #[serde(default)]
     pub fill_bytes_per_s_max: u64,
+    /// What becomes of writes when a follower is lost.
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// They go on without it.
+    #[default]
+    Availability,
+    /// They wait until it is back, or a person has detached it.
+    Protection,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +122,49 @@ fn default_clients_max() -> usize {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+pub struct FenceConfig {
+    /// The DNS name that clients connect to: a proxy to whose host it no longer points stops serving.
+    #[serde(default)]
+    pub dns: Option<String>,
+    /// Servers that are asked; none: those of the system.
+    #[serde(default)]
+    pub dns_servers: Vec<SocketAddr>,
+    /// The proxy begins only when the name points here, and stops when that can not be found out.
+    #[serde(default)]
+    pub dns_strict: bool,
+    /// Between two questions, milliseconds.
+    #[serde(default = "default_dns_ms")]
+    pub dns_ms: u64,
+    /// Program and arguments that `promote` runs before it writes anything; members that do not answer are added as arguments.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// How long it may take, milliseconds.
+    #[serde(default = "default_command_ms_max")]
+    pub command_ms_max: u64,
+}
+
+impl Default for FenceConfig {
+    fn default() -> Self {
+        Self {
+            dns: None,
+            dns_servers: Vec::new(),
+            dns_strict: false,
+            dns_ms: default_dns_ms(),
+            command: Vec::new(),
+            command_ms_max: default_command_ms_max(),
+        }
+    }
+}
+
+fn default_dns_ms() -> u64 {
+    5_000
+}
+fn default_command_ms_max() -> u64 {
+    60_000
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NodeConfig {
     /// Letters, digits, `_`, `-`; at most 32.
     pub name: String,
@@ -123,6 +182,9 @@ pub struct NodeConfig {
     /// Tablespaces that are elsewhere on this node: path on the leader, path here.
     #[serde(default)]
     pub tablespaces: BTreeMap<PathBuf, PathBuf>,
+    /// Addresses to which `fence.dns` points when this host serves; none: that of `agent`.
+    #[serde(default)]
+    pub service_addresses: Vec<IpAddr>,
 }
 
 /// Why a configuration cannot be used: always with the file, and the line where there is one.

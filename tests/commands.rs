@@ -54,6 +54,7 @@ impl Site {
                 socket_dir: home.join("socket"),
                 port: 1024,
                 tablespaces: std::collections::BTreeMap::new(),
+                service_addresses: Vec::new(),
             });
             listeners.push(Some(listener));
         }
@@ -76,8 +77,12 @@ impl Site {
             tls_key: None,
             tls_required: false,
         };
-        let config =
-            Config { cluster: ClusterConfig { name: "shop".into(), ..ClusterConfig::default() }, proxy, nodes };
+        let config = Config {
+            cluster: ClusterConfig { name: "shop".into(), ..ClusterConfig::default() },
+            proxy,
+            fence: pgtandem::config::FenceConfig::default(),
+            nodes,
+        };
         fs::write(folder.path().join("pgtandem.toml"), toml::to_string(&config).unwrap()).unwrap();
         Self { folder, config, listeners, agents: Vec::new() }
     }

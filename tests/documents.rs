@@ -15,7 +15,7 @@ fn the_example_configuration_is_good_and_every_key_is_explained() {
     let example = text.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("an example");
     let config = Config::parse(example, Path::new("docs/settings.md")).expect("a good example");
     let value = serde_json::to_value(&config).expect("plain values");
-    for section in ["cluster", "proxy", "node"] {
+    for section in ["cluster", "proxy", "fence", "node"] {
         let keys = if section == "node" { &value[section][0] } else { &value[section] };
         for (key, default) in keys.as_object().expect("a table") {
             let row = text.lines().find(|line| line.starts_with(&format!("| `{key}` |")));

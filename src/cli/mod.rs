@@ -6,6 +6,7 @@ mod agent;
 mod demo;
 mod detach;
 mod discard_fork;
+mod fence;
 mod here;
 mod promote;
 mod proxy;

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use super::records::{self, Found};
 use super::recover::ask;
-use super::{Explained, here, status};
+use super::{Explained, fence, here, status};
 use crate::cluster::lease::WAIT_OUT_MS;
 use crate::cluster::promote::{self, Case, Judgement, Plan, Stated};
 use crate::config::Config;
@@ -87,8 +87,7 @@ impl Promote {
         let clients = records::clients(config)?;
         let found = self.when_leases_have_ended(config, &clients).await;
         let judgement = promote::judge(own, &views(&found));
-        let stated = Stated { dead: self.dead.clone(), accept_data_loss: self.accept_data_loss };
-        let missing = judgement.missing(&stated);
+        let missing = judgement.missing(&self.stated());
         if !self.json {
             print!("{}", told(own, &judgement));
         }
@@ -103,6 +102,9 @@ impl Promote {
             if self.json {
                 print(own, &judgement, missing, None, false)?;
             } else {
+                if fence::is_run(config, &judgement.silent) {
+                    println!("fence.command would be run first, for {}.", judgement.silent.join(", "));
+                }
                 println!("Nothing was done. To do it, on this host: {}", self.command(&missing));
             }
             return Ok(ExitCode::SUCCESS);
@@ -125,7 +127,8 @@ impl Promote {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        let set = self.apply(config, &clients, own, plan, judgement.case, &stated).await?;
+        let fenced = fence::run(config, own, &judgement.silent).await?;
+        let set = self.apply(config, &clients, own, plan, judgement.case, &fenced).await?;
         let serving = self.until_served(config, own).await;
         if self.json {
             print(own, &judgement, Vec::new(), Some(&set), serving)?;
@@ -160,6 +163,10 @@ impl Promote {
         found
     }
 
+    fn stated(&self) -> Stated {
+        Stated { dead: self.dead.clone(), accept_data_loss: self.accept_data_loss }
+    }
+
     /// The same command with what is missing.
     fn command(&self, missing: &[String]) -> String {
         let node = self.node.iter().map(|node| format!("--node {node}"));
@@ -169,7 +176,7 @@ impl Promote {
         ["pgtandem promote".to_owned()].into_iter().chain(words).collect::<Vec<_>>().join(" ")
     }
 
-    /// Fences, judges again, writes. Gives the set that was written.
+    /// Fences, judges again, writes; `fenced`: what was done before. Gives the set that was written.
     async fn apply(
         &self,
         config: &Config,
@@ -177,7 +184,7 @@ impl Promote {
         own: &str,
         plan: &Plan,
         case: Case,
-        stated: &Stated,
+        fenced: &str,
     ) -> anyhow::Result<MemberSet> {
         let epoch = plan.set.epoch;
         let failed = |failure: Failure| Explained {
@@ -189,7 +196,7 @@ impl Promote {
             order(clients, node, Request::Fence { epoch }).await.map_err(failed)?;
         }
         let found = records::read(config, clients).await;
-        let Some(plan) = promote::confirm(own, plan, &views(&found), stated) else {
+        let Some(plan) = promote::confirm(own, plan, &views(&found), &self.stated()) else {
             return Err(Explained {
                 what: "what the nodes say has changed meanwhile; nothing was written".into(),
                 hint: format!("look again: {}", self.command(&[])),
@@ -204,7 +211,7 @@ impl Promote {
             format!(", stating that {} is dead", self.dead.join(", "))
         };
         let loss = if case == Case::Lossy { ", accepting the loss of acknowledged writes" } else { "" };
-        let note = format!("{} UTC: an operator promoted {own} ({case:?}{dead}{loss})", time::utc(seconds));
+        let note = format!("{} UTC: an operator promoted {own} ({case:?}{dead}{loss}{fenced})", time::utc(seconds));
         let generation = format!("{:032x}", rand::random::<u128>());
         let stays = |note: &str| Request::Store {
             members: set.clone(),

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use super::{Config, NodeConfig, ProxyConfig};
+use super::{Config, FenceConfig, NodeConfig, ProxyConfig};
 
 /// Nodes in one cluster.
 pub const NODES_MAX: usize = 32;
@@ -44,6 +44,12 @@ pub enum Problem {
     SocketPathTooLong { what: String, path: PathBuf, bytes: usize },
     #[error("proxy.{given} is there and proxy.{missing} is not")]
     HalfOfTls { given: &'static str, missing: &'static str },
+    #[error("fence.dns is \"{0}\", which is no name of a host")]
+    BadServiceName(String),
+    #[error("fence.{given} is there and fence.dns is not")]
+    NoServiceName { given: &'static str },
+    #[error("fence.command begins with \"{0}\", which is no absolute path")]
+    RelativeCommand(String),
     #[error("{what} is {value}; it must be from {min} to {max}")]
     OutOfRange { what: &'static str, value: u64, min: u64, max: u64 },
 }
@@ -62,6 +68,9 @@ impl Problem {
             Self::SamePath { .. } => "give each its own folder".into(),
             Self::Relative { .. } => "write the whole path, from /".into(),
             Self::SocketPathTooLong { .. } => "choose a shorter folder, for example below /run".into(),
+            Self::BadServiceName(_) => "write the name to which clients connect, for example db.example.org".into(),
+            Self::NoServiceName { given } => format!("add fence.dns, or remove fence.{given}"),
+            Self::RelativeCommand(_) => "write the whole path of the program, from /".into(),
             Self::HalfOfTls { given, missing } => format!("add proxy.{missing}, or remove proxy.{given}"),
             Self::OutOfRange { .. } => "choose a value within these limits, or remove the line".into(),
         }
@@ -74,7 +83,33 @@ pub fn check(config: &Config) -> Result<(), Problem> {
     addresses(config)?;
     paths(config)?;
     tls(&config.proxy)?;
+    fence(&config.fence)?;
     limits(config)
+}
+
+fn fence(fence: &FenceConfig) -> Result<(), Problem> {
+    match &fence.dns {
+        Some(name) if !is_host_name(name) => return Err(Problem::BadServiceName(name.clone())),
+        None if fence.dns_strict => return Err(Problem::NoServiceName { given: "dns_strict" }),
+        None if !fence.dns_servers.is_empty() => return Err(Problem::NoServiceName { given: "dns_servers" }),
+        _ => {}
+    }
+    match fence.command.first() {
+        Some(program) if !Path::new(program).is_absolute() => Err(Problem::RelativeCommand(program.clone())),
+        _ => Ok(()),
+    }
+}
+
+/// RFC 1123: labels of letters, digits and `-`; an address is none.
+fn is_host_name(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label) && name.parse::<IpAddr>().is_err()
 }
 
 fn tls(proxy: &ProxyConfig) -> Result<(), Problem> {
@@ -203,6 +238,8 @@ fn limits(config: &Config) -> Result<(), Problem> {
         ("proxy.effects_disk_max", proxy.effects_disk_max, 1 << 20, 1 << 50),
         ("proxy.backlog_bytes_max", proxy.backlog_bytes_max, 1 << 20, 1 << 40),
         ("proxy.clients_max", proxy.clients_max as u64, 1, 1_000_000),
+        ("fence.dns_ms", config.fence.dns_ms, 200, 3_600_000),
+        ("fence.command_ms_max", config.fence.command_ms_max, 1, 3_600_000),
     ] {
         if !(min..=max).contains(&value) {
             return Err(Problem::OutOfRange { what, value, min, max });
@@ -274,6 +311,21 @@ mod tests {
         assert!(matches!(check(&bad), Err(Problem::Relative { .. })));
         bad.proxy.tls_key = Some("/etc/server.key".into());
         assert_eq!(check(&bad), Ok(()));
+    }
+
+    #[test]
+    fn a_fence_is_whole() {
+        let mut bad = config();
+        bad.fence.dns_strict = true;
+        assert_eq!(check(&bad), Err(Problem::NoServiceName { given: "dns_strict" }));
+        for name in ["", "10.0.0.1", "db..org", "-db.org", "db_1", &"x".repeat(64)] {
+            bad.fence.dns = Some(name.to_owned());
+            assert_eq!(check(&bad), Err(Problem::BadServiceName(name.to_owned())));
+        }
+        bad.fence.dns = Some("db.example.org.".into());
+        assert_eq!(check(&bad), Ok(()));
+        bad.fence.command = vec!["fence-agent".into()];
+        assert_eq!(check(&bad), Err(Problem::RelativeCommand("fence-agent".into())));
     }
 
     #[test]

@@ -172,6 +172,15 @@ pub fn not_served(why: &str) -> Problem {
     )
 }
 
+/// Commits wait for a member that does not take part.
+#[must_use]
+pub fn held(node: &str, why: &str) -> Problem {
+    problem(
+        format!("commits wait for {node}, because the mode is protection: {why}"),
+        format!("bring {node} back, and they go on; or, to go on without it: pgtandem detach {node}"),
+    )
+}
+
 /// The state in the words of the design.
 #[must_use]
 pub fn state_name(state: Option<NodeState>) -> &'static str {

@@ -54,6 +54,11 @@ pub trait StatusSource: Send + Sync + 'static {
         None
     }
 
+    /// Members for which commits wait, and why.
+    fn missing(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
     /// Why this proxy must not serve and what to do about it, if it waits for another node or for a person.
     fn waiting(&self) -> Option<Problem> {
         None

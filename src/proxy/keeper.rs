@@ -2,6 +2,7 @@
 //! PostgreSQL ends, a new epoch is raised as soon as its agent has started it again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pgtandem_proto::membership::NodeState;
@@ -10,9 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::client::Control;
 use crate::cluster::start::Occasion;
-use crate::observe::status::Problem;
 use crate::pg::build;
-use crate::proxy::reign::{self, ReignError};
+use crate::proxy::reign;
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
 
@@ -60,8 +60,7 @@ async fn keep_leader(hub: &Arc<Hub>) {
 /// Returns when an epoch serves again. Where it must not, clients are told so meanwhile.
 async fn raise_again(hub: &Arc<Hub>, occasion: Occasion) {
     while let Err(error) = reign::raise(hub, occasion).await {
-        if let ReignError::Refused(refusal) = &error {
-            let why = Problem { what: refusal.to_string(), hint: refusal.hint() };
+        if let Some(why) = error.waits_for() {
             let is_new = !matches!(&*hub.reign.borrow(), Reign::Waiting(known) if **known == why);
             if is_new {
                 tracing::warn!(next = why.hint, "no client is served here: {}", why.what);
@@ -147,7 +146,12 @@ async fn keep_followers(hub: &Arc<Hub>) {
         for follower in &hub.view().followers {
             if !known.contains(&follower.id) {
                 known.push(follower.id);
-                watched.spawn(watch_follower(Arc::clone(hub), Arc::clone(follower)));
+                let (hub, follower) = (Arc::clone(hub), Arc::clone(follower));
+                if hub.protects() {
+                    watched.spawn(wait_for_follower(hub, follower));
+                } else {
+                    watched.spawn(watch_follower(hub, follower));
+                }
             }
         }
         while watched.try_join_next().is_some() {}
@@ -190,4 +194,49 @@ async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
         tracing::error!(error = %e, "a lost follower could not be taken out of the member set");
         tokio::time::sleep(Duration::from_millis(RAISE_PAUSE_MS)).await;
     }
+}
+
+/// Where nobody leaves by himself: says for whom commits wait, and ends the reign when a follower answers on which something was not
+/// finished.
+async fn wait_for_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
+    let name = &follower.node.name;
+    let watch = async {
+        let mut connection = None;
+        loop {
+            match ask_follower(&hub, &follower, &mut connection).await {
+                Ok(()) if follower.is_hurt.load(Ordering::Acquire) => {
+                    tracing::warn!(node = name, "a member answers again: a new epoch resolves what is in doubt there");
+                    hub.reign.send_if_modified(|reign| {
+                        let serves = matches!(reign, Reign::Serving { .. });
+                        if serves {
+                            *reign = Reign::Starting;
+                        }
+                        serves
+                    });
+                }
+                Ok(()) => hub.missing.clear(name),
+                Err(error) => hub.missing.note(name, &format!("its PostgreSQL does not answer: {error}")),
+            }
+            tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+        }
+    };
+    tokio::select! {
+        () = watch => {}
+        () = follower.gone.cancelled() => hub.missing.clear(name),
+    }
+}
+
+/// One question, on the connection of the last one if there is one.
+async fn ask_follower(hub: &Hub, follower: &Follower, kept: &mut Option<Connection>) -> Result<(), ServerError> {
+    let mut connection = match kept.take() {
+        Some(connection) => connection,
+        None => {
+            let over = || ServerError::Other("the epoch is over".into());
+            let (epoch, secret) = hub.epoch_and_secret().ok_or_else(over)?;
+            hub.tunnel_connection(&follower.node, "postgres", epoch, Some(&secret)).await?
+        }
+    };
+    ask(&mut connection).await?;
+    *kept = Some(connection);
+    Ok(())
 }

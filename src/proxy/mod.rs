@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::tls::{Identity, TlsError};
 use crate::cluster::members;
 use crate::config::Config;
+use crate::proxy::service_name::ServiceName;
 use crate::replicate::hub::{Hub, Reign};
 use crate::session::tls::{ClientTls, ClientTlsError};
 
@@ -24,6 +25,7 @@ pub mod keeper;
 mod leases;
 pub mod local_rules;
 pub mod reign;
+mod service_name;
 mod settle;
 pub mod threads;
 mod wait;
@@ -49,6 +51,8 @@ pub enum ProxyError {
     Reign(#[from] reign::ReignError),
     #[error("control.sock can not be served: {0}")]
     Control(#[from] control::server::ControlError),
+    #[error("fence.dns can not be asked for: {0}. Look at /etc/resolv.conf, or set fence.dns_servers")]
+    ServiceName(#[from] hickory_resolver::net::NetError),
     #[error("{what}: {source}")]
     Io { what: &'static str, source: io::Error },
     #[error(
@@ -74,6 +78,10 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals can not be watched"))?;
     let hub = Arc::new(Hub::new(Arc::clone(&config), identity, members::first(&config.proxy.node)));
     let stop = CancellationToken::new();
+    let name = ServiceName::new(&config)?.map(|name| {
+        name.begin(&hub);
+        tokio::spawn(name.watch(Arc::clone(&hub), stop.clone()))
+    });
     // Before anything is served: a proxy that waits says why.
     let control = tokio::spawn(control::daemon::run(Arc::clone(&hub), stop.clone()));
     let mut control = std::pin::pin!(control);
@@ -109,6 +117,9 @@ pub async fn run(config: Config) -> Result<(), ProxyError> {
     hub.reign.send_replace(Reign::Stopping);
     stop.cancel();
     let _ = tokio::join!(keeper, leases);
+    if let Some(name) = name {
+        let _ = name.await;
+    }
     if result.is_ok() {
         // Recoveries end in order: their nodes are told, their backlogs dropped.
         let _ = control.await;

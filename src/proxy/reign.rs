@@ -14,6 +14,7 @@ use crate::agent::client::{ClientError, Control};
 use crate::cluster::members::{self, MembersError};
 use crate::cluster::start::{self, Occasion, Other, Refusal};
 use crate::config::NodeConfig;
+use crate::observe::status::Problem;
 use crate::proxy::settle::{self, Found};
 use crate::replicate::follower::ServerError;
 use crate::replicate::hub::{Hub, HubError, Reign, store_on};
@@ -37,6 +38,10 @@ pub enum ReignError {
     OwnAgent { node: String, source: ClientError },
     #[error("{0}. Next: {hint}", hint = .0.hint())]
     Refused(Refusal),
+    #[error("{node} is a member and {why}; in mode protection nothing is acknowledged without it")]
+    Protected { node: String, why: String },
+    #[error("{what}. Next: {hint}", what = .0.what, hint = .0.hint)]
+    Fenced(Arc<Problem>),
     #[error("PostgreSQL on {node} did not start within {LEADER_MS_MAX} ms: {why}. See postgresql.log of that node")]
     LeaderDown { node: String, why: String },
     #[error(
@@ -56,10 +61,18 @@ pub enum ReignError {
 }
 
 impl ReignError {
-    /// Another node, or a person, has to do something: the proxy waits for it.
+    /// What another node, or a person, has to do: the proxy waits for it.
     #[must_use]
-    pub fn is_waiting(&self) -> bool {
-        matches!(self, Self::Refused(_))
+    pub fn waits_for(&self) -> Option<Problem> {
+        match self {
+            Self::Refused(refusal) => Some(Problem { what: refusal.to_string(), hint: refusal.hint() }),
+            Self::Fenced(why) => Some(Problem::clone(why)),
+            Self::Protected { node, .. } => Some(Problem {
+                what: self.to_string(),
+                hint: format!("bring it back; or, to go on without it: pgtandem detach {node} --yes"),
+            }),
+            _ => None,
+        }
     }
 }
 
@@ -75,6 +88,10 @@ struct Member {
 /// # Errors
 /// If it must not: somebody does not agree, or does not answer.
 pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError> {
+    let fenced = hub.fenced.borrow().clone();
+    if let Some(why) = fenced {
+        return Err(ReignError::Fenced(why));
+    }
     // One that waits goes on saying why until it serves.
     hub.reign.send_if_modified(|reign| {
         let starts = !matches!(reign, Reign::Waiting(_));
@@ -99,6 +116,13 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             .collect();
         start::judge(&leader.status.record, &others, occasion).map_err(ReignError::Refused)?
     };
+    if hub.protects() {
+        let leaving = start.leaving.iter().map(|(node, state)| (node, format!("{state:?} by its own record")));
+        let silent = start.silent.iter().map(|node| (node, "its agent does not answer".to_owned()));
+        if let Some((node, why)) = leaving.chain(silent).next() {
+            return Err(ReignError::Protected { node: node.clone(), why });
+        }
+    }
     for (node, state) in &start.leaving {
         leaves(hub, node, &format!("its own record said {state:?} at a new epoch"));
     }
@@ -170,6 +194,11 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
                 dropped.push(follower);
             }
         }
+    }
+    if let Some(lost) = dropped.first().filter(|_| hub.protects()) {
+        let node = lost.node.name.clone();
+        let why = hub.reason(&node).unwrap_or_else(|| "can not be settled".into());
+        return Err(ReignError::Protected { node, why });
     }
     let mut new = start.set;
     for name in dropped.iter().map(|member| &member.node.name).chain(&start.silent) {

@@ -36,12 +36,8 @@ pub async fn until_served(
             raised = reign::raise(hub, Occasion::Start) => raised,
             () = refuse(hub, listener, tls, why.as_ref()) => continue,
         };
-        let refusal = match raised {
-            Ok(()) => return Ok(()),
-            Err(ReignError::Refused(refusal)) => refusal,
-            Err(error) => return Err(error),
-        };
-        let now = Problem { what: refusal.to_string(), hint: refusal.hint() };
+        let Err(error) = raised else { return Ok(()) };
+        let Some(now) = error.waits_for() else { return Err(error) };
         if why.as_deref() != Some(&now) {
             tracing::warn!(next = now.hint, "no client is served here: {}", now.what);
         }

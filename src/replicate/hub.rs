@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -30,6 +30,7 @@ use crate::replicate::flight::Decision;
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
 use crate::replicate::marks::MarkPool;
+use crate::replicate::protection::Missing;
 use crate::replicate::sequences::Sequences;
 use crate::replicate::shapes::Shapes;
 use crate::replicate::two_phase::TwoPhase;
@@ -58,6 +59,8 @@ pub enum HubError {
     Server(#[from] ServerError),
     #[error("the member set without {node} could not be stored: {why}")]
     NotStored { node: String, why: String },
+    #[error("{node} can not do the same: {reason}; in mode protection nothing is acknowledged without it")]
+    Protected { node: String, reason: String },
     #[error("node {0} is not in the configuration")]
     UnknownNode(String),
     #[error("{0}")]
@@ -82,6 +85,8 @@ pub struct Follower {
     pub places: Arc<Semaphore>,
     /// How many halves may be open there before their COMMIT.
     pub open_places: Arc<Semaphore>,
+    /// Something was not finished there, and is only in the next epoch.
+    pub is_hurt: AtomicBool,
     /// Connections that were opened before it became a member, by database, so that no commit waits for one then.
     spares: Mutex<HashMap<Arc<str>, Vec<Connection>>>,
 }
@@ -137,6 +142,8 @@ pub struct Hub {
     pub schema_number: AtomicU64,
     pub counters: Counters,
     pub reign: watch::Sender<Reign>,
+    /// Why no reign of this proxy may begin, whatever the records say.
+    pub fenced: watch::Sender<Option<Arc<Problem>>>,
     view: Mutex<Arc<View>>,
     pub(crate) backlogs: Mutex<HashMap<String, Arc<Backlog>>>,
     /// Held while the member set changes.
@@ -154,6 +161,8 @@ pub struct Hub {
     started_ms: u64,
     /// How far the followers' sequences are.
     pub sequences: Sequences,
+    /// Members for which commits wait.
+    pub missing: Missing,
 }
 
 impl std::fmt::Debug for Hub {
@@ -184,6 +193,7 @@ impl Hub {
             schema_number: AtomicU64::new(2),
             counters: Counters::default(),
             reign: watch::Sender::new(Reign::Starting),
+            fenced: watch::Sender::new(None),
             view: Mutex::new(Arc::new(View { set, followers: Vec::new() })),
             backlogs: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
@@ -194,6 +204,7 @@ impl Hub {
             leases: Mutex::default(),
             started_ms: now_ms(),
             sequences: Sequences::default(),
+            missing: Missing::default(),
         }
     }
 
@@ -400,6 +411,7 @@ impl Hub {
                             gone,
                             places,
                             open_places,
+                            is_hurt: AtomicBool::new(false),
                             spares: Mutex::default(),
                         }));
                         lock(&self.reasons).remove(name);
@@ -423,12 +435,15 @@ impl Hub {
         *view = Arc::new(View { set: view.set.clone(), followers: Vec::new() });
     }
 
-    /// Takes a follower out of the member set. When this returns, the smaller set is recorded on the remaining
-    /// members, and commits may be acknowledged without it. Does nothing if it left already.
+    /// Takes a follower out of the member set, or waits until a person does. When this returns, the smaller set is recorded on the
+    /// remaining members, and commits may be acknowledged without it; or the epoch is over. Does nothing if it left already.
     ///
     /// # Errors
-    /// If the smaller set can not be recorded within the limit: no commit may be acknowledged then.
+    /// If the smaller set can not be recorded within the limit, or nobody took it out: no commit may be acknowledged then.
     pub async fn lost(&self, follower: &Follower, state: NodeState, reason: &str) -> Result<(), HubError> {
+        if self.protects() {
+            return self.hold(follower, state, reason).await;
+        }
         let _one_at_a_time = self.changing.lock().await;
         let view = self.view();
         if follower.gone.is_cancelled() || !view.followers.iter().any(|f| f.id == follower.id) {

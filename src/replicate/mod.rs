@@ -19,6 +19,7 @@ pub mod maintain;
 pub mod marks;
 pub mod nodewise;
 pub mod once;
+pub mod protection;
 pub mod resolve;
 pub mod rows;
 pub mod schema;

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SandboxError;
 use crate::agent::certificates::{CLIENTS_CERTIFICATE_FILE, CLIENTS_KEY_FILE};
-use crate::config::{ClusterConfig, Config, NodeConfig, ProxyConfig};
+use crate::config::{ClusterConfig, Config, FenceConfig, NodeConfig, ProxyConfig};
 
 /// The plan's file in the sandbox's folder; a folder that has it is a sandbox.
 pub const PLAN_FILE: &str = "sandbox.json";
@@ -197,6 +197,7 @@ impl Layout {
             socket_dir: self.socket_dir(index),
             port: self.postgres_port(index),
             tablespaces: std::collections::BTreeMap::new(),
+            service_addresses: Vec::new(),
         };
         Config {
             cluster: ClusterConfig { name: CLUSTER.into(), ..ClusterConfig::default() },
@@ -215,6 +216,7 @@ impl Layout {
                 tls_key: self.plan.tls.then(|| self.proxy_dir().join(CLIENTS_KEY_FILE)),
                 tls_required: false,
             },
+            fence: FenceConfig::default(),
             nodes: (0..self.plan.nodes).map(node).collect(),
         }
     }

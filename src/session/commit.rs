@@ -459,6 +459,11 @@ pub(super) fn prepare_error(error: &PrepareError) -> ClientError {
             ClientError::error("53400", error.to_string(), "Make room in the proxy's state_dir.")
         }
         PrepareError::ReignOver => ClientError::fatal("57P01", error.to_string(), "Connect again."),
+        PrepareError::Hub(HubError::Protected { node, .. }) => ClientError::error(
+            "40001",
+            error.to_string(),
+            format!("To go on without it, type: pgtandem detach {node}; then: pgtandem recover {node}"),
+        ),
         PrepareError::Hub(why) => ClientError::error(
             "40001",
             format!("a follower was lost and the smaller member set could not be stored: {why}"),

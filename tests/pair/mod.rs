@@ -51,6 +51,7 @@ impl Site {
                 socket_dir: home.join("socket"),
                 port: free().port(),
                 tablespaces: std::collections::BTreeMap::new(),
+                service_addresses: Vec::new(),
             }
         };
         let nodes = vec![node("a", listeners[0].local_addr().unwrap()), node("b", listeners[1].local_addr().unwrap())];
@@ -71,6 +72,7 @@ impl Site {
                 tls_key: None,
                 tls_required: false,
             },
+            fence: pgtandem::config::FenceConfig::default(),
             nodes,
         };
         fs::create_dir_all(&config.proxy.state_dir).unwrap();

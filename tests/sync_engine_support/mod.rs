@@ -259,6 +259,7 @@ fn node(folder: &Path, name: &str, bin_dir: &Path) -> NodeConfig {
         socket_dir: home.join("s"),
         port: 5432,
         tablespaces: std::collections::BTreeMap::new(),
+        service_addresses: Vec::new(),
     };
     for folder in [&node.state_dir, &node.socket_dir] {
         std::fs::create_dir_all(folder).unwrap();

@@ -74,6 +74,10 @@ impl StatusSource for Hub {
         self.trouble()
     }
 
+    fn missing(&self) -> Vec<(String, String)> {
+        self.missing.list()
+    }
+
     fn waiting(&self) -> Option<Problem> {
         match &*self.reign.borrow() {
             Reign::Waiting(why) => Some(Problem::clone(why)),

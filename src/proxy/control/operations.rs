@@ -78,7 +78,10 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
         let set = self.recoveries.replication().members();
         let mut status = ClusterStatus::new(&self.cluster, Some(&set), Some(self.source.counters()), true, findings);
         status.once = self.source.once();
-        status.problems.splice(0..0, self.source.not_served().map(|why| explain::not_served(&why)));
+        let held = self.source.missing().into_iter().map(|(node, why)| explain::held(&node, &why));
+        status
+            .problems
+            .splice(0..0, self.source.not_served().map(|why| explain::not_served(&why)).into_iter().chain(held));
         status
     }
 
