@@ -11,7 +11,9 @@ use pgtandem::session::parameters;
 use pgtandem_proto::codec::FrameCodec;
 use pgtandem_proto::frame::{Frame, HEADER_BYTES, Kind, Message};
 use pgtandem_proto::hello::{Hello, HelloReply};
-use pgtandem_proto::message::{FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply, Request, WalReply, WalRequest};
+use pgtandem_proto::message::{
+    ArchiveReply, ArchiveRequest, FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply, Request, WalReply, WalRequest,
+};
 use tokio_util::codec::{Decoder, Encoder};
 
 fuzz_target!(|data: &[u8]| {
@@ -158,6 +160,8 @@ fn message_of(frame: Frame) {
         Kind::WalReply => round_trip::<WalReply>(frame),
         Kind::LeaseAsk => round_trip::<LeaseAsk>(frame),
         Kind::LeaseGrant => round_trip::<LeaseGrant>(frame),
+        Kind::ArchiveRequest => round_trip::<ArchiveRequest>(frame),
+        Kind::ArchiveReply => round_trip::<ArchiveReply>(frame),
     }
 }
 

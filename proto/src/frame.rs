@@ -8,8 +8,8 @@ use serde::de::DeserializeOwned;
 
 use crate::hello::{Hello, HelloReply};
 use crate::message::{
-    Extent, ExtentContent, FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply, Request, SmallFiles, WalReply,
-    WalRequest,
+    ArchiveReply, ArchiveRequest, Extent, ExtentContent, FilesReply, FilesRequest, LeaseAsk, LeaseGrant, Reply,
+    Request, SmallFiles, WalReply, WalRequest,
 };
 
 /// First bytes of every frame.
@@ -42,6 +42,8 @@ pub enum Kind {
     WalReply,
     LeaseAsk,
     LeaseGrant,
+    ArchiveRequest,
+    ArchiveReply,
 }
 
 impl Kind {
@@ -58,6 +60,8 @@ impl Kind {
             Kind::WalReply => 49,
             Kind::LeaseAsk => 64,
             Kind::LeaseGrant => 65,
+            Kind::ArchiveRequest => 80,
+            Kind::ArchiveReply => 81,
         }
     }
 
@@ -74,6 +78,8 @@ impl Kind {
             49 => Kind::WalReply,
             64 => Kind::LeaseAsk,
             65 => Kind::LeaseGrant,
+            80 => Kind::ArchiveRequest,
+            81 => Kind::ArchiveReply,
             _ => return None,
         })
     }
@@ -292,7 +298,7 @@ pub(crate) fn payload_hash(head: &[u8], bulk: &[u8]) -> [u8; HASH_BYTES] {
 macro_rules! message {
     ($($message:ty => $kind:ident),*) => { $(impl Message for $message { const KIND: Kind = Kind::$kind; })* };
 }
-message!(Hello => Hello, HelloReply => HelloReply, Request => Request, Reply => Reply, FilesRequest => FilesRequest, WalRequest => WalRequest, LeaseAsk => LeaseAsk, LeaseGrant => LeaseGrant);
+message!(Hello => Hello, HelloReply => HelloReply, Request => Request, Reply => Reply, FilesRequest => FilesRequest, WalRequest => WalRequest, LeaseAsk => LeaseAsk, LeaseGrant => LeaseGrant, ArchiveReply => ArchiveReply);
 
 impl Message for FilesReply {
     const KIND: Kind = Kind::FilesReply;
@@ -321,6 +327,24 @@ impl Message for FilesReply {
 
     fn has_own_hash(&self) -> bool {
         self.bulk().is_some()
+    }
+}
+
+impl Message for ArchiveRequest {
+    const KIND: Kind = Kind::ArchiveRequest;
+
+    fn bulk(&self) -> Option<&Bytes> {
+        match self {
+            ArchiveRequest::Data { bytes } => Some(bytes),
+            _ => None,
+        }
+    }
+
+    fn bulk_mut(&mut self) -> Option<&mut Bytes> {
+        match self {
+            ArchiveRequest::Data { bytes } => Some(bytes),
+            _ => None,
+        }
     }
 }
 

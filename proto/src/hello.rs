@@ -28,6 +28,8 @@ pub enum Channel {
     /// Opened by the proxy of this epoch; the node asks with [`crate::message::LeaseAsk`], the proxy answers with
     /// [`crate::message::LeaseGrant`].
     Lease { epoch: Epoch },
+    /// [`crate::message::ArchiveRequest`] and [`crate::message::ArchiveReply`].
+    Archive,
 }
 
 /// From the side that connected.

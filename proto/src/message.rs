@@ -59,6 +59,8 @@ pub enum Request {
     Join { members: MemberSet, generations: Vec<String> },
     /// Of a node that is Forked: its data directory is moved aside, and it is Blank. -> `Record`
     DiscardFork { note: String },
+    /// Take a base copy of this node into its archive. -> `BaseCopy`
+    BaseCopy,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,6 +73,22 @@ pub enum Reply {
     Progress(Progress),
     /// What failed, where, why, and what to do next.
     Failed(Failure),
+    BaseCopy(Box<BaseCopy>),
+}
+
+/// A base copy that was taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseCopy {
+    /// Names within the archive.
+    pub stream: String,
+    pub name: String,
+    pub files: u64,
+    pub bytes: u64,
+    /// Of these the ones that no earlier copy had.
+    pub bytes_new: u64,
+    /// Pages whose checksum was wrong in every read; at most [`DAMAGED_NAMED_MAX`] of them, and how many there were.
+    pub damaged: Vec<String>,
+    pub damaged_count: u64,
 }
 
 /// An error that crosses the network: the four parts that every error here has.
@@ -388,4 +406,48 @@ pub struct LeaseGrant {
     /// The member set under which commits are acknowledged.
     pub epoch: Epoch,
     pub version: u64,
+}
+
+// ---------------------------------------------------------------- archives
+
+/// From a node to one that keeps a copy of its archive. One request at a time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ArchiveRequest {
+    /// Which WAL and base copies of the caller are here? -> `Names`, the last with `last`
+    List,
+    /// Which of these, at most [`ARCHIVE_EXTENTS_MAX`], are not here? -> `Missing`
+    Missing { extents: Vec<[u8; 32]> },
+    /// A file of an archive, with so many bytes; `Data` frames follow until it is whole. -> `Stored` when it is on the disk
+    Put { path: String, bytes: u64 },
+    /// The next bytes of the file, at most [`ARCHIVE_DATA_BYTES_MAX`].
+    Data {
+        #[serde(skip)]
+        bytes: Bytes,
+    },
+    /// The caller's retention has no use for these any more, at most [`ARCHIVE_NAMES_MAX`]. -> `Removed`
+    Remove { paths: Vec<String> },
+}
+
+/// Hashes of one `Missing`.
+pub const ARCHIVE_EXTENTS_MAX: usize = 4096;
+/// Paths of one frame.
+pub const ARCHIVE_NAMES_MAX: usize = 2048;
+/// Bytes of one `Data`.
+pub const ARCHIVE_DATA_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ArchiveReply {
+    /// Paths relative to the archive of the caller; at most [`ARCHIVE_NAMES_MAX`].
+    Names {
+        paths: Vec<String>,
+        last: bool,
+    },
+    /// Places in the list that was asked about.
+    Missing {
+        places: Vec<u32>,
+    },
+    Stored,
+    Removed,
+    /// The connection ends behind it.
+    Failed(Failure),
 }

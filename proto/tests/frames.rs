@@ -76,6 +76,7 @@ fn hello_is_as_it_always_was() {
         ("hello_files", Channel::Files),
         ("hello_wal", Channel::Wal),
         ("hello_lease", Channel::Lease { epoch: 7 }),
+        ("hello_archive", Channel::Archive),
     ] {
         check(name, &Hello::new("shop", "proxy", channel));
     }
@@ -135,6 +136,34 @@ fn control_is_as_it_always_was() {
     check("lease_ask", &LeaseAsk { number: 9 });
     check("lease_grant", &LeaseGrant { number: 9, epoch: 7, version: 3 });
     check("reply_failed", &Reply::Failed(failure()));
+    check("request_base_copy", &Request::BaseCopy);
+    check(
+        "reply_base_copy",
+        &Reply::BaseCopy(Box::new(BaseCopy {
+            stream: "00000001-0011223344556677".into(),
+            name: "20261127T141500Z-000000010000000000000002".into(),
+            files: 900,
+            bytes: 30 << 20,
+            bytes_new: 5,
+            damaged: vec!["base/5/1259, block 3".into()],
+            damaged_count: 1,
+        })),
+    );
+}
+
+#[test]
+fn archives_are_as_they_always_were() {
+    let path = "00000001-0011223344556677/wal/000000010000000000000002.zst";
+    check("archive_request_list", &ArchiveRequest::List);
+    check("archive_request_missing", &ArchiveRequest::Missing { extents: vec![[5; 32], [6; 32]] });
+    check("archive_request_put", &ArchiveRequest::Put { path: path.into(), bytes: 300 });
+    check("archive_request_data", &ArchiveRequest::Data { bytes: Bytes::from_static(b"a file") });
+    check("archive_request_remove", &ArchiveRequest::Remove { paths: vec![path.into()] });
+    check("archive_reply_names", &ArchiveReply::Names { paths: vec![path.into()], last: true });
+    check("archive_reply_missing", &ArchiveReply::Missing { places: vec![1] });
+    check("archive_reply_stored", &ArchiveReply::Stored);
+    check("archive_reply_removed", &ArchiveReply::Removed);
+    check("archive_reply_failed", &ArchiveReply::Failed(failure()));
 }
 
 #[test]
@@ -306,6 +335,8 @@ fn decode_as_everything(frame: &Frame) {
     one::<FilesReply>(frame);
     one::<WalRequest>(frame);
     one::<WalReply>(frame);
+    one::<ArchiveRequest>(frame);
+    one::<ArchiveReply>(frame);
 }
 
 proptest! {
@@ -331,6 +362,28 @@ proptest! {
         let at = at % bytes.len();
         bytes[at] ^= change;
         prop_assert!(FrameCodec::default().decode_eof(&mut bytes).is_err());
+    }
+
+    #[test]
+    fn what_is_asked_of_an_archive_arrives_as_it_was_sent(
+        extents in prop::collection::vec(any::<[u8; 32]>(), 0..50),
+        places in prop::collection::vec(any::<u32>(), 0..50),
+        paths in prop::collection::vec("\\PC{0,80}", 0..20),
+        bytes in prop::collection::vec(any::<u8>(), 0..500),
+        length in any::<u64>(),
+    ) {
+        let path = paths.first().cloned().unwrap_or_default();
+        for request in [
+            ArchiveRequest::Missing { extents },
+            ArchiveRequest::Put { path, bytes: length },
+            ArchiveRequest::Data { bytes: bytes.into() },
+            ArchiveRequest::Remove { paths: paths.clone() },
+        ] {
+            prop_assert_eq!(decode::<ArchiveRequest>(&encode(&request, 0)), request);
+        }
+        for reply in [ArchiveReply::Names { paths, last: false }, ArchiveReply::Missing { places }] {
+            prop_assert_eq!(decode::<ArchiveReply>(&encode(&reply, 0)), reply);
+        }
     }
 
     #[test]

@@ -71,6 +71,7 @@ fn unexpected(request: &str, reply: &Reply) -> Failure {
         Reply::Done => "Done",
         Reply::Progress(_) => "Progress",
         Reply::Failed(_) => "Failed",
+        Reply::BaseCopy(_) => "BaseCopy",
     };
     Failure {
         code: FailureCode::Peer,
