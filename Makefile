@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases soak simulate fuzz check
+.PHONY: demo test setup bench differential drivers torture catalogue mutants versions kill-phases restore soak simulate fuzz check
 
 demo: setup
 	$(CARGO) run --locked --quiet -- demo
@@ -65,6 +65,10 @@ SOAK_DIR ?= $(CURDIR)/target/soak
 soak: setup
 	SOAK_SEED=$(if $(filter file,$(origin SEED)),1,$(SEED)) SOAK_ROUNDS=$(ROUNDS) SOAK_ROUND=$(ROUND) SOAK_DIR=$(SOAK_DIR) \
 		$(CARGO) test --locked --test soak -- --nocapture rounds_of_a_seed
+
+# A server of ROUNDS random moments of a busy run, each exactly as it was: the moments of SEED.
+restore: setup
+	RESTORE_ROUNDS=$(ROUNDS) RESTORE_SEED=$(SEED) $(CARGO) test --locked --test archive -- --nocapture exactly_as_the_server_was
 
 # The membership core through long lives drawn from the seeds SEED .. SEED + SEEDS - 1; SEED=7 SEEDS=1 plays one again.
 simulate:

@@ -25,9 +25,15 @@ pub struct Config {
     /// What keeps an old host from serving.
     #[serde(default)]
     pub fence: FenceConfig,
+    /// Nothing is archived without it.
+    #[serde(default)]
+    pub archive: Option<ArchiveConfig>,
     /// In the order of `SHOW pool_nodes`.
     #[serde(rename = "node")]
     pub nodes: Vec<NodeConfig>,
+    /// Where it was read, absolute; empty if it did not come from a file.
+    #[serde(skip)]
+    pub path: PathBuf,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +100,51 @@ pub struct ProxyConfig {
     pub tls_required: bool,
 }
 
+/// How every node archives its WAL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ArchiveConfig {
+    /// Whether the other nodes get a copy of everything.
+    #[serde(default)]
+    pub peers: Peers,
+    /// Time from one base copy to the next, seconds; 0: only when a person asks for one.
+    #[serde(default = "default_every_s")]
+    pub every_s: u64,
+    /// Base copies of each node that are kept.
+    #[serde(default = "default_keep")]
+    pub keep: u64,
+    /// Every moment of so many days can be restored, whatever `keep` says; 0: only `keep` counts.
+    #[serde(default)]
+    pub keep_days: u64,
+    /// A segment with something in it is archived after this time, full or not, seconds; 0: when it is full.
+    #[serde(default = "default_segment_s_max")]
+    pub segment_s_max: u64,
+}
+
+impl Default for ArchiveConfig {
+    fn default() -> Self {
+        Self {
+            peers: Peers::default(),
+            every_s: default_every_s(),
+            keep: default_keep(),
+            keep_days: 0,
+            segment_s_max: default_segment_s_max(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Peers {
+    /// They get nothing.
+    None,
+    /// The agent sends it behind the back of PostgreSQL.
+    #[default]
+    Send,
+    /// PostgreSQL keeps a segment until every other member has it.
+    Wait,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unproven {
@@ -104,6 +155,15 @@ pub enum Unproven {
     Refuse,
 }
 
+fn default_every_s() -> u64 {
+    86_400
+}
+fn default_keep() -> u64 {
+    7
+}
+fn default_segment_s_max() -> u64 {
+    60
+}
 fn default_gate_ms_max() -> u64 {
     1000
 }
@@ -179,12 +239,23 @@ pub struct NodeConfig {
     pub socket_dir: PathBuf,
     /// PostgreSQL's port; part of the socket's name.
     pub port: u16,
+    /// Folder of the archives that this node keeps, its own and its peers'; without it `archive` in `state_dir`.
+    #[serde(default)]
+    pub archive_dir: Option<PathBuf>,
     /// Tablespaces that are elsewhere on this node: path on the leader, path here.
     #[serde(default)]
     pub tablespaces: BTreeMap<PathBuf, PathBuf>,
     /// Addresses to which `fence.dns` points when this host serves; none: that of `agent`.
     #[serde(default)]
     pub service_addresses: Vec<IpAddr>,
+}
+
+impl NodeConfig {
+    /// Where this node keeps archives.
+    #[must_use]
+    pub fn archive_dir(&self) -> PathBuf {
+        self.archive_dir.clone().unwrap_or_else(|| self.state_dir.join("archive"))
+    }
 }
 
 /// Why a configuration cannot be used: always with the file, and the line where there is one.
@@ -239,7 +310,8 @@ impl Config {
         if text.len() as u64 > FILE_BYTES_MAX {
             return Err(ConfigError::TooLong { path: path.into() });
         }
-        Self::parse(&text, path)
+        let absolute = std::path::absolute(path).map_err(read)?;
+        Self::parse(&text, path).map(|config| Self { path: absolute, ..config })
     }
 
     /// Understands and checks `text`; `path` is only for errors.

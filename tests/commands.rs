@@ -53,6 +53,7 @@ impl Site {
                 bin_dir: "/usr/lib/postgresql/15/bin".into(),
                 socket_dir: home.join("socket"),
                 port: 1024,
+                archive_dir: None,
                 tablespaces: std::collections::BTreeMap::new(),
                 service_addresses: Vec::new(),
             });
@@ -81,7 +82,9 @@ impl Site {
             cluster: ClusterConfig { name: "shop".into(), ..ClusterConfig::default() },
             proxy,
             fence: pgtandem::config::FenceConfig::default(),
+            archive: None,
             nodes,
+            path: std::path::PathBuf::new(),
         };
         fs::write(folder.path().join("pgtandem.toml"), toml::to_string(&config).unwrap()).unwrap();
         Self { folder, config, listeners, agents: Vec::new() }

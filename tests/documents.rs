@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use pgtandem::config::Config;
+use pgtandem::config::{ArchiveConfig, Config};
 
 fn document(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
@@ -15,8 +15,13 @@ fn the_example_configuration_is_good_and_every_key_is_explained() {
     let example = text.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("an example");
     let config = Config::parse(example, Path::new("docs/settings.md")).expect("a good example");
     let value = serde_json::to_value(&config).expect("plain values");
-    for section in ["cluster", "proxy", "fence", "node"] {
-        let keys = if section == "node" { &value[section][0] } else { &value[section] };
+    let archive = serde_json::to_value(ArchiveConfig::default()).expect("plain values");
+    for section in ["cluster", "proxy", "fence", "node", "archive"] {
+        let keys = match section {
+            "node" => &value[section][0],
+            "archive" => &archive,
+            _ => &value[section],
+        };
         for (key, default) in keys.as_object().expect("a table") {
             let row = text.lines().find(|line| line.starts_with(&format!("| `{key}` |")));
             let row = row.unwrap_or_else(|| panic!("docs/settings.md does not explain {section}.{key}"));

@@ -96,6 +96,7 @@ async fn measure(options: &Options, dir: &Path) -> anyhow::Result<Figures> {
         base_port: None,
         scale: Some(options.common.scale),
         tls: false,
+        archive: false,
     };
     let layout = sandbox::up(&cluster, &|line| eprintln!("{line}")).await?;
     let (writers, readers) = (options.writers(), usize::from(options.readers));

@@ -187,8 +187,14 @@ async fn start(options: &Options, dir: &Path, started: &mut Started) -> anyhow::
                     sandbox::user::copy_as(&program, &sandbox_dir, "pgtandem", &user)?;
                 }
                 let nodes = Some(if target == Target::Pgtandem { 2 } else { 1 });
-                let cluster =
-                    sandbox::Options { dir: sandbox_dir, nodes, base_port: None, scale: Some(scale), tls: false };
+                let cluster = sandbox::Options {
+                    dir: sandbox_dir,
+                    nodes,
+                    base_port: None,
+                    scale: Some(scale),
+                    tls: false,
+                    archive: false,
+                };
                 let layout = sandbox::up(&cluster, &|line| eprintln!("  {line}")).await?;
                 let port = layout.proxy_port();
                 started.sandboxes.push(layout);

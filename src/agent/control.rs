@@ -176,6 +176,7 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             Ok(Reply::Record(Box::new((*record).clone())))
         }
         Request::DiscardFork { note } => discard_fork(node, note).await,
+        Request::BaseCopy => Ok(Reply::BaseCopy(Box::new(super::archive::base_copy(node).await?))),
     }
 }
 
@@ -234,6 +235,7 @@ async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Rep
     node.tunnels.cut(None).await.unwrap_or_default();
     node.supervisor.stop(false, "the node is being filled").await.map_err(|error| error.failure())?;
     running.target.lock().await.fill(running.channels.clone()).await.map_err(|error| error.failure())?;
+    super::archive::configure(node).await.map_err(|error| error.failure())?;
     Ok(Reply::Done)
 }
 

@@ -26,7 +26,8 @@ use super::node::{ChangeError, Node};
 use super::record::{RecordFileError, RecordStore};
 use super::supervisor::SupervisorError;
 use super::tls::{Identity, TlsError, peer_name};
-use super::{client, control, leases, tunnels};
+use super::{archive, client, control, leases, tunnels};
+use crate::archive::ArchiveError;
 use crate::cluster::record as rules;
 use crate::config::{Config, NodeConfig};
 use crate::sync::source::{self, SourceContext};
@@ -63,6 +64,8 @@ pub enum AgentError {
     Change(#[from] ChangeError),
     #[error(transparent)]
     Postgres(#[from] SupervisorError),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
 }
 
 /// Runs the agent of `node` until SIGTERM or SIGINT.
@@ -114,6 +117,8 @@ impl Agent {
         let node = Arc::new(Node::new(config, node_config, identity, store));
         // It may have been left behind while no agent ran.
         node.change_record(|record| Ok(rules::started(record))).await?;
+        // Before PostgreSQL starts: it takes archive_mode over then only.
+        archive::configure(&node).await?;
         settle(&node).await?;
         let agent = Agent { node, stop: CancellationToken::new(), tasks: TaskTracker::new(), _lock: lock };
         let (node, stop) = (agent.node.clone(), agent.stop.clone());
@@ -128,6 +133,13 @@ impl Agent {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = leases::watch(&node) => {}
+            }
+        });
+        let (node, stop) = (agent.node.clone(), agent.stop.clone());
+        agent.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = archive::run(&node) => {}
             }
         });
         agent.tasks.spawn(accept(agent.node.clone(), listener, agent.stop.clone(), agent.tasks.clone()));
@@ -271,6 +283,14 @@ async fn serve(
                 answer(&node, &mut connection, &hello, checked).await?;
                 match context {
                     Ok(context) => Ok(source::serve_files(connection, &context).await?),
+                    Err(failure) => Err(ServeError::Refused(failure.what)),
+                }
+            }
+            Channel::Archive => {
+                let folder = archive::folder(&node, &hello.from);
+                answer(&node, &mut connection, &hello, folder.as_ref().map(|_| ()).map_err(Failure::clone)).await?;
+                match folder {
+                    Ok(folder) => Ok(archive::serve(connection, folder).await?),
                     Err(failure) => Err(ServeError::Refused(failure.what)),
                 }
             }
@@ -444,5 +464,6 @@ fn source_context(node: &Node, hello: &Hello) -> Result<SourceContext, Failure> 
         peer: hello.from.clone(),
         backups: node.backups.clone(),
         bytes_per_s_max: node.cluster.cluster.fill_bytes_per_s_max,
+        keeps_wal: true,
     })
 }

@@ -4,6 +4,7 @@
 //! `recovery`; `tunnels` forward the proxy to PostgreSQL; files and WAL are served by `sync`. `client` is the other
 //! end, for the proxy, the commands and other agents.
 
+pub mod archive;
 pub(crate) mod buffers;
 pub mod certificates;
 pub mod client;

@@ -69,6 +69,8 @@ pub struct Node {
     pub(super) record_changed: Notify,
     /// What other nodes are being filled with from here.
     pub backups: Backups,
+    /// Who works on the archive.
+    pub(super) archive_work: super::archive::Work,
     /// The file. Locked by blocking tasks only.
     store: Arc<Mutex<RecordStore>>,
     /// What the file says; read by everybody.
@@ -82,6 +84,7 @@ impl Node {
         Node {
             supervisor: Supervisor::new(Postgres::new(config.clone())),
             backups: Backups::default(),
+            archive_work: super::archive::Work::default(),
             cluster,
             config,
             identity,

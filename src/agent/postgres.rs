@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal};
 use tokio::time::{sleep, timeout};
 
 use crate::config::NodeConfig;
+use crate::sync::rules::RESTORED_MARK;
 pub use pidfile::{Postmaster, PostmasterStatus};
 pub use server::{PgCtl, Server};
 
@@ -39,6 +40,8 @@ const POLL_MS: u64 = 10;
 pub enum PostgresError {
     #[error("{0} is not a data directory of PostgreSQL (no PG_VERSION or no global/pg_control)")]
     Absent(String),
+    #[error("{0} holds a server that was restored from an archive, which is no node's")]
+    Restored(String),
     #[error(
         "a PostgreSQL that is not this node's runs here: process {pid} on data directory {data_dir}, port {port}, socket folder {socket_dir}; the configuration says {expected}"
     )]
@@ -65,6 +68,11 @@ impl PostgresError {
     pub fn failure(&self) -> Failure {
         let (code, hint) = match self {
             PostgresError::Absent(_) => (FailureCode::WrongState, "fill this node: pgtandem recover NODE".to_owned()),
+            PostgresError::Restored(_) => (
+                FailureCode::WrongState,
+                "move that directory elsewhere and start it by itself; then fill this node: pgtandem recover NODE"
+                    .to_owned(),
+            ),
             PostgresError::Foreign { pid, .. } => (
                 FailureCode::Postgres,
                 format!("stop that server (process {pid}), or correct pgdata, port and socket_dir of the node"),
@@ -178,6 +186,10 @@ impl Postgres {
                 Some(postmaster) if postmaster.status.accepts() => return Ok(()),
                 Some(_) => self.wait_for_start(began).await?,
                 None if !self.data_exists() => return Err(PostgresError::Absent(self.pgdata())),
+                // What was committed since that moment would be missing, and nobody would notice.
+                None if self.node.pgdata.join(RESTORED_MARK).exists() => {
+                    return Err(PostgresError::Restored(self.pgdata()));
+                }
                 None => {
                     let log_start = self.log_bytes();
                     pidfile::remove_of_zombie(&self.node.pgdata).map_err(|source| self.io("postmaster.pid", source))?;

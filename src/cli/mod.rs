@@ -3,6 +3,8 @@
 //! A command does its work through the library and prints; it holds no logic of its own.
 
 mod agent;
+mod archive;
+mod base;
 mod demo;
 mod detach;
 mod discard_fork;
@@ -12,15 +14,18 @@ mod promote;
 mod proxy;
 mod records;
 mod recover;
+mod restore;
 mod sandbox;
 mod status;
 mod switch;
+mod wal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::archive::ArchiveError;
 use crate::config::{ConfigError, DEFAULT_PATH};
 use crate::sandbox::SandboxError;
 use crate::sandbox::control::ControlError;
@@ -57,6 +62,15 @@ enum Command {
     Switch(switch::Switch),
     /// Empty a node that went on alone while the other side did, too; its data are moved aside.
     DiscardFork(discard_fork::DiscardFork),
+    /// What the archives on this host hold: WAL, base copies, and whether anything is missing.
+    Archive(archive::Archive),
+    /// Take a base copy of a node into its archive.
+    Base(base::Base),
+    /// Make a server of an earlier moment from an archive, in a directory of its own.
+    Restore(restore::Restore),
+    /// What PostgreSQL calls to archive its WAL and to get it back; and a check of all that was archived.
+    #[command(subcommand)]
+    Wal(wal::Wal),
     /// Show members, states and what to do about whatever is not as it should be.
     Status(status::Status),
     /// A whole cluster on this machine, for trying out, tests and benchmarks.
@@ -89,6 +103,10 @@ pub fn main() -> ExitCode {
         Command::Promote(command) => command.run(&arguments.config),
         Command::Switch(command) => command.run(&arguments.config),
         Command::DiscardFork(command) => command.run(&arguments.config),
+        Command::Archive(command) => command.run(&arguments.config),
+        Command::Base(command) => command.run(&arguments.config),
+        Command::Restore(command) => command.run(&arguments.config),
+        Command::Wal(command) => command.run(&arguments.config),
         Command::Status(command) => command.run(&arguments.config),
         Command::Sandbox(command) => command.run(),
         Command::Demo(command) => command.run(),
@@ -124,7 +142,8 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         let sandbox = || cause.downcast_ref::<SandboxError>().map(SandboxError::hint);
         let control = || cause.downcast_ref::<ControlError>().map(ControlError::hint);
         let demo = || cause.downcast_ref::<DemoError>().map(DemoError::hint);
-        explained.or_else(config).or_else(sandbox).or_else(control).or_else(demo)
+        let archive = || cause.downcast_ref::<ArchiveError>().map(ArchiveError::hint);
+        explained.or_else(config).or_else(sandbox).or_else(control).or_else(demo).or_else(archive)
     })
 }
 

@@ -34,6 +34,9 @@ pub struct Up {
     /// Clients may use TLS: makes a certificate for localhost.
     #[arg(long)]
     tls: bool,
+    /// Every node archives its WAL and keeps base copies.
+    #[arg(long)]
+    archive: bool,
     /// When root calls: everything runs as this user.
     #[arg(long, default_value = "postgres")]
     user: String,
@@ -82,8 +85,8 @@ impl Up {
         if user::is_root() {
             return step_down(&self.dir, &self.user).await;
         }
-        let Self { dir, nodes, base_port, scale, tls, json, .. } = self;
-        let options = sandbox::Options { dir, nodes, base_port, scale, tls };
+        let Self { dir, nodes, base_port, scale, tls, archive, json, .. } = self;
+        let options = sandbox::Options { dir, nodes, base_port, scale, tls, archive };
         let layout = sandbox::up(&options, &|line| eprintln!("{line}")).await?;
         print(&sandbox::report(&layout)?, json)?;
         if !json {

@@ -50,6 +50,8 @@ pub enum Problem {
     NoServiceName { given: &'static str },
     #[error("fence.command begins with \"{0}\", which is no absolute path")]
     RelativeCommand(String),
+    #[error("{what} is inside {}, whose content is not kept", .outer.display())]
+    Inside { what: String, outer: PathBuf },
     #[error("{what} is {value}; it must be from {min} to {max}")]
     OutOfRange { what: &'static str, value: u64, min: u64, max: u64 },
 }
@@ -67,6 +69,7 @@ impl Problem {
             Self::NotReachable { .. } => "write the address by which the other hosts reach this node".into(),
             Self::SamePath { .. } => "give each its own folder".into(),
             Self::Relative { .. } => "write the whole path, from /".into(),
+            Self::Inside { .. } => "choose a folder outside, best on a disk of its own".into(),
             Self::SocketPathTooLong { .. } => "choose a shorter folder, for example below /run".into(),
             Self::BadServiceName(_) => "write the name to which clients connect, for example db.example.org".into(),
             Self::NoServiceName { given } => format!("add fence.dns, or remove fence.{given}"),
@@ -211,6 +214,12 @@ fn paths(config: &Config) -> Result<(), Problem> {
         let name = |key: &str| format!("{key} of node \"{}\"", node.name);
         take(host, name("state_dir"), &node.state_dir, true)?;
         take(host, name("pgdata"), &node.pgdata, true)?;
+        take(host, name("archive_dir"), &node.archive_dir(), true)?;
+        if let Some(outer) =
+            [&node.pgdata, &node.socket_dir].into_iter().find(|outer| node.archive_dir().starts_with(outer))
+        {
+            return Err(Problem::Inside { what: name("archive_dir"), outer: outer.clone() });
+        }
         take(host, name("bin_dir"), &node.bin_dir, false)?;
         take(host, name("socket_dir"), &node.socket_dir, false)?;
         let file = node.socket_dir.join(format!(".s.PGSQL.{}", node.port));
@@ -240,6 +249,17 @@ fn limits(config: &Config) -> Result<(), Problem> {
         ("proxy.clients_max", proxy.clients_max as u64, 1, 1_000_000),
         ("fence.dns_ms", config.fence.dns_ms, 200, 3_600_000),
         ("fence.command_ms_max", config.fence.command_ms_max, 1, 3_600_000),
+    ] {
+        if !(min..=max).contains(&value) {
+            return Err(Problem::OutOfRange { what, value, min, max });
+        }
+    }
+    let Some(archive) = &config.archive else { return Ok(()) };
+    for (what, value, min, max) in [
+        ("archive.every_s", archive.every_s, 0, 366 * 86_400),
+        ("archive.keep", archive.keep, 1, 10_000),
+        ("archive.keep_days", archive.keep_days, 0, 36_500),
+        ("archive.segment_s_max", archive.segment_s_max, 0, 86_400),
     ] {
         if !(min..=max).contains(&value) {
             return Err(Problem::OutOfRange { what, value, min, max });
@@ -285,6 +305,18 @@ mod tests {
         assert!(matches!(check(&bad), Err(Problem::SameAddress { .. })));
         bad.proxy.listen = "0.0.0.0:0".parse().unwrap();
         assert!(matches!(check(&bad), Err(Problem::NoPort { .. })));
+    }
+
+    #[test]
+    fn an_archive_lies_outside_of_what_it_is_of() {
+        let mut bad = config();
+        bad.nodes[0].archive_dir = Some(bad.nodes[0].pgdata.join("archive"));
+        assert!(matches!(check(&bad), Err(Problem::Inside { .. })));
+        bad.nodes[0].archive_dir = Some(bad.nodes[0].state_dir.clone());
+        assert!(matches!(check(&bad), Err(Problem::SamePath { .. })));
+        bad.nodes[0].archive_dir = Some("/mnt/archive".into());
+        bad.archive = Some(super::super::ArchiveConfig { keep: 0, ..Default::default() });
+        assert!(matches!(check(&bad), Err(Problem::OutOfRange { what: "archive.keep", .. })));
     }
 
     #[test]

@@ -96,7 +96,7 @@ pub struct Outcome {
 
 /// Makes the sandbox in `dir` and runs everything. The sandbox is left up, also when this fails.
 pub async fn run(dir: PathBuf, say: &dyn Fn(&str)) -> Result<(Layout, Outcome), DemoError> {
-    let options = Options { dir, nodes: Some(2), base_port: None, scale: Some(SCALE), tls: false };
+    let options = Options { dir, nodes: Some(2), base_port: None, scale: Some(SCALE), tls: false, archive: false };
     let layout = up(&options, say).await?;
     let port = layout.proxy_port();
 

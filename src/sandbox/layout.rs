@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SandboxError;
 use crate::agent::certificates::{CLIENTS_CERTIFICATE_FILE, CLIENTS_KEY_FILE};
-use crate::config::{ClusterConfig, Config, FenceConfig, NodeConfig, ProxyConfig};
+use crate::config::{ArchiveConfig, ClusterConfig, Config, FenceConfig, NodeConfig, ProxyConfig};
 
 /// The plan's file in the sandbox's folder; a folder that has it is a sandbox.
 pub const PLAN_FILE: &str = "sandbox.json";
@@ -44,6 +44,9 @@ pub struct Plan {
     /// Clients may use TLS.
     #[serde(default)]
     pub tls: bool,
+    /// Every node archives its WAL.
+    #[serde(default)]
+    pub archive: bool,
     /// PostgreSQL's programs.
     pub bin_dir: PathBuf,
     /// Short folder for sockets, when D is too deep for them; removed with the sandbox.
@@ -196,6 +199,7 @@ impl Layout {
             bin_dir: self.plan.bin_dir.clone(),
             socket_dir: self.socket_dir(index),
             port: self.postgres_port(index),
+            archive_dir: None,
             tablespaces: std::collections::BTreeMap::new(),
             service_addresses: Vec::new(),
         };
@@ -217,7 +221,9 @@ impl Layout {
                 tls_required: false,
             },
             fence: FenceConfig::default(),
+            archive: self.plan.archive.then(ArchiveConfig::default),
             nodes: (0..self.plan.nodes).map(node).collect(),
+            path: self.config_path(),
         }
     }
 }
@@ -233,7 +239,16 @@ mod tests {
 
     fn layout(dir: &str, short_dir: Option<PathBuf>) -> Layout {
         let bin_dir = "/usr/lib/postgresql/15/bin".into();
-        let plan = Plan { nodes: 2, base_port: 15000, scale: 0, tls: false, bin_dir, short_dir, complete: false };
+        let plan = Plan {
+            nodes: 2,
+            base_port: 15000,
+            scale: 0,
+            tls: false,
+            archive: true,
+            bin_dir,
+            short_dir,
+            complete: false,
+        };
         Layout { dir: dir.into(), plan }
     }
 

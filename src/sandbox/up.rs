@@ -33,6 +33,8 @@ pub struct Options {
     pub scale: Option<u32>,
     /// Clients may use TLS; false: as the sandbox that is there.
     pub tls: bool,
+    /// Every node archives its WAL; false: as the sandbox that is there.
+    pub archive: bool,
 }
 
 /// Returns when the cluster is up. `say` gets a line for each step.
@@ -83,6 +85,7 @@ fn plan(options: &Options) -> Result<Layout, SandboxError> {
         base_port: options.base_port.unwrap_or_default(),
         scale: options.scale.unwrap_or_default(),
         tls: options.tls,
+        archive: options.archive,
         bin_dir: initdb::find_bin_dir()?,
         short_dir: None,
         complete: false,
@@ -129,25 +132,27 @@ pub fn refuse_unless_empty(dir: &Path) -> Result<(), SandboxError> {
 
 /// A sandbox is started again as it was made.
 fn same(layout: &Layout, options: &Options) -> Result<(), SandboxError> {
-    let Plan { nodes, base_port, scale, tls, .. } = layout.plan;
+    let Plan { nodes, base_port, scale, tls, archive, .. } = layout.plan;
     let differs = options.nodes.is_some_and(|asked| asked != nodes)
         || options.base_port.is_some_and(|asked| asked != base_port)
         || options.scale.is_some_and(|asked| asked != scale)
-        || (options.tls && !tls);
+        || (options.tls && !tls)
+        || (options.archive && !archive);
     if !differs {
         return Ok(());
     }
-    let text = |nodes, base_port, scale, tls| {
-        let tls = if tls { " --tls" } else { "" };
-        format!("--nodes {nodes} --base-port {base_port} --scale {scale}{tls}")
+    let text = |nodes, base_port, scale, tls, archive| {
+        let (tls, archive) = (if tls { " --tls" } else { "" }, if archive { " --archive" } else { "" });
+        format!("--nodes {nodes} --base-port {base_port} --scale {scale}{tls}{archive}")
     };
     let asked = text(
         options.nodes.unwrap_or(nodes),
         options.base_port.unwrap_or(base_port),
         options.scale.unwrap_or(scale),
         options.tls || tls,
+        options.archive || archive,
     );
-    Err(SandboxError::OtherPlan { path: layout.dir.clone(), made: text(nodes, base_port, scale, tls), asked })
+    Err(SandboxError::OtherPlan { path: layout.dir.clone(), made: text(nodes, base_port, scale, tls, archive), asked })
 }
 
 async fn make(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError> {

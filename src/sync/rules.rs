@@ -39,6 +39,11 @@ pub const NODE_CONF: &str = "pgtandem.node.conf";
 /// Settings of a recovery under way; written by the agent, emptied when PostgreSQL has left recovery.
 pub const RECOVERY_CONF: &str = "pgtandem.recovery.conf";
 
+/// Settings of archiving; written by the agent on each node and never copied.
+pub const ARCHIVE_CONF: &str = "pgtandem.archive.conf";
+/// In the data directory of a server that was restored from an archive: it is no node's.
+pub const RESTORED_MARK: &str = "pgtandem.restored";
+
 /// The directory of links to tablespaces.
 pub const TABLESPACES: &str = "pg_tblspc";
 
@@ -64,7 +69,10 @@ pub fn name_excluded(path: &str) -> bool {
     FILES_EXCLUDED.contains(&name)
         || name.starts_with("pg_internal.init")
         || name.starts_with("pgsql_tmp")
-        || matches!(path, "standby.signal" | "recovery.signal" | "promote" | NODE_CONF | RECOVERY_CONF)
+        || matches!(
+            path,
+            "standby.signal" | "recovery.signal" | "promote" | NODE_CONF | RECOVERY_CONF | ARCHIVE_CONF | RESTORED_MARK
+        )
         || name.ends_with(STAGED_ENDING)
         || (in_database(path) && temporary_relation(name))
 }
@@ -180,6 +188,7 @@ mod tests {
             "pg_tblspc/16390/PG_15_202209061/5/t3_16384",
             "pg_tblspc/16390/PG_15_202209061/pgsql_tmp",
             "pgtandem.node.conf",
+            "pgtandem.archive.conf",
             "standby.signal",
         ] {
             assert!(name_excluded(path), "{path}");

@@ -50,6 +50,7 @@ impl Site {
                 bin_dir: BIN_DIR.into(),
                 socket_dir: home.join("socket"),
                 port: free().port(),
+                archive_dir: None,
                 tablespaces: std::collections::BTreeMap::new(),
                 service_addresses: Vec::new(),
             }
@@ -73,7 +74,9 @@ impl Site {
                 tls_required: false,
             },
             fence: pgtandem::config::FenceConfig::default(),
+            archive: None,
             nodes,
+            path: folder.path().join("pgtandem.toml"),
         };
         fs::create_dir_all(&config.proxy.state_dir).unwrap();
         let authority = Authority::create("shop").unwrap();

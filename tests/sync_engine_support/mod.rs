@@ -118,6 +118,7 @@ impl Cluster {
                 peer: "node-b".into(),
                 backups: Backups::default(),
                 bytes_per_s_max: 0,
+                keeps_wal: true,
             },
             files_left: Arc::new(AtomicI64::new(i64::MAX)),
             corrupt_at: Arc::new(AtomicI64::new(0)),
@@ -258,6 +259,7 @@ fn node(folder: &Path, name: &str, bin_dir: &Path) -> NodeConfig {
         bin_dir: bin_dir.to_owned(),
         socket_dir: home.join("s"),
         port: 5432,
+        archive_dir: None,
         tablespaces: std::collections::BTreeMap::new(),
         service_addresses: Vec::new(),
     };

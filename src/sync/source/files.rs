@@ -211,7 +211,9 @@ fn decide(took: Duration, waited: Duration, bytes: u64) -> bool {
 async fn begin(link: &mut Link<FilesReply, FilesRequest>, context: &SourceContext) -> Result<Owner, SyncError> {
     let client = session::connect(&context.postgres).await?;
     let identity = session::identify(&client).await?;
-    session::reserve_slot(&client, &context.peer).await?;
+    if context.keeps_wal {
+        session::reserve_slot(&client, &context.peer).await?;
+    }
     let start = session::start_backup(&client, &context.peer, identity.version_num).await?;
     link.outgoing
         .send(FilesReply::Begun {

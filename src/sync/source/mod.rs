@@ -30,6 +30,8 @@ pub struct SourceContext {
     pub backups: Backups,
     /// What a fill may read here in a second; 0: as much as it can.
     pub bytes_per_s_max: u64,
+    /// A slot keeps WAL from the begin of a backup on, for a peer that fetches it.
+    pub keeps_wal: bool,
 }
 
 /// Serves a files channel until B ends it. The backup session ends with it, whatever happens.

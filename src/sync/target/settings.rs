@@ -1,13 +1,13 @@
 //! Texts of B's configuration: what differs by node, what holds during recovery, what must not come from A. Pure.
 //!
-//! `postgresql.conf` ends with two includes: [`NODE_CONF`] (address of this node; written once, then left to people
-//! and the sandbox) and [`RECOVERY_CONF`] (written for a recovery, emptied after it). `postgresql.auto.conf` is read
+//! `postgresql.conf` ends with includes: [`NODE_CONF`] (address of this node; written once, then left to people
+//! and the sandbox), [`ARCHIVE_CONF`] (written by the agent) and [`RECOVERY_CONF`] (written for a recovery, emptied after it). `postgresql.auto.conf` is read
 //! by PostgreSQL after both, so settings that are ours are taken out of it.
 
 use std::path::Path;
 
 use super::super::error::SyncError;
-use super::super::rules::{NODE_CONF, RECOVERY_CONF};
+use super::super::rules::{ARCHIVE_CONF, NODE_CONF, RECOVERY_CONF};
 use crate::config::NodeConfig;
 
 /// Settings of a node's own address, and places that would lead out of its data directory.
@@ -79,17 +79,17 @@ pub(super) fn recovery_conf(
 /// The text of [`RECOVERY_CONF`] of a server that left recovery.
 pub(super) const RECOVERY_CONF_EMPTY: &str = "# No recovery is under way. Written by pgtandem.\n";
 
-/// `postgresql.conf` with our two includes at its end.
+/// `postgresql.conf` with our includes at its end.
 pub(super) fn with_includes(text: &str) -> String {
     let includes: Vec<String> =
-        [NODE_CONF, RECOVERY_CONF].iter().map(|name| format!("include_if_exists = '{name}'")).collect();
+        [NODE_CONF, ARCHIVE_CONF, RECOVERY_CONF].iter().map(|name| format!("include_if_exists = '{name}'")).collect();
     let mut kept: Vec<&str> = text.lines().collect();
     while kept.last().is_some_and(|line| line.trim().is_empty()) {
         kept.pop();
     }
-    if kept.len() >= 2
+    if kept.len() >= includes.len()
         && kept
-            .get(kept.len() - 2..)
+            .get(kept.len() - includes.len()..)
             .is_some_and(|end| end.iter().zip(&includes).all(|(line, include)| line.trim() == include))
     {
         return text.to_owned();
@@ -144,7 +144,8 @@ mod tests {
         let text = with_includes("port = 1\ninclude_if_exists = 'pgtandem.node.conf'\nport = 2\n");
         assert_eq!(
             text,
-            "port = 1\nport = 2\ninclude_if_exists = 'pgtandem.node.conf'\ninclude_if_exists = 'pgtandem.recovery.conf'\n"
+            "port = 1\nport = 2\ninclude_if_exists = 'pgtandem.node.conf'\n\
+             include_if_exists = 'pgtandem.archive.conf'\ninclude_if_exists = 'pgtandem.recovery.conf'\n"
         );
         assert_eq!(with_includes(&text), text);
         assert!(with_includes("").ends_with("include_if_exists = 'pgtandem.recovery.conf'\n"));

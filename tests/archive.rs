@@ -1,0 +1,398 @@
+//! The archive as its users meet it: WAL and base copies come into it by themselves, a server of any moment can be made from it, and what is
+//! damaged, missing or in the wrong place is said.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use common::{Cluster, text, wait_for};
+use pgtandem::archive::inventory::{self, StreamFound};
+use pgtandem::archive::moment;
+use pgtandem::archive::names::WalName;
+use pgtandem::sandbox::{self, Layout};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio_postgres::Client;
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+fn now_us() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock");
+    u64::try_from(now.as_micros()).expect("a clock")
+}
+
+/// The archive of `node` that node `keeper` keeps.
+fn folder(cluster: &Cluster, keeper: usize, node: usize) -> PathBuf {
+    cluster.layout.node_dir(keeper).join("archive").join(Layout::node_name(node))
+}
+
+fn streams(cluster: &Cluster, keeper: usize, node: usize) -> Vec<StreamFound> {
+    inventory::streams(&folder(cluster, keeper, node)).expect("an archive")
+}
+
+/// All files of an archive but those that are being written, with their content's hash.
+fn files(folder: &Path) -> Vec<(PathBuf, blake3::Hash)> {
+    let walk = walkdir::WalkDir::new(folder).sort_by_file_name().into_iter().flatten();
+    let files = walk
+        .filter(|entry| entry.file_type().is_file() && entry.path().extension().is_some_and(|ending| ending == "zst"));
+    files
+        .map(|entry| {
+            let name = entry.path().strip_prefix(folder).expect("below").to_owned();
+            (name, blake3::hash(&std::fs::read(entry.path()).expect("a file")))
+        })
+        .collect()
+}
+
+fn succeeded(output: &Output, cluster: &Cluster) -> String {
+    assert!(output.status.success(), "{}\n{}", text(output), cluster.logs());
+    text(output)
+}
+
+/// A program as the user that everything runs as.
+fn as_user(program: &Path) -> Command {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(program);
+    if sandbox::user::is_root() {
+        let user = sandbox::user::find("postgres").expect("user postgres");
+        command.uid(user.uid).gid(user.gid).current_dir("/").env("HOME", user.home);
+    }
+    command
+}
+
+/// A restored server that runs. It ends, and its directory goes, with the value.
+struct Restored {
+    folder: PathBuf,
+    pg_ctl: PathBuf,
+    client: Client,
+}
+
+impl Restored {
+    /// `pgtandem restore` with these arguments, and then what it says to type.
+    async fn start(cluster: &Cluster, name: &str, arguments: &[&str]) -> Restored {
+        let folder = cluster.dir().join(name);
+        let to = folder.to_str().expect("a path");
+        let mut all = vec!["restore", "--to", to, "--json"];
+        all.extend(arguments);
+        let output = cluster.command(&all);
+        succeeded(&output, cluster);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+        let start: Vec<&str> = report["start"].as_str().expect("a command").split(' ').collect();
+        let pg_ctl = PathBuf::from(start[0]);
+        let mut pg_ctl_start = as_user(&pg_ctl);
+        pg_ctl_start.args(&start[1..]).stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+        let status = pg_ctl_start.status().expect("pg_ctl");
+        let log = std::fs::read_to_string(folder.with_extension("log")).unwrap_or_default();
+        assert!(status.success(), "the restored server does not start ({arguments:?}):\n{log}\n{}", cluster.logs());
+        let mut settings = tokio_postgres::Config::new();
+        settings.host_path(report["socket_dir"].as_str().expect("a folder")).user("postgres").dbname("postgres");
+        settings.port(u16::try_from(report["port"].as_u64().expect("a port")).expect("a port"));
+        let (client, connection) = settings.connect(tokio_postgres::NoTls).await.expect("a connection");
+        tokio::spawn(connection);
+        let restored = Restored { folder, pg_ctl, client };
+        // pg_ctl returns when it can be read; the target comes a moment later, and then it is a server of its own.
+        wait_for("the restored server has left recovery", async || {
+            !restored.value::<bool>("select pg_is_in_recovery()").await
+        })
+        .await;
+        restored
+    }
+
+    async fn value<T: for<'a> tokio_postgres::types::FromSql<'a>>(&self, query: &str) -> T {
+        self.client.query_one(query, &[]).await.unwrap_or_else(|error| panic!("{query}: {error}")).get(0)
+    }
+}
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        let _ = as_user(&self.pg_ctl).args(["stop", "-s", "-m", "immediate", "-D"]).arg(&self.folder).status();
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// One transaction of a writer: when it was sent and when its commit was acknowledged, microseconds.
+#[derive(Clone, Copy)]
+struct Written {
+    sent_us: u64,
+    acknowledged_us: Option<u64>,
+}
+
+/// Writers that insert one number after the other, each into two tables in one transaction.
+struct Busy {
+    writers: Vec<Arc<Mutex<Vec<Written>>>>,
+    stop: Arc<AtomicBool>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Busy {
+    async fn start(cluster: &Cluster, count: i32) -> Busy {
+        let client = cluster.connect("postgres").await;
+        for table in ["ledger", "mirror"] {
+            let create = format!("create table {table} (writer int, n int, filler text, primary key (writer, n))");
+            client.batch_execute(&create).await.expect("a table");
+        }
+        let mut busy = Busy { writers: Vec::new(), stop: Arc::default(), tasks: Vec::new() };
+        for writer in 0..count {
+            let (log, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::clone(&busy.stop));
+            busy.writers.push(Arc::clone(&log));
+            let client = cluster.connect("postgres").await;
+            busy.tasks.push(tokio::spawn(async move {
+                let filler = "x".repeat(200);
+                for n in 0_i32.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    log.lock().expect("a log").push(Written { sent_us: now_us(), acknowledged_us: None });
+                    let texts = ["ledger", "mirror"]
+                        .map(|table| format!("insert into {table} values ({writer}, {n}, '{filler}');"));
+                    client.batch_execute(&format!("begin; {} commit", texts.concat())).await.expect("a write");
+                    log.lock().expect("a log").last_mut().expect("its entry").acknowledged_us = Some(now_us());
+                }
+            }));
+        }
+        busy
+    }
+
+    async fn written(&self) -> usize {
+        self.writers.iter().map(|log| log.lock().expect("a log").len()).sum()
+    }
+
+    async fn wait(&self, more: usize) {
+        let before = self.written().await;
+        wait_for("the writers write", async || self.written().await >= before + more).await;
+    }
+
+    async fn end(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.expect("a writer");
+        }
+    }
+
+    /// Fails unless the restored server holds exactly what was committed at the moment: all that was acknowledged before it, nothing that
+    /// was sent after it, of what was under way whole transactions only, and none after a missing one.
+    async fn check(&self, restored: &Restored, moment: &Moment) {
+        let differ =
+            "select count(*) from ledger full join mirror using (writer, n) where ledger.n is null or mirror.n is null";
+        assert_eq!(restored.value::<i64>(differ).await, 0, "half a transaction at {moment:?}");
+        for (writer, log) in self.writers.iter().enumerate() {
+            let log = log.lock().expect("a log").clone();
+            let count: i64 = restored.value(&format!("select count(*) from ledger where writer = {writer}")).await;
+            let highest: i64 = restored
+                .value(&format!("select coalesce(max(n) + 1, 0)::int8 from ledger where writer = {writer}"))
+                .await;
+            assert_eq!(count, highest, "a hole in what writer {writer} wrote, at {moment:?}");
+            let count = usize::try_from(count).expect("a count");
+            let must =
+                log.iter().take_while(|entry| entry.acknowledged_us.is_some_and(|at| at < moment.before_us)).count();
+            let may = log.iter().take_while(|entry| entry.sent_us <= moment.after_us).count();
+            assert!(
+                (must..=may).contains(&count),
+                "writer {writer} has {count} rows at {moment:?}; {must} were acknowledged before, {may} were sent by then"
+            );
+        }
+    }
+}
+
+/// A moment of the run, and how to name it to `restore`.
+#[derive(Debug)]
+struct Moment {
+    before_us: u64,
+    after_us: u64,
+    arguments: Vec<String>,
+}
+
+impl Moment {
+    async fn now(leader: &Client, by_position: bool) -> Moment {
+        let before_us = now_us();
+        let arguments = if by_position {
+            let row = leader.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.expect("a position");
+            ["--target-lsn", row.get(0), "--node", "node0"].map(str::to_owned).to_vec()
+        } else {
+            vec!["--target-time".to_owned(), moment::for_postgres(before_us)]
+        };
+        let after_us = if by_position { now_us() } else { before_us };
+        Moment { before_us, after_us, arguments }
+    }
+}
+
+/// `make restore ROUNDS=100 SEED=7` for as long as it takes; three rounds run with every test.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_server_is_exactly_as_the_server_was_at_that_moment() {
+    let (rounds, seed) = (number("RESTORE_ROUNDS", 3), number("RESTORE_SEED", now_us() / 1_000_000));
+    println!("RESTORE_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let cluster = Cluster::up(&["--archive"]);
+    let busy = Busy::start(&cluster, 3).await;
+    busy.wait(30).await;
+    succeeded(&cluster.command(&["base", "--node", "node0"]), &cluster);
+    let leader = cluster.connect_node(0, "postgres").await;
+    let mut moments = Vec::new();
+    for round in 0..rounds {
+        for _ in 0..5 {
+            busy.wait(random.random_range(1..40)).await;
+            moments.push(Moment::now(&leader, random.random_range(0..2) == 0).await);
+        }
+        let moment = &moments[random.random_range(0..moments.len())];
+        let arguments: Vec<&str> = moment.arguments.iter().map(String::as_str).collect();
+        let restored = Restored::start(&cluster, &format!("restored-{round}"), &arguments).await;
+        busy.check(&restored, moment).await;
+        drop(restored);
+        if round % 10 == 9 {
+            succeeded(&cluster.command(&["base", "--node", "node0"]), &cluster);
+        }
+    }
+    let moment = Moment { arguments: Vec::new(), ..Moment::now(&leader, false).await };
+    let restored = Restored::start(&cluster, "restored-latest", &["--latest", "--node", "node0"]).await;
+    // As far as there is WAL: what came after the moment may be in it.
+    busy.check(&restored, &Moment { after_us: u64::MAX, ..moment }).await;
+    busy.end().await;
+    // It is on a timeline of its own, archives nothing, and takes writes.
+    restored.client.batch_execute("create table later (n int)").await.expect("it takes writes");
+    let own: bool = restored
+        .value("select current_setting('archive_mode') = 'off' and current_setting('listen_addresses') = ''")
+        .await;
+    assert!(own);
+    assert!(restored.value::<String>("select pg_walfile_name(pg_current_wal_lsn())").await.starts_with("00000002"));
+    drop(restored);
+    let verified = succeeded(&cluster.command(&["wal", "verify"]), &cluster);
+    assert!(verified.contains("All is well"), "{verified}");
+    cluster.assert_identical().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_damaged_or_missing_is_said_and_stops_a_recovery() {
+    let cluster = Cluster::up(&["--nodes", "1", "--archive", "--scale", "1"]);
+    // Without anybody asking: a stream that has no copy gets one.
+    wait_for("the first base copy", async || streams(&cluster, 0, 0).iter().any(|stream| !stream.bases.is_empty()))
+        .await;
+    let client = cluster.connect("bench").await;
+    for _ in 0..3 {
+        client.batch_execute("update pgbench_accounts set abalance = abalance + 1").await.expect("a change");
+        succeeded(&cluster.command(&["base", "--json"]), &cluster);
+    }
+    // Twice the same server shares what did not change.
+    let second = cluster.command(&["base", "--json"]);
+    let copy: serde_json::Value =
+        serde_json::from_slice(&second.stdout).unwrap_or_else(|_| panic!("{}", text(&second)));
+    let (bytes, new) = (copy["bytes"].as_u64().expect("bytes"), copy["bytes_new"].as_u64().expect("bytes"));
+    assert!(bytes > 20 << 20 && new < bytes / 10, "{new} of {bytes} bytes were new");
+    let listed = succeeded(&cluster.command(&["archive"]), &cluster);
+    assert!(listed.contains("of the leader") && listed.contains("which the server writes now"), "{listed}");
+    assert!(succeeded(&cluster.command(&["wal", "verify"]), &cluster).contains("All is well"));
+
+    let stream = streams(&cluster, 0, 0).pop().expect("a stream");
+    let first = stream.bases[0];
+    let segments = stream.segments();
+    let middle = segments[segments.iter().position(|segment| *segment > first.start).expect("a segment") + 1];
+    let path = stream.folder.join("wal").join(format!("{middle}.zst"));
+    let whole = std::fs::read(&path).expect("a segment");
+    let to = cluster.dir().join("fetched");
+    let archive = stream.folder.to_str().expect("a path");
+    let fetch =
+        |name: &str| cluster.command(&["wal", "fetch", "--archive", archive, name, to.to_str().expect("a path")]);
+    assert_eq!(fetch(&middle.to_string()).status.code(), Some(0));
+
+    let mut changed = whole.clone();
+    *changed.last_mut().expect("content") ^= 1;
+    std::fs::write(&path, &changed).expect("a segment");
+    assert_eq!(fetch(&middle.to_string()).status.code(), Some(200));
+    let verified = cluster.command(&["wal", "verify"]);
+    assert!(
+        verified.status.code() == Some(1) && text(&verified).contains(&format!("{middle}.zst is damaged")),
+        "{}",
+        text(&verified)
+    );
+
+    std::fs::remove_file(&path).expect("a segment");
+    assert_eq!(fetch(&middle.to_string()).status.code(), Some(200), "later ones are there");
+    assert_eq!(fetch("0000000100000099000000FF").status.code(), Some(1), "the archive ends before it");
+    let verified = cluster.command(&["wal", "verify"]);
+    assert!(text(&verified).contains(&format!("{middle}")), "{}", text(&verified));
+    std::fs::write(&path, &whole).expect("a segment");
+
+    // Nothing is restored over anything, least of all over a node.
+    for (to, why) in [
+        (cluster.layout.pgdata(0), "data directory of a node"),
+        (cluster.layout.node_dir(0), "data directory of a node"),
+        (cluster.dir().join("bin"), "is not empty"),
+    ] {
+        if to.exists() {
+            let refused = cluster.command(&["restore", "--latest", "--to", to.to_str().expect("a path")]);
+            assert!(!refused.status.success() && text(&refused).contains(why), "{}", text(&refused));
+        }
+    }
+    let unclear = cluster.command(&["restore", "--target-time", "2026-11-27 14:00", "--to", "/nowhere"]);
+    assert!(text(&unclear).contains("time zone"), "{}", text(&unclear));
+    let early = cluster.command(&["restore", "--target-time", "2020-01-01 00:00Z", "--to", "/nowhere"]);
+    assert!(text(&early).contains("ended later"), "{}", text(&early));
+
+    // PostgreSQL hands over a file that is stored already with other content: it is told so, and keeps it.
+    let source = cluster.layout.pgdata(0).join("pg_wal").join(segments.last().expect("a segment").to_string());
+    let stored = stream.folder.join("wal").join(format!("{}.zst", segments.last().expect("a segment")));
+    let push = || cluster.command(&["wal", "push", "--node", "node0", source.to_str().expect("a path")]);
+    succeeded(&push(), &cluster);
+    let kept = std::fs::read(&stored).expect("a segment");
+    let other = std::fs::read(stream.folder.join("wal").join(format!("{}.zst", segments[0]))).expect("a segment");
+    std::fs::write(&stored, &other).expect("a segment");
+    let refused = push();
+    assert!(!refused.status.success() && text(&refused).contains("holds other content"), "{}", text(&refused));
+    std::fs::write(&stored, &kept).expect("a segment");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_archive_goes_on_when_the_leader_changes_and_outlives_its_host() {
+    let cluster = Cluster::up(&["--archive"]);
+    let client = cluster.connect("postgres").await;
+    client.batch_execute("create table told (n int primary key); insert into told values (1)").await.expect("a table");
+    succeeded(&cluster.command(&["base", "--node", "node0"]), &cluster);
+    succeeded(&cluster.command(&["base", "--node", "node1"]), &cluster);
+    // Each node writes WAL of its own, and each has its own archive; the other keeps a copy of it.
+    let streams_of = |node| streams(&cluster, node, node).into_iter().map(|stream| stream.name).collect::<Vec<_>>();
+    let (zero, one) = (streams_of(0), streams_of(1));
+    assert!(zero.len() == 1 && one.len() == 1 && zero != one, "{zero:?} {one:?}");
+    assert_eq!((zero[0].timeline, one[0].timeline), (1, 2));
+    let same =
+        |node: usize, keeper: usize| files(&folder(&cluster, node, node)) == files(&folder(&cluster, keeper, node));
+    wait_for("both have both archives", async || same(0, 1) && same(1, 0)).await;
+
+    // node1 leads; its own stream goes on.
+    let waiting = cluster.other_proxy(1);
+    wait_for("the other proxy stands by", async || {
+        text(&cluster.command_with(&waiting.config, &["status"])).contains("the proxy of this cluster runs on node0")
+    })
+    .await;
+    succeeded(&cluster.command(&["switch", "node1"]), &cluster);
+    let client = sandbox::compare::connect(waiting.port, "postgres").await.expect("the new leader's proxy");
+    client.batch_execute("insert into told values (2)").await.expect("a write");
+    succeeded(&cluster.command(&["base", "--node", "node1"]), &cluster);
+    let before = now_us();
+    client.batch_execute("insert into told values (3)").await.expect("a write");
+    assert_eq!(streams_of(1), one, "the same stream as before");
+    let history = streams(&cluster, 1, 1)[0].wal.contains(&WalName::History(2));
+    assert!(history, "its timeline's history is in its archive");
+    let verified = succeeded(&cluster.command(&["wal", "verify"]), &cluster);
+    assert!(verified.contains("All is well"), "{verified}");
+    let at = moment::for_postgres(before);
+    let restored = Restored::start(&cluster, "restored-1", &["--target-time", &at]).await;
+    assert_eq!(restored.value::<i64>("select sum(n) from told").await, 3, "of the new leader, without what came later");
+    drop(restored);
+
+    // Its host burns down. The other one has all that was archived.
+    let leader = cluster.connect_node(1, "postgres").await;
+    leader.query_one("select pg_switch_wal()::text", &[]).await.expect("a segment's end");
+    wait_for("node0 has the archive of node1", async || same(1, 0)).await;
+    drop(waiting);
+    cluster.kill_agent(1);
+    cluster.kill_postgres(1);
+    std::fs::remove_dir_all(folder(&cluster, 1, 1)).expect("an archive");
+    std::fs::remove_dir_all(cluster.layout.pgdata(1)).expect("a data directory");
+    let restored = Restored::start(&cluster, "restored-2", &["--latest", "--node", "node1"]).await;
+    assert_eq!(restored.value::<i64>("select sum(n) from told").await, 6);
+    drop(restored);
+}
