@@ -158,13 +158,13 @@ impl Busy {
         busy
     }
 
-    async fn written(&self) -> usize {
+    fn written(&self) -> usize {
         self.writers.iter().map(|log| log.lock().expect("a log").len()).sum()
     }
 
     async fn wait(&self, more: usize) {
-        let before = self.written().await;
-        wait_for("the writers write", async || self.written().await >= before + more).await;
+        let before = self.written();
+        wait_for("the writers write", async || self.written() >= before + more).await;
     }
 
     async fn end(self) {
@@ -343,6 +343,126 @@ async fn what_is_damaged_or_missing_is_said_and_stops_a_recovery() {
     let refused = push();
     assert!(!refused.status.success() && text(&refused).contains("holds other content"), "{}", text(&refused));
     std::fs::write(&stored, &kept).expect("a segment");
+}
+
+/// Stops the sandbox, changes its configuration, and starts it again; followers are recovered.
+fn with_settings(cluster: &Cluster, archive: &str) {
+    let down = common::pgtandem().args(["sandbox", "down", "--dir"]).arg(cluster.dir()).output().expect("pgtandem");
+    assert!(down.status.success(), "{}", text(&down));
+    let config = std::fs::read_to_string(cluster.config_path()).expect("a configuration");
+    let (before, rest) = config.split_once("[archive]").expect("the section");
+    let rest = rest.find("[[node]]").map_or("", |at| &rest[at..]);
+    std::fs::write(cluster.config_path(), format!("{before}[archive]\n{archive}\n{rest}")).expect("a configuration");
+    cluster.start_again();
+    for index in 1..cluster.layout.plan.nodes {
+        cluster.recover(index);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_is_on_every_member_before_postgresql_lets_it_go_and_old_copies_leave_all_disks() {
+    let cluster = Cluster::up(&["--archive"]);
+    let lives = || streams(&cluster, 1, 1).into_iter().map(|stream| stream.name).collect::<Vec<_>>();
+    wait_for("node1 has a base copy", async || streams(&cluster, 1, 1).iter().any(|stream| !stream.bases.is_empty()))
+        .await;
+    let first_life = lives();
+    with_settings(&cluster, "peers = \"wait\"\nkeep = 1\nevery_s = 0");
+    let client = cluster.connect("postgres").await;
+    client.batch_execute("create table t (n int primary key)").await.expect("a table");
+    // It was filled again, and is on the timeline of the same number again, with other bytes.
+    succeeded(&cluster.command(&["base", "--node", "node1"]), &cluster);
+    let second_life = lives();
+    assert!(second_life.iter().all(|stream| !first_life.contains(stream)), "the old life went with its only copy");
+    assert_eq!(second_life.iter().map(|stream| stream.timeline).collect::<Vec<_>>(), [2]);
+
+    let leader = cluster.connect_node(0, "postgres").await;
+    let archived = async || {
+        let row =
+            leader.query_one("select coalesce(last_archived_wal, '') from pg_stat_archiver", &[]).await.expect("a row");
+        row.get::<_, String>(0)
+    };
+    let next = async |n: i32| {
+        client.batch_execute(&format!("insert into t values ({n})")).await.expect("a write");
+        let row = leader.query_one("select pg_walfile_name(pg_switch_wal())", &[]).await.expect("a segment's end");
+        row.get::<_, String>(0)
+    };
+    for n in 0..3 {
+        let segment = next(n).await;
+        wait_for("the segment is archived", async || archived().await >= segment).await;
+        let path = streams(&cluster, 0, 0).pop().expect("a stream").folder.join("wal").join(format!("{segment}.zst"));
+        let name = path.strip_prefix(folder(&cluster, 0, 0)).expect("below").to_owned();
+        assert!(path.exists() && folder(&cluster, 1, 0).join(name).exists(), "{segment} is on both disks");
+    }
+
+    // One copy is kept, here and there, and what only older ones needed is gone.
+    for _ in 0..2 {
+        succeeded(&cluster.command(&["base", "--node", "node0"]), &cluster);
+    }
+    let copies = |keeper| streams(&cluster, keeper, 0).iter().map(|stream| stream.bases.len()).sum::<usize>();
+    assert_eq!(copies(0), 1);
+    wait_for("the peer has the same", async || files(&folder(&cluster, 0, 0)) == files(&folder(&cluster, 1, 0))).await;
+    let stream = streams(&cluster, 0, 0).pop().expect("a stream");
+    assert_eq!(stream.segments().first(), Some(&stream.bases[0].start), "WAL from the copy on");
+    assert!(succeeded(&cluster.command(&["wal", "verify"]), &cluster).contains("All is well"));
+
+    // A node that is lost is not waited for.
+    cluster.kill_agent(1);
+    cluster.kill_postgres(1);
+    cluster.wait_member(1, false).await;
+    let segment = next(10).await;
+    wait_for("the segment is archived without the lost node", async || archived().await >= segment).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tablespaces_are_restored_beside_and_a_restored_server_is_no_node() {
+    let cluster = Cluster::up(&["--nodes", "1", "--archive"]);
+    let folders = ["one", "two"].map(|name| cluster.dir().join(name));
+    for folder in &folders {
+        assert!(as_user(Path::new("/bin/mkdir")).arg(folder).status().expect("mkdir").success());
+    }
+    let node = cluster.connect_node(0, "postgres").await;
+    let create = |index: usize| format!("create tablespace t{index} location '{}'", folders[index].display());
+    node.batch_execute(&create(0)).await.expect("a tablespace");
+    node.batch_execute("create table kept (n int) tablespace t0; insert into kept select generate_series(1, 1000)")
+        .await
+        .expect("rows");
+    node.batch_execute("create unlogged table lost (n int); insert into lost values (1)").await.expect("rows");
+    succeeded(&cluster.command(&["base"]), &cluster);
+    node.batch_execute("insert into kept select generate_series(1, 1000)").await.expect("rows");
+    let restored = Restored::start(&cluster, "restored", &["--latest"]).await;
+    assert_eq!(restored.value::<i64>("select count(*) from kept").await, 2000);
+    assert_eq!(restored.value::<i64>("select count(*) from lost").await, 0);
+    let place: String =
+        restored.value("select pg_tablespace_location(oid) from pg_tablespace where spcname = 't0'").await;
+    assert!(place.starts_with(cluster.dir().join("restored.tablespaces").to_str().expect("a path")), "{place}");
+    restored.client.batch_execute("insert into kept values (0)").await.expect("a row of its own");
+    let count = node.query_one("select count(*) from kept", &[]).await.expect("a count").get::<_, i64>(0);
+    assert_eq!(count, 2000, "the living server has files of its own");
+
+    // A tablespace that is younger than the copy would be made at its own path, which is the living server's.
+    node.batch_execute(&create(1)).await.expect("a tablespace");
+    let to = cluster.dir().join("other");
+    let refused = cluster.command(&["restore", "--latest", "--to", to.to_str().expect("a path")]);
+    assert!(
+        !refused.status.success() && text(&refused).contains("is younger than base copy") && !to.exists(),
+        "{}",
+        text(&refused)
+    );
+
+    // In the place of a node's data it is not started.
+    let down = common::pgtandem().args(["sandbox", "down", "--dir"]).arg(cluster.dir()).output().expect("pgtandem");
+    assert!(down.status.success(), "{}", text(&down));
+    let stopped = as_user(&restored.pg_ctl).args(["stop", "-s", "-D"]).arg(&restored.folder).status().expect("pg_ctl");
+    assert!(stopped.success());
+    let pgdata = cluster.layout.pgdata(0);
+    std::fs::rename(&pgdata, cluster.dir().join("aside")).expect("a rename");
+    std::fs::rename(&restored.folder, &pgdata).expect("a rename");
+    cluster.start_agent(0);
+    wait_for("the agent says what lies there", async || {
+        cluster.logs().contains("was restored from an archive, which is no node's")
+    })
+    .await;
+    assert!(!cluster.layout.postmaster_pid_file(0).exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -49,16 +49,23 @@ pub fn push(folder: &Path, pgdata: &Path, source: &Path) -> Result<Pushed, Archi
     Ok(Pushed { path, stored })
 }
 
-/// Segments behind this one that PostgreSQL has marked as ready, the next ones first.
-fn waiting(source: &Path, name: WalName) -> Vec<(WalName, PathBuf)> {
-    let (WalName::Segment(segment), Some(pg_wal)) = (name, source.parent()) else { return Vec::new() };
+/// Segments of a data directory that PostgreSQL has marked as ready and has not got rid of yet, the next ones first.
+#[must_use]
+pub fn ready(pg_wal: &Path) -> Vec<Segment> {
     let ready = fs::read_dir(pg_wal.join("archive_status")).into_iter().flatten().flatten().filter_map(|entry| {
         let name = entry.file_name();
         Segment::parse(name.to_str()?.strip_suffix(".ready")?)
     });
-    let mut ready: Vec<Segment> =
-        ready.filter(|other| *other > segment && other.timeline == segment.timeline).collect();
+    let mut ready: Vec<Segment> = ready.collect();
     ready.sort_unstable();
+    ready
+}
+
+/// Those of them behind this one that go with it.
+fn waiting(source: &Path, name: WalName) -> Vec<(WalName, PathBuf)> {
+    let (WalName::Segment(segment), Some(pg_wal)) = (name, source.parent()) else { return Vec::new() };
+    let mut ready = ready(pg_wal);
+    ready.retain(|other| *other > segment && other.timeline == segment.timeline);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     ready.truncate((BATCH_MAX - 1).min(cores));
     ready.into_iter().map(|segment| (WalName::Segment(segment), pg_wal.join(segment.to_string()))).collect()

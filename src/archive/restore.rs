@@ -193,7 +193,11 @@ pub fn restore(chosen: &Chosen, options: &Options<'_>) -> Result<Made, ArchiveEr
     write(&to.join(MARK), mark(chosen).as_bytes())?;
     folders(chosen, to, &tablespaces)?;
     let files: Vec<&CopiedFile> = chosen.manifest.files.iter().filter(|file| !file.directory).collect();
-    write_files(&chosen.folder, to, files.iter().copied().filter(|file| file.path != CONTROL_FILE).collect())?;
+    let (control, others): (Vec<_>, Vec<_>) = files.iter().copied().partition(|file| file.path == CONTROL_FILE);
+    if control.len() != 1 {
+        return Err(ArchiveError::damaged(&chosen.stream.base_path(chosen.base), "it has no pg_control"));
+    }
+    write_files(&chosen.folder, to, &others)?;
     write(&to.join("backup_label"), chosen.manifest.backup_label.as_bytes())?;
     if has_tablespaces {
         write(&to.join("tablespace_map"), tablespace_map(&chosen.manifest, &tablespaces)?.as_bytes())?;
@@ -202,11 +206,7 @@ pub fn restore(chosen: &Chosen, options: &Options<'_>) -> Result<Made, ArchiveEr
     let own = if to.as_os_str().len() <= SOCKET_DIR_BYTES_MAX { to } else { Path::new("/tmp") };
     configure(chosen, options, own)?;
     sync_file_system(to)?;
-    let control: Vec<&CopiedFile> = files.iter().copied().filter(|file| file.path == CONTROL_FILE).collect();
-    if control.len() != 1 {
-        return Err(ArchiveError::damaged(&chosen.stream.base_path(chosen.base), "it has no pg_control"));
-    }
-    write_files(&chosen.folder, to, control)?;
+    write_files(&chosen.folder, to, &control)?;
     sync_file_system(to)?;
     Ok(Made {
         files: files.len(),
@@ -323,10 +323,10 @@ fn tablespace_map(manifest: &Manifest, tablespaces: &Path) -> Result<String, Arc
         .iter()
         .filter(|file| file.tablespace.is_some())
         .filter_map(|file| file.path.strip_prefix("pg_tblspc/"));
-    Ok(oids.map(|oid| format!("{oid} {place}/{oid}\n")).collect())
+    Ok(oids.fold(String::new(), |text, oid| text + &format!("{oid} {place}/{oid}\n")))
 }
 
-fn write_files(archive: &Path, to: &Path, files: Vec<&CopiedFile>) -> Result<(), ArchiveError> {
+fn write_files(archive: &Path, to: &Path, files: &[&CopiedFile]) -> Result<(), ArchiveError> {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     std::thread::scope(|scope| {

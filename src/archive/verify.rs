@@ -93,7 +93,7 @@ impl State<'_> {
             let WalName::Segment(segment) = name else { continue };
             match Header::of(&start.0).filter(|header| u64::from(header.segment_bytes) == head.bytes) {
                 Some(header) if segment.start(header.segment_bytes) == header.start => {
-                    segment_bytes = Some(header.segment_bytes)
+                    segment_bytes = Some(header.segment_bytes);
                 }
                 _ => self.find(format!("{} is not the segment that its name says", path.display())),
             }

@@ -12,9 +12,12 @@ use crate::archive::manifest::Manifest;
 use crate::archive::names::gaps;
 use crate::archive::restore::Source;
 use crate::archive::stream::Stream;
-use crate::archive::{ArchiveError, inventory, moment, verify};
+use crate::archive::{ArchiveError, inventory, moment, push, verify};
 use crate::config::{Config, NodeConfig};
 use crate::observe::time;
+
+/// So many segments wait now and then when a lot is written.
+const WAITING_FINE: usize = 4;
 
 #[derive(Debug, Args)]
 pub struct Archive {
@@ -49,6 +52,8 @@ struct StreamReport {
     /// When the last segment came, seconds since 1970.
     last_segment_at_s: Option<u64>,
     segments: usize,
+    /// Segments of the server that writes it which wait to be archived: a few may, many mean that archive_command fails.
+    waiting: usize,
     base_copies: Vec<BaseReport>,
 }
 
@@ -146,6 +151,11 @@ fn report(source: &Source) -> Result<NodeReport, ArchiveError> {
             last_segment: segments.last().map(ToString::to_string),
             last_segment_at_s: segments.last().and_then(|last| stream.stored_s(*last)),
             segments: segments.len(),
+            waiting: source
+                .pgdata
+                .as_ref()
+                .filter(|_| current == Some(stream.name))
+                .map_or(0, |pgdata| push::ready(&pgdata.join("pg_wal")).len()),
             base_copies: base_copies.collect(),
         }
     });
@@ -164,6 +174,12 @@ impl NodeReport {
             };
             let at = stream.last_segment_at_s.map_or_else(|| "?".to_owned(), time::utc);
             println!("    {} segments, {first} to {last}; the last one came at {at} UTC", stream.segments);
+            if stream.waiting > WAITING_FINE {
+                println!(
+                    "    {} more wait in pg_wal: does archive_command fail? postgresql.log says why",
+                    stream.waiting
+                );
+            }
             for base in &stream.base_copies {
                 let leads = if base.leads { ", of the leader" } else { "" };
                 let mib = base.bytes as f64 / f64::from(1 << 20);

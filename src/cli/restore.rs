@@ -170,7 +170,7 @@ async fn nudge(config: &Config, chosen: &Chosen) {
     match tokio::time::timeout(NUDGE_MAX, work).await {
         Ok(Ok(lsn)) => tracing::debug!(lsn, "a segment was ended"),
         Ok(Err(why)) => {
-            eprintln!("note: the server of {} could not be asked to end its WAL segment: {why}", chosen.node)
+            eprintln!("note: the server of {} could not be asked to end its WAL segment: {why}", chosen.node);
         }
         Err(_) => eprintln!("note: the server of {} did not end its WAL segment in time", chosen.node),
     }

@@ -33,6 +33,8 @@ pub use ship::send_to;
 
 /// How often it is looked whether a base copy is due, milliseconds.
 const LOOK_MS: u64 = 2_000;
+/// A file that is being written this long is not being written any more, seconds.
+const UNFINISHED_S: u64 = 86_400;
 
 /// Held by whoever takes a base copy or removes something: one at a time.
 #[derive(Debug, Default)]
@@ -251,11 +253,25 @@ fn contents(folder: &Path) -> Result<Contents, ArchiveError> {
 
 /// Removes what retention has no use for. Blocking.
 fn expire(folder: &Path, current: Option<StreamName>, keep: Keep) -> Result<(), ArchiveError> {
+    remove_unfinished(folder)?;
     let Contents { copies, wal } = contents(folder)?;
     let plan = retention::plan(&copies, &wal, current, keep, now_s());
     let copies = plan.copies.into_iter().map(|(stream, base)| ArchivePath::Base(stream, base));
     let wal = plan.wal.into_iter().map(|(stream, name)| ArchivePath::Wal(stream, name));
     remove(folder, &copies.chain(wal).collect::<Vec<_>>())
+}
+
+/// Removes what a process that was killed has left half written.
+fn remove_unfinished(folder: &Path) -> Result<(), ArchiveError> {
+    for entry in walkdir::WalkDir::new(folder).min_depth(2).into_iter().flatten() {
+        let unfinished =
+            entry.file_name().to_str().is_some_and(|name| name.starts_with('.') && name.ends_with(file::NEW_ENDING));
+        let age = entry.metadata().ok().and_then(|metadata| metadata.modified().ok()?.elapsed().ok());
+        if unfinished && age.is_some_and(|age| age > Duration::from_secs(UNFINISHED_S)) {
+            fs::remove_file(entry.path()).map_err(ArchiveError::file("removing", entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes files of an archive, base copies first, and then the extents that no copy names any more.

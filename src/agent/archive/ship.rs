@@ -202,9 +202,9 @@ impl Shipping {
         for paths in goes.chunks(ARCHIVE_NAMES_MAX) {
             let request = ArchiveRequest::Remove { paths: paths.iter().map(ToString::to_string).collect() };
             let ArchiveReply::Removed = self.ask(&request).await? else { return Err(self.unexpected()) };
-            paths.iter().for_each(|path| {
+            for path in paths {
                 there.remove(path);
-            });
+            }
         }
         Ok(())
     }
@@ -263,7 +263,7 @@ fn useless(
     for path in there {
         match path {
             ArchivePath::Base(stream, name) if extra.contains(path) => {
-                copies.push(Copy { stream: *stream, name: *name, good: true })
+                copies.push(Copy { stream: *stream, name: *name, good: true });
             }
             ArchivePath::Wal(stream, name) => {
                 wal.entry(*stream).or_default().insert(*name);
