@@ -30,8 +30,7 @@ pub fn fetch(folder: &Path, live: Option<&Path>, name: &str, to: &Path) -> Resul
     let wal = folder.join("wal");
     let path = wal.join(format!("{name}{ENDING}"));
     if path.exists() {
-        let mut out = create(to)?;
-        file::unpack(&path, SEGMENT_BYTES_MAX, &mut out)?;
+        file::unpack(&path, SEGMENT_BYTES_MAX, &mut create(to)?)?;
         return Ok(Fetched::FromArchive);
     }
     let Some(segment) = name.segment() else { return Ok(Fetched::Missing) };
@@ -39,6 +38,11 @@ pub fn fetch(folder: &Path, live: Option<&Path>, name: &str, to: &Path) -> Resul
         && let Some(live) = live
         && from_server(folder, live, name, to)?
     {
+        // Once it is archived its file in pg_wal may be used again, perhaps while it was read.
+        if path.exists() {
+            file::unpack(&path, SEGMENT_BYTES_MAX, &mut create(to)?)?;
+            return Ok(Fetched::FromArchive);
+        }
         return Ok(Fetched::FromServer);
     }
     if behind(&wal, segment)? {

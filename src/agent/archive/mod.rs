@@ -253,7 +253,6 @@ fn contents(folder: &Path) -> Result<Contents, ArchiveError> {
 
 /// Removes what retention has no use for. Blocking.
 fn expire(folder: &Path, current: Option<StreamName>, keep: Keep) -> Result<(), ArchiveError> {
-    remove_unfinished(folder)?;
     let Contents { copies, wal } = contents(folder)?;
     let plan = retention::plan(&copies, &wal, current, keep, now_s());
     let copies = plan.copies.into_iter().map(|(stream, base)| ArchivePath::Base(stream, base));
@@ -288,6 +287,7 @@ fn remove(folder: &Path, paths: &[ArchivePath]) -> Result<(), ArchiveError> {
     if paths.iter().any(|path| matches!(path, ArchivePath::Base(..))) {
         sweep(folder)?;
     }
+    remove_unfinished(folder)?;
     for stream in inventory::streams(folder)?.iter().filter(|stream| stream.wal.is_empty() && stream.bases.is_empty()) {
         for part in [stream.folder.join("wal"), stream.folder.join("base"), stream.folder.clone()] {
             // It may hold what somebody else has put there, or a segment that is being stored.
