@@ -181,6 +181,14 @@ impl Session {
         } else {
             match self.ask_catalog(&catalog::query(&needs), Facts::parse).await? {
                 Ok(facts) => facts,
+                Err(NoAnswer::OldSnapshot) => {
+                    let plan = classify::unknown_query(&statement, &text, &shape);
+                    return Ok(plan.map_or(NoAnswer::OldSnapshot.into(), |plan| Planned::One {
+                        plan: Arc::new(plan),
+                        shape,
+                        text,
+                    }));
+                }
                 Err(why) => return Ok(why.into()),
             }
         };

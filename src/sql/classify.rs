@@ -121,6 +121,15 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
     }
 }
 
+/// The plan of a query of whose tables and functions nothing can be known: behind the guard. `None`: it is no mere query.
+#[must_use]
+pub fn unknown_query(statement: &Statement, text: &str, shape: &Shape) -> Option<Plan> {
+    let is_mere = matches!(statement.node, NodeEnum::SelectStmt(_) | NodeEnum::CopyStmt(_) | NodeEnum::ExplainStmt(_));
+    let plan = classify(statement, text, shape, &Facts::default());
+    let reads = matches!(plan.lane, Lane::Read { copy_in: false, .. });
+    (is_mere && reads).then(|| Plan { lane: read(true), changes_settings: true, one_row: None, ..plan })
+}
+
 /// Whether SQL names a statement that the proxy has prepared for itself.
 fn names_ours(node: &NodeEnum) -> bool {
     let name = match node {
