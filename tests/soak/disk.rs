@@ -7,8 +7,8 @@ use std::process::Command;
 
 use pgtandem::sandbox::user;
 
-/// Room for a fresh cluster, its WAL and what rounds write, several times.
-const SIZE: &str = "768m";
+/// Room for a fresh cluster and what rounds write, twice, and the GiB that must be free before an empty node is filled.
+const SIZE: &str = "1700m";
 const FILLER: &str = "filler";
 
 pub struct Disk {

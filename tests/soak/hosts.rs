@@ -5,7 +5,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pgtandem::observe::status::ClusterStatus;
 use pgtandem::sandbox::{self, Layout};
@@ -176,6 +176,17 @@ impl Site {
             .collect()
     }
 
+    /// Data of forks that a person has discarded: they would fill the small disks.
+    pub fn forget_forks(&self) {
+        for index in 0..self.hosts.len() {
+            for entry in fs::read_dir(self.layout().node_dir(index)).expect("a node's folder").flatten() {
+                if entry.file_name().to_string_lossy().contains(".forked-") {
+                    fs::remove_dir_all(entry.path()).expect("the data of a fork");
+                }
+            }
+        }
+    }
+
     pub fn index(&self, name: &str) -> usize {
         self.hosts.iter().position(|host| host.name == name).expect("a host of that name")
     }
@@ -220,17 +231,20 @@ impl Drop for Site {
     }
 }
 
+/// Returns when it is gone; one that takes too long is killed.
 fn end(child: Option<Child>, signal: Signal) {
     let Some(mut child) = child else { return };
-    if let Some(pid) = Pid::from_raw(i32::try_from(child.id()).unwrap_or(0)) {
-        send(&[pid], signal);
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(0));
+    send(pid.as_slice(), signal);
+    let (sender, gone) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = child.wait();
+        let _ = sender.send(());
+    });
+    if gone.recv_timeout(END_MAX).is_err() {
+        send(pid.as_slice(), Signal::KILL);
+        let _ = gone.recv_timeout(END_MAX);
     }
-    let began = Instant::now();
-    while matches!(child.try_wait(), Ok(None)) && began.elapsed() < END_MAX {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let _ = child.kill();
-    let _ = child.wait();
 }
 
 pub fn send(pids: &[Pid], signal: Signal) {

@@ -2,7 +2,7 @@
 //! libpq does with several in its connection string, and after each connection it looks whether its acknowledged writes are there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pgtandem::sandbox::compare;
@@ -88,13 +88,14 @@ fn a_write_follows_from_the_seed() {
 pub struct Load {
     clients: JoinSet<(Vec<Entry>, Vec<String>)>,
     acknowledged: Arc<AtomicUsize>,
+    given_up: Arc<AtomicU16>,
     stop: CancellationToken,
 }
 
 impl Load {
     /// `ports`: of every host's proxy.
     pub fn start(round: &Round, ports: &[u16]) -> Self {
-        let (acknowledged, stop) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
+        let (acknowledged, given_up, stop) = (Arc::default(), Arc::default(), CancellationToken::new());
         let mut clients = JoinSet::new();
         for id in 1..=round.clients {
             let worker = Worker {
@@ -105,15 +106,21 @@ impl Load {
                 ledger: Vec::new(),
                 wrong: Vec::new(),
                 acknowledged: Arc::clone(&acknowledged),
+                given_up: Arc::clone(&given_up),
                 stop: stop.clone(),
             };
             clients.spawn(worker.run());
         }
-        Self { clients, acknowledged, stop }
+        Self { clients, acknowledged, given_up, stop }
     }
 
     pub fn acknowledged(&self) -> usize {
         self.acknowledged.load(Ordering::Relaxed)
+    }
+
+    /// A person states wrongly that the host whose proxy is behind this port is dead: what it acknowledges from now on may be lost.
+    pub fn give_up(&self, port: u16) {
+        self.given_up.store(port, Ordering::SeqCst);
     }
 
     /// Everybody's ledger, when each has finished what it had begun, and what a client saw that it must not see.
@@ -131,6 +138,7 @@ impl Load {
 
 struct Session {
     client: Client,
+    port: u16,
     insert: Statement,
     raise: Statement,
 }
@@ -143,6 +151,7 @@ struct Worker {
     ledger: Vec<Entry>,
     wrong: Vec<String>,
     acknowledged: Arc<AtomicUsize>,
+    given_up: Arc<AtomicU16>,
     stop: CancellationToken,
 }
 
@@ -161,11 +170,15 @@ impl Worker {
             let write = write(&self.round, self.id, n);
             let told = timeout(ANSWER_MAX, session.write(&self.round, self.id, &write)).await;
             let told = told.unwrap_or(Told::Unknown);
+            let mut counts_as = told;
             if told == Told::Committed {
                 self.acknowledged.fetch_add(1, Ordering::Relaxed);
+                if self.given_up.load(Ordering::SeqCst) == session.port {
+                    counts_as = Told::Unknown;
+                }
             }
             let Write { n, rows, counters, .. } = write;
-            self.ledger.push(Entry { client: self.id, n, rows, counters, told });
+            self.ledger.push(Entry { client: self.id, n, rows, counters, told: counts_as });
             if told != Told::Committed && !session.is_usable().await {
                 self.session = None;
             }
@@ -177,9 +190,8 @@ impl Worker {
     async fn connect(&mut self) -> Option<Session> {
         for port in self.ports.clone() {
             let Ok(Ok(client)) = timeout(CONNECT_MAX, compare::connect(port, "postgres")).await else { continue };
-            match timeout(CONNECT_MAX, self.begin(client, port)).await {
-                Ok(Ok(session)) => return Some(session),
-                Ok(Err(_)) | Err(_) => {}
+            if let Ok(Ok(session)) = timeout(CONNECT_MAX, self.begin(client, port)).await {
+                return Some(session);
             }
         }
         None
@@ -201,7 +213,7 @@ impl Worker {
         let insert = "insert into soak.written values ($1, $2, $3, $4, $5)";
         let raise = "update soak.counter set value = value + 1 where round = $1 and client = $2";
         let (insert, raise) = (client.prepare(insert).await?, client.prepare(raise).await?);
-        Ok(Session { client, insert, raise })
+        Ok(Session { client, port, insert, raise })
     }
 }
 

@@ -1,4 +1,5 @@
-//! Plays a round on real hosts: load, fault, repair, quiet, judgement.
+//! Plays a round on real hosts: load, fault, repair, quiet, judgement. The thread that does this waits for commands; the clients and the network
+//! between the hosts run on others.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -80,28 +81,31 @@ impl Stage {
         let load = Load::start(round, &ports);
         let under_load = async {
             writes(&load, round.before).await?;
-            self.fault(&round.fault, &mut outcome.typed).await?;
-            let host = self.put_right(&mut outcome.typed).await?;
-            writes(&load, round.after).await?;
-            Ok::<usize, String>(host)
+            self.fault(round, &load, &mut outcome.typed).await?;
+            self.put_right(&mut outcome.typed).await?;
+            writes(&load, round.after).await
         };
-        let served_by = under_load.await;
+        let played = under_load.await;
         let (ledger, saw) = load.finish().await;
         outcome.ledger = ledger;
         outcome.wrong.extend(saw);
-        match served_by {
+        let found = async {
+            played?;
+            // What was noticed only at a commit, such as a follower that is lost, is put right, too.
+            let host = self.put_right(&mut outcome.typed).await?;
+            self.found(round, host).await
+        };
+        match found.await {
+            Ok(nodes) => {
+                outcome.wrong.extend(judge::judge(&outcome.ledger, self.older, &nodes));
+                self.older += nodes[0].found.iter().map(|found| found.rows).sum::<i64>();
+            }
             Err(why) => outcome.wrong.push(why),
-            Ok(host) => match self.found(round, host).await {
-                Ok(nodes) => {
-                    outcome.wrong.extend(judge::judge(&outcome.ledger, self.older, &nodes));
-                    self.older += nodes[0].found.iter().map(|found| found.rows).sum::<i64>();
-                }
-                Err(why) => outcome.wrong.push(why),
-            },
         }
         if outcome.wrong.is_empty() {
             outcome.wrong.extend(self.others_refuse().await);
         }
+        self.site.forget_forks();
         outcome
     }
 
@@ -123,14 +127,14 @@ impl Stage {
     }
 
     /// Makes the fault and undoes it; when this returns only a person is missing.
-    async fn fault(&mut self, fault: &Fault, typed: &mut Vec<String>) -> Result<(), String> {
+    async fn fault(&mut self, round: &Round, load: &Load, typed: &mut Vec<String>) -> Result<(), String> {
         let order = self.order()?;
         let at = |place: &Place| match place {
             Place::Leader => order[0],
             Place::Follower(number) => order[number + 1],
         };
         let (leader, first) = (order[0], order[1]);
-        let (undo, ms) = match fault {
+        let (undo, ms) = match &round.fault {
             Fault::Kill(victims) => {
                 for (place, process) in victims {
                     self.site.kill(at(place), *process);
@@ -155,6 +159,15 @@ impl Stage {
                 send(&hung, Signal::CONT);
                 taken?;
                 (Undo::Nothing, 0)
+            }
+            Fault::FalseStatement => {
+                load.give_up(self.site.hosts[leader].port);
+                self.cut(leader, Way::Both, 0);
+                // By then it goes on alone.
+                writes(load, round.before).await?;
+                let dead = format!("--peer-is-dead {}", self.site.hosts[leader].name);
+                self.take_over(first, &dead, typed).await?;
+                (Undo::Heal, 0)
             }
             Fault::RestartPostgres { place, mode } => {
                 let output = self.site.restart_postgres(at(place), mode);
@@ -222,7 +235,7 @@ impl Stage {
     async fn type_until_done(&self, host: usize, words: &[String], typed: &mut Vec<String>) -> Result<(), String> {
         let began = Instant::now();
         loop {
-            let (worked, said) = self.typed(host, words, typed).await;
+            let (worked, said) = self.typed(host, words, typed);
             if worked {
                 return Ok(());
             }
@@ -233,8 +246,8 @@ impl Stage {
         }
     }
 
-    async fn typed(&self, host: usize, words: &[String], typed: &mut Vec<String>) -> (bool, String) {
-        let output = tokio::task::block_in_place(|| self.site.command(host, words));
+    fn typed(&self, host: usize, words: &[String], typed: &mut Vec<String>) -> (bool, String) {
+        let output = self.site.command(host, words);
         let said = text(&output).trim().replace('\n', " | ");
         let name = &self.site.hosts[host].name;
         typed.push(format!("{name}$ pgtandem {}    # {}: {said}", words.join(" "), output.status));
@@ -245,7 +258,7 @@ impl Stage {
     async fn put_right(&mut self, typed: &mut Vec<String>) -> Result<usize, String> {
         let began = Instant::now();
         loop {
-            let seen = tokio::task::block_in_place(|| self.site.look());
+            let seen = self.site.look();
             let step = person::next(&seen);
             let late = began.elapsed() > REPAIR_MAX;
             match &step {
@@ -258,7 +271,7 @@ impl Stage {
                 }
                 Step::StartAgent(host) => self.site.start(*host, Process::Agent),
                 Step::StartProxy(host) => self.site.start(*host, Process::Proxy),
-                Step::Type(host, words) => drop(self.typed(*host, words, typed).await),
+                Step::Type(host, words) => drop(self.typed(*host, words, typed)),
                 Step::Wait(_) => tokio::time::sleep(LOOK).await,
             }
         }

@@ -14,6 +14,7 @@ pub enum Kind {
     LoseLeadersHost,
     Hang,
     HangThroughTakeover,
+    FalseStatement,
     RestartPostgres,
     TornRecord,
     Partition,
@@ -22,13 +23,14 @@ pub enum Kind {
     Switch,
 }
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 13] = [
     Kind::KillOnLeadersHost,
     Kind::KillOnFollowersHost,
     Kind::KillEverything,
     Kind::LoseLeadersHost,
     Kind::Hang,
     Kind::HangThroughTakeover,
+    Kind::FalseStatement,
     Kind::RestartPostgres,
     Kind::TornRecord,
     Kind::Partition,
@@ -79,6 +81,8 @@ pub enum Fault {
     },
     /// The leader's proxy hangs until a person has made the first follower the leader.
     HangThroughTakeover,
+    /// The leader's host is cut off and goes on alone; a person states that it is dead, and makes the first follower the leader.
+    FalseStatement,
     /// `pg_ctl restart`, typed by a person who does not know better.
     RestartPostgres {
         place: Place,
@@ -168,6 +172,7 @@ fn fault(kind: Kind, nodes: usize, rng: &mut StdRng) -> Fault {
             ms: rng.random_range(200..6000),
         },
         Kind::HangThroughTakeover => Fault::HangThroughTakeover,
+        Kind::FalseStatement => Fault::FalseStatement,
         Kind::RestartPostgres => {
             let mode = if rng.random_bool(0.7) { "fast" } else { "immediate" };
             Fault::RestartPostgres { place: any, mode }
