@@ -12,6 +12,7 @@ use pgtandem_proto::message::{Failure, FailureCode, Lsn, PostgresState, Reply, R
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::connection::{Connection, ConnectionError};
+use super::generation;
 use super::node::Node;
 use super::recovery::Running;
 use super::source::AgentSource;
@@ -105,12 +106,21 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
         Request::Status => Ok(Reply::Status(Box::new(node.status()))),
         Request::Promise { epoch } => promise(node, epoch).await,
         Request::Store { members, state, uncertain, new_generation, note } => {
-            let record = node
-                .change_record(move |record| {
-                    rules::store(record, &members, state, uncertain, new_generation.as_deref(), note.as_deref())
-                })
-                .await
-                .map_err(|error| error.failure())?;
+            let record = {
+                let _changing = node.generation.lock().await;
+                let before = node.record();
+                let record = node
+                    .change_record(move |record| {
+                        rules::store(record, &members, state, uncertain, new_generation.as_deref(), note.as_deref())
+                    })
+                    .await
+                    .map_err(|error| error.failure())?;
+                // At a join the gate is closed, and the generation stays.
+                if record.generations.first() != before.generations.first() {
+                    generation::write(node, &record).await;
+                }
+                record
+            };
             if state == NodeState::InSync {
                 node.recovery.finish();
             }

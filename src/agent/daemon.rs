@@ -26,7 +26,7 @@ use super::node::{ChangeError, Node};
 use super::record::{RecordFileError, RecordStore};
 use super::supervisor::SupervisorError;
 use super::tls::{Identity, TlsError, peer_name};
-use super::{archive, client, control, leases, tunnels};
+use super::{archive, client, control, generation, leases, tunnels};
 use crate::archive::ArchiveError;
 use crate::cluster::record as rules;
 use crate::config::{Config, NodeConfig};
@@ -140,6 +140,13 @@ impl Agent {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = archive::run(&node) => {}
+            }
+        });
+        let (node, stop) = (agent.node.clone(), agent.stop.clone());
+        agent.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = generation::watch(&node) => {}
             }
         });
         agent.tasks.spawn(accept(agent.node.clone(), listener, agent.stop.clone(), agent.tasks.clone()));

@@ -13,6 +13,7 @@ mod control;
 pub mod daemon;
 mod fence;
 mod fork;
+mod generation;
 pub mod leases;
 mod node;
 pub mod postgres;

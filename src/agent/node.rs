@@ -67,6 +67,8 @@ pub struct Node {
     pub(super) last_contact: AtomicU64,
     /// Wakes the asking for leases.
     pub(super) record_changed: Notify,
+    /// Held while the generation in the record and in the database change together, and while they are compared.
+    pub(super) generation: tokio::sync::Mutex<()>,
     /// What other nodes are being filled with from here.
     pub backups: Backups,
     /// Who works on the archive.
@@ -93,6 +95,7 @@ impl Node {
             lease: Mutex::default(),
             last_contact: AtomicU64::new(0),
             record_changed: Notify::new(),
+            generation: tokio::sync::Mutex::default(),
             store: Arc::new(Mutex::new(store)),
             record,
         }

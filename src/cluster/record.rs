@@ -178,6 +178,36 @@ pub fn left_behind(record: &Record, leader_generations: &[String]) -> NodeState 
     }
 }
 
+/// What the generation in the database says about the data, compared with the record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generation {
+    Same,
+    /// The last change of the record did not get there, or none ever did.
+    NotWritten,
+    /// Other data than those that the record is about.
+    Other,
+}
+
+/// `found`: what stands in the database. The record is written first, so the database may be one behind.
+#[must_use]
+pub fn compare_generation(record: &Record, found: Option<&str>) -> Generation {
+    let at = found.map(|found| record.generations.iter().position(|generation| generation == found));
+    match at {
+        Some(Some(0)) => Generation::Same,
+        Some(Some(1)) | None => Generation::NotWritten,
+        Some(_) => Generation::Other,
+    }
+}
+
+/// The data of a node in sync were replaced: they may lack what was acknowledged.
+#[must_use]
+pub fn replaced(record: &Record) -> Record {
+    match record.state {
+        NodeState::InSync => Record { state: NodeState::Suspect, ..record.clone() },
+        _ => record.clone(),
+    }
+}
+
 /// The agent itself begins to fill this node, or to let it catch up.
 pub fn enter(record: &Record, epoch: Epoch, state: NodeState) -> Result<Record, RecordError> {
     check_epoch(record, epoch)?;
@@ -322,6 +352,18 @@ mod tests {
         assert_eq!(left_behind(&alone, &["g3".into(), "g1".into()]), NodeState::Forked);
         let joined = join(&Record { node: "b".into(), ..record }, &set(3, 3, &["a", "b"]), &["g2".into(), "g1".into()]);
         assert_eq!(joined.unwrap().generations, ["g2", "g1"]);
+    }
+
+    #[test]
+    fn data_of_another_generation_are_not_those_of_the_record() {
+        let record = Record { generations: ["g3", "g2", "g1"].map(String::from).into(), ..member() };
+        let found = |found| compare_generation(&record, found);
+        assert_eq!((found(Some("g3")), found(Some("g2"))), (Generation::Same, Generation::NotWritten));
+        assert_eq!(found(None), Generation::NotWritten);
+        assert_eq!((found(Some("g1")), found(Some("g9"))), (Generation::Other, Generation::Other));
+        let replaced = replaced(&record);
+        assert_eq!(replaced.state, NodeState::Suspect);
+        assert!(store(&replaced, &set(3, 1, &["a", "b"]), NodeState::InSync, false, None, None).is_err());
     }
 
     #[test]

@@ -106,7 +106,7 @@ fn outside(node: &NodeView) -> Problem {
             problem(format!("{name} left the member set, and writes since then are not on it{why}"), recover)
         }
         Some(NodeState::Suspect) => problem(
-            format!("rows on {name} differed from the leader's, so it is kept out{why}"),
+            format!("{name} is kept out, because rows on it differed from the leader's or its data were replaced{why}"),
             format!("{recover}    # copies what differs from the leader"),
         ),
         Some(NodeState::Forked) => problem(

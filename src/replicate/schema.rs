@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.epoch (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     epoch bigint NOT NULL,
     secret_hash bytea NOT NULL);
+CREATE TABLE IF NOT EXISTS pgtandem.generation (one boolean PRIMARY KEY DEFAULT true CHECK (one), id text NOT NULL);
 CREATE TABLE IF NOT EXISTS pgtandem.mark (id integer PRIMARY KEY, n bigint NOT NULL) WITH (fillfactor = 50);
 CREATE TABLE IF NOT EXISTS pgtandem.intent (
     id text PRIMARY KEY,
@@ -36,7 +37,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.prepared (
     mark integer NOT NULL,
     n bigint NOT NULL,
     ddl boolean NOT NULL);
-REVOKE ALL ON pgtandem.epoch, pgtandem.mark, pgtandem.intent, pgtandem.prepared FROM PUBLIC;
+REVOKE ALL ON pgtandem.epoch, pgtandem.generation, pgtandem.mark, pgtandem.intent, pgtandem.prepared FROM PUBLIC;
 CREATE OR REPLACE FUNCTION pgtandem.enter(given text, of_epoch bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
