@@ -53,3 +53,23 @@ async fn no_client_notices_kill_after_kill() {
     let seen = load::finish(&cluster, probe).await;
     load::assert_unharmed(&cluster, &seen);
 }
+
+/// Each of two that are lost at once would have to be told that the other one has left.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_followers_are_lost_at_once() {
+    let cluster = common::Cluster::up(&["--nodes", "3"]);
+    let probe = load::start(&cluster).await;
+    for index in [1, 2] {
+        cluster.kill_agent(index);
+        cluster.kill_postgres(index);
+    }
+    load::wait_writes(&cluster, &probe, 100).await;
+    for index in [1, 2] {
+        cluster.wait_member(index, false).await;
+        cluster.start_agent(index);
+        cluster.recover(index);
+    }
+    let seen = load::finish(&cluster, probe).await;
+    load::assert_unharmed(&cluster, &seen);
+    cluster.wait_well().await;
+}

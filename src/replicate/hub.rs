@@ -37,8 +37,10 @@ use crate::replicate::two_phase::TwoPhase;
 
 /// How long a node that is leaving the set may take to be told so.
 const TELL_MS_MAX: u64 = 1000;
-/// How long the remaining members may take to store a smaller set before the waiting commits fail.
+/// How long the leader's agent may take to store a smaller set before the waiting commits fail.
 const STORE_MS_MAX: u64 = 60_000;
+/// How long another member may take before it counts as lost, too.
+const MEMBER_STORE_MS_MAX: u64 = 5_000;
 /// Pause between two attempts to store.
 const STORE_RETRY_MS: u64 = 200;
 /// Transactions that are flown to one follower, or prepared there, at once: below its `max_connections` and
@@ -464,35 +466,72 @@ impl Hub {
         Ok(self.view().set.clone())
     }
 
+    /// Takes one member out, and in the same step each other follower that can not be told of it: it is as lost, and two that are lost at once
+    /// must not wait for each other.
     async fn shrink(&self, set: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
-        let smaller = members::without(set, name)?;
+        let mut smaller = members::without(set, name)?;
+        self.dismiss(&smaller, name, state, reason).await?;
+        let mut unheard = false;
+        while let Some((member, why)) = self.store_on_members(&smaller, name).await? {
+            if self.protects() {
+                // It stays; whatever it may have missed is settled before anything is acknowledged again.
+                unheard = true;
+                break;
+            }
+            smaller = members::without(&smaller, &member)?;
+            let reason = format!("it could not be told that {name} has left: {why}");
+            tracing::warn!(node = member, reason, "follower leaves the member set, too");
+            self.dismiss(&smaller, &member, NodeState::Stale, &reason).await?;
+        }
+        if unheard {
+            self.reign.send_replace(Reign::Starting);
+        }
+        self.show(smaller);
+        Ok(())
+    }
+
+    /// Tells a node that it is left behind, or waits its lease out.
+    async fn dismiss(&self, smaller: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
         self.note_reason(name, reason);
-        let generation = format!("{:032x}", rand::random::<u128>());
-        let node = self.node(name)?;
-        let tell = self.store(node, &smaller, state, None, Some(reason));
+        let tell = self.store(self.node(name)?, smaller, state, None, Some(reason));
         if let Err(e) = within_agent(TELL_MS_MAX, tell).await {
             tracing::info!(node = name, error = %e, "the node that leaves could not be told; its lease is waited out");
             self.wait_lease_out(name).await;
         }
-        for member in &smaller.nodes {
+        Ok(())
+    }
+
+    /// Stores the set on each of its members, the leader first. Gives a follower on which it could not be, and why.
+    async fn store_on_members(&self, set: &MemberSet, left: &str) -> Result<Option<(String, String)>, HubError> {
+        // Each set has its own: whoever stored one of them, and nobody heard of it, must be told apart from who went on from there.
+        let generation = format!("{:032x}", rand::random::<u128>());
+        let followers = set.nodes.iter().filter(|node| **node != set.leader);
+        for member in std::iter::once(&set.leader).chain(followers) {
             let node = self.node(member)?;
-            let deadline = tokio::time::Instant::now() + Duration::from_millis(STORE_MS_MAX);
+            let ms_max = if *member == set.leader { STORE_MS_MAX } else { MEMBER_STORE_MS_MAX };
+            let deadline = tokio::time::Instant::now() + Duration::from_millis(ms_max);
             loop {
-                match self.store(node, &smaller, NodeState::InSync, Some(&generation), None).await {
-                    Ok(()) => break,
+                let stored = self.store(node, set, NodeState::InSync, Some(&generation), None);
+                let why = match tokio::time::timeout_at(deadline, stored).await {
+                    Ok(Ok(())) => break,
                     // Another reign has begun: no commit of this one may be acknowledged any more.
-                    Err(e) if tokio::time::Instant::now() >= deadline || e.is_old_epoch() => {
-                        return Err(HubError::NotStored { node: name.to_owned(), why: e.to_string() });
+                    Ok(Err(e)) if e.is_old_epoch() => {
+                        return Err(HubError::NotStored { node: left.to_owned(), why: e.to_string() });
                     }
-                    Err(e) => {
-                        tracing::warn!(node = %member, error = %e, "the smaller member set is not stored yet");
-                        tokio::time::sleep(Duration::from_millis(STORE_RETRY_MS)).await;
+                    Ok(Err(e)) => e.to_string(),
+                    Err(_) => format!("no answer within {ms_max} ms"),
+                };
+                if tokio::time::Instant::now() >= deadline {
+                    if *member == set.leader {
+                        return Err(HubError::NotStored { node: left.to_owned(), why });
                     }
+                    return Ok(Some((member.clone(), why)));
                 }
+                tracing::warn!(node = %member, error = why, "the smaller member set is not stored yet");
+                tokio::time::sleep(Duration::from_millis(STORE_RETRY_MS)).await;
             }
         }
-        self.show(smaller);
-        Ok(())
+        Ok(None)
     }
 
     /// Stores a member set and the node's state in it, durably, through the node's agent.

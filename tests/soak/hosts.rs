@@ -236,7 +236,7 @@ fn end(child: Option<Child>, signal: Signal) {
     let Some(mut child) = child else { return };
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(0));
     send(pid.as_slice(), signal);
-    let (sender, gone) = std::sync::mpsc::channel();
+    let (sender, gone) = std::sync::mpsc::sync_channel(1);
     std::thread::spawn(move || {
         let _ = child.wait();
         let _ = sender.send(());
