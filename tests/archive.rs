@@ -245,6 +245,10 @@ async fn a_restored_server_is_exactly_as_the_server_was_at_that_moment() {
         drop(restored);
         if round % 10 == 9 {
             succeeded(&cluster.command(&["base", "--node", "node0"]), &cluster);
+            // In a long run the oldest copies go, and with them what was before the oldest that stays.
+            let oldest_s = streams(&cluster, 0, 0)[0].bases[0].ended_s;
+            moments.retain(|moment: &Moment| moment.before_us / 1_000_000 > oldest_s);
+            println!("{} rounds", round + 1);
         }
     }
     let moment = Moment { arguments: Vec::new(), ..Moment::now(&leader, false).await };
@@ -411,6 +415,48 @@ async fn a_segment_is_on_every_member_before_postgresql_lets_it_go_and_old_copie
     cluster.wait_member(1, false).await;
     let segment = next(10).await;
     wait_for("the segment is archived without the lost node", async || archived().await >= segment).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_takes_no_more_wal_is_said_by_status_and_nothing_is_lost() {
+    use std::os::unix::fs::PermissionsExt;
+    let cluster = Cluster::up(&["--nodes", "1", "--archive"]);
+    wait_for("the first base copy", async || streams(&cluster, 0, 0).iter().any(|stream| !stream.bases.is_empty()))
+        .await;
+    let wal = streams(&cluster, 0, 0).pop().expect("a stream").folder.join("wal");
+    let allow = |mode| std::fs::set_permissions(&wal, std::fs::Permissions::from_mode(mode)).expect("a mode");
+    allow(0o500);
+    let node = cluster.connect_node(0, "postgres").await;
+    let next = async |n: i32| {
+        node.batch_execute(&format!("create table t{n} (n int)")).await.expect("a table");
+        let row = node.query_one("select pg_walfile_name(pg_switch_wal())", &[]).await.expect("a segment's end");
+        row.get::<_, String>(0)
+    };
+    let first = next(1).await;
+    let mark = cluster.layout.pgdata(0).join(format!("pg_wal/archive_status/{first}.ready"));
+    wait_for("PostgreSQL tried it", async || {
+        let row = node.query_one("select failed_count > 0 from pg_stat_archiver", &[]).await.expect("a row");
+        row.get(0)
+    })
+    .await;
+    let hour_ago = SystemTime::now() - std::time::Duration::from_secs(3600);
+    std::fs::File::options().append(true).open(&mark).expect("it waits").set_modified(hour_ago).expect("a time");
+    wait_for("status says so", async || {
+        let (status, _) = cluster.status();
+        status.contains("the archive of node0 needs a look") && status.contains("wait to be archived")
+    })
+    .await;
+    assert!(cluster.logs().contains("Permission denied"), "{}", cluster.logs());
+
+    allow(0o700);
+    // PostgreSQL looks again when there is another one.
+    let second = next(2).await;
+    wait_for("both are archived", async || {
+        [&first, &second].iter().all(|name| wal.join(format!("{name}.zst")).exists())
+    })
+    .await;
+    wait_for("status is content", async || !cluster.status().0.contains("needs a look")).await;
+    assert!(succeeded(&cluster.command(&["wal", "verify"]), &cluster).contains("All is well"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -128,6 +128,8 @@ pub struct NodeStatus {
     pub progress: Option<Progress>,
     /// How long the node's lease still runs, milliseconds: a proxy has vouched for it a moment ago.
     pub lease_ms: Option<u64>,
+    /// What is wrong with its archive, one sentence without its name; empty if nothing is, or nothing is archived.
+    pub archive_problem: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -119,6 +119,7 @@ fn control_is_as_it_always_was() {
             postgres_detail: "starting".into(),
             progress: Some(Progress { files: 3, wal_replayed: 9, ..Progress::default() }),
             lease_ms: None,
+            archive_problem: "no base copy could be taken".into(),
         })),
     );
     check("reply_record", &Reply::Record(Box::new(record())));

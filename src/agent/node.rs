@@ -143,6 +143,7 @@ impl Node {
             postgres_detail: self.supervisor.detail(),
             progress: self.recovery.progress(),
             lease_ms: self.lease_ms(),
+            archive_problem: self.archive_work.problem(),
         }
     }
 

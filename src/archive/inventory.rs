@@ -90,6 +90,12 @@ pub fn streams(folder: &Path) -> Result<Vec<StreamFound>, ArchiveError> {
     Ok(found)
 }
 
+/// The newest base copy of one stream.
+pub fn newest_base(folder: &Path, stream: StreamName) -> Result<Option<BaseName>, ArchiveError> {
+    let listed = names(&folder.join(stream.to_string()).join("base"))?;
+    Ok(listed.iter().filter_map(|name| BaseName::parse(name.strip_suffix(ENDING)?)).max())
+}
+
 /// Every extent of a node.
 pub fn extents(folder: &Path) -> Result<Vec<Hash>, ArchiveError> {
     let folder = folder.join(EXTENTS);

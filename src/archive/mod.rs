@@ -24,6 +24,7 @@ pub mod base;
 pub mod error;
 pub mod fetch;
 pub mod file;
+pub mod health;
 pub mod inventory;
 pub mod manifest;
 pub mod moment;

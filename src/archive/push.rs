@@ -61,6 +61,15 @@ pub fn ready(pg_wal: &Path) -> Vec<Segment> {
     ready
 }
 
+/// How many wait, and since when the oldest does, seconds since 1970. None: none waits.
+#[must_use]
+pub fn backlog(pg_wal: &Path) -> Option<(usize, u64)> {
+    let ready = ready(pg_wal);
+    let mark = pg_wal.join("archive_status").join(format!("{}.ready", ready.first()?));
+    let since = fs::metadata(mark).ok()?.modified().ok()?.duration_since(std::time::SystemTime::UNIX_EPOCH).ok()?;
+    Some((ready.len(), since.as_secs()))
+}
+
 /// Those of them behind this one that go with it.
 fn waiting(source: &Path, name: WalName) -> Vec<(WalName, PathBuf)> {
     let (WalName::Segment(segment), Some(pg_wal)) = (name, source.parent()) else { return Vec::new() };

@@ -60,6 +60,7 @@ pub(crate) fn running(record: Record) -> pgtandem_proto::message::NodeStatus {
         postgres_detail: String::new(),
         progress: None,
         lease_ms: None,
+        archive_problem: String::new(),
     }
 }
 

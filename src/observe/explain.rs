@@ -75,7 +75,12 @@ fn member(node: &NodeView, proxy_running: bool) -> Option<Problem> {
             )
         });
     }
-    None
+    node.archive_problem.as_ref().map(|what| {
+        problem(
+            format!("the archive of {name} needs a look: {what}"),
+            format!("on the host of {name}: pgtandem archive; postgresql.log says why, docs/archive.md what to do"),
+        )
+    })
 }
 
 fn outside(node: &NodeView) -> Problem {

@@ -120,6 +120,9 @@ pub struct NodeView {
     pub record_version: Option<u64>,
     pub postgres: Option<PostgresState>,
     pub postgres_detail: Option<String>,
+    /// What is wrong with its archive.
+    #[serde(default)]
+    pub archive_problem: Option<String>,
     /// Why it left the member set, or what went wrong last.
     pub last_error: Option<String>,
     /// The last recovery of this node in this reign, under way or ended.
@@ -216,6 +219,7 @@ fn node_view(finding: NodeFindings, set: Option<&MemberSet>, proxy_running: bool
         record_epoch: record.and_then(|record| record.members.as_ref()).map(|set| set.epoch),
         record_version: record.and_then(|record| record.members.as_ref()).map(|set| set.version),
         postgres: now.as_ref().map(|status| status.postgres),
+        archive_problem: now.as_ref().map(|status| status.archive_problem.clone()).filter(|what| !what.is_empty()),
         postgres_detail: now.map(|status| status.postgres_detail).filter(|detail| !detail.is_empty()),
         last_error,
         recovery,

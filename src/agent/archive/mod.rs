@@ -8,7 +8,8 @@ mod ship;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use pgtandem_proto::membership::NodeState;
@@ -18,12 +19,13 @@ use tokio::time::sleep;
 
 use super::node::Node;
 use crate::archive::base::{self, Job};
+use crate::archive::health::Seen;
 use crate::archive::manifest::Manifest;
 use crate::archive::names::{ArchivePath, StreamName};
 use crate::archive::retention::{self, Copy, Keep};
 use crate::archive::schedule::Schedule;
 use crate::archive::stream::Stream;
-use crate::archive::{ArchiveError, file, inventory, settings, verify};
+use crate::archive::{ArchiveError, file, health, inventory, push, settings, verify};
 use crate::config::{ArchiveConfig, Peers};
 use crate::sync::SyncError;
 use crate::sync::rules::{ARCHIVE_CONF, NODE_CONF};
@@ -36,9 +38,26 @@ const LOOK_MS: u64 = 2_000;
 /// A file that is being written this long is not being written any more, seconds.
 const UNFINISHED_S: u64 = 86_400;
 
-/// Held by whoever takes a base copy or removes something: one at a time.
+/// Who works on the archive, and how it is.
 #[derive(Debug, Default)]
-pub struct Work(AsyncMutex<()>);
+pub struct Work {
+    /// Held by whoever takes a base copy or removes something: one at a time.
+    copying: AsyncMutex<()>,
+    /// The last copy by schedule failed.
+    copy_failed: AtomicBool,
+    /// What is wrong; empty if nothing is.
+    problem: Mutex<String>,
+}
+
+impl Work {
+    pub(super) fn problem(&self) -> String {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_problem(&self, what: Option<String>) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = what.unwrap_or_default();
+    }
+}
 
 impl Node {
     /// The archive of this node itself.
@@ -143,7 +162,11 @@ pub(super) async fn run(node: &Arc<Node>) {
     let peers =
         node.cluster.nodes.iter().filter(|other| other.name != node.config.name && settings.peers != Peers::None);
     let sending: Vec<_> = peers.map(|peer| ship::run(node, peer)).collect();
-    tokio::join!(copy_by_schedule(node, settings.every_s), futures_util::future::join_all(sending));
+    tokio::join!(
+        copy_by_schedule(node, settings.every_s),
+        watch(node, settings.every_s),
+        futures_util::future::join_all(sending)
+    );
 }
 
 async fn copy_by_schedule(node: &Arc<Node>, every_s: u64) {
@@ -153,17 +176,8 @@ async fn copy_by_schedule(node: &Arc<Node>, every_s: u64) {
         if !may_copy(node) {
             continue;
         }
-        let (pgdata, folder) = (node.config.pgdata.clone(), node.own_archive());
-        let last = blocking(move || {
-            let current = Stream::of(&pgdata)?.name();
-            let streams = inventory::streams(&folder)?;
-            Ok(streams
-                .into_iter()
-                .find(|stream| stream.name == current)
-                .and_then(|stream| Some(stream.bases.last()?.ended_s)))
-        });
-        let due = match last.await {
-            Ok(last_s) => schedule.is_due(now_s(), last_s),
+        let due = match look(node).await {
+            Ok(seen) => schedule.is_due(now_s(), seen.copied_s),
             Err(error) => {
                 tracing::error!(%error, "the archive can not be read");
                 schedule.ended(now_s(), false);
@@ -172,12 +186,37 @@ async fn copy_by_schedule(node: &Arc<Node>, every_s: u64) {
         };
         if due {
             let taken = base_copy(node).await;
+            node.archive_work.copy_failed.store(taken.is_err(), Ordering::Relaxed);
             schedule.ended(now_s(), taken.is_ok());
             if let Err(failure) = taken {
                 tracing::error!(what = failure.what, hint = failure.hint, "no base copy was taken; it is tried again");
             }
         }
     }
+}
+
+/// Keeps what `pgtandem status` says of the archive, also while a copy is taken.
+async fn watch(node: &Arc<Node>, every_s: u64) {
+    loop {
+        let problem = match (may_copy(node), look(node).await) {
+            (false, _) => None,
+            (true, Ok(seen)) => health::problem(seen, every_s, now_s()),
+            (true, Err(error)) => Some(error.to_string()),
+        };
+        node.archive_work.set_problem(problem);
+        sleep(Duration::from_millis(LOOK_MS)).await;
+    }
+}
+
+async fn look(node: &Arc<Node>) -> Result<Seen, ArchiveError> {
+    let (pgdata, folder) = (node.config.pgdata.clone(), node.own_archive());
+    let copy_failed = node.archive_work.copy_failed.load(Ordering::Relaxed);
+    blocking(move || {
+        let current = Stream::of(&pgdata)?.name();
+        let copied_s = inventory::newest_base(&folder, current)?.map(|base| base.ended_s);
+        Ok(Seen { waiting: push::backlog(&pgdata.join("pg_wal")), copied_s, copy_failed })
+    })
+    .await
 }
 
 /// A copy of a node that is not known to be current would be taken for one that is.
@@ -201,7 +240,7 @@ pub(super) async fn base_copy(node: &Node) -> Result<BaseCopy, Failure> {
         );
         return Err(refuse(what, "take a copy of a member; pgtandem status"));
     }
-    let _work = node.archive_work.0.lock().await;
+    let _work = node.archive_work.copying.lock().await;
     let record = node.record();
     let job = Job {
         postgres: node.postgres().clone(),
