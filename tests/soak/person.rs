@@ -84,7 +84,14 @@ mod tests {
     fn finding(node: &str, state: NodeState, set: &MemberSet) -> NodeFindings {
         let record = Record { state, uncertain: false, members: Some(set.clone()), ..record::blank("shop", node) };
         let postgres = PostgresState::Running;
-        let answer = NodeStatus { record, postgres, postgres_detail: String::new(), progress: None, lease_ms: None };
+        let answer = NodeStatus {
+            record,
+            postgres,
+            postgres_detail: String::new(),
+            progress: None,
+            lease_ms: None,
+            archive_problem: String::new(),
+        };
         NodeFindings {
             name: node.into(),
             address: String::new(),
