@@ -9,8 +9,8 @@ use pgtandem::sandbox::compare;
 use tokio::task::JoinHandle;
 
 /// A cluster in this mode, with a table.
-async fn cluster() -> Cluster {
-    let cluster = common::cluster();
+async fn cluster(nodes: &str) -> Cluster {
+    let cluster = Cluster::up(&["--nodes", nodes]);
     cluster.kill_proxy();
     let mut config = cluster.layout.config();
     config.cluster.mode = Mode::Protection;
@@ -42,15 +42,15 @@ async fn rows(cluster: &Cluster) -> String {
     client.query_one("select coalesce(string_agg(v, ',' order by v), '') from t", &[]).await.unwrap().get(0)
 }
 
-fn lose_follower(cluster: &Cluster) {
-    cluster.kill_agent(1);
-    cluster.kill_postgres(1);
+fn lose_follower(cluster: &Cluster, index: usize) {
+    cluster.kill_agent(index);
+    cluster.kill_postgres(index);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_waits_until_a_person_has_detached_the_follower() {
-    let cluster = cluster().await;
-    lose_follower(&cluster);
+    let cluster = cluster("2").await;
+    lose_follower(&cluster, 1);
     let told = write_that_waits(&cluster, "waits").await;
     // Reads go on.
     assert_eq!(rows(&cluster).await, "");
@@ -66,8 +66,8 @@ async fn a_commit_waits_until_a_person_has_detached_the_follower() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_waits_until_the_follower_is_back_and_nobody_has_left() {
-    let cluster = cluster().await;
-    lose_follower(&cluster);
+    let cluster = cluster("2").await;
+    lose_follower(&cluster, 1);
     let told = write_that_waits(&cluster, "waits").await;
     cluster.start_agent(1);
     // A new epoch has resolved it; the client was told what became of it, or nothing.
@@ -86,8 +86,8 @@ async fn a_commit_waits_until_the_follower_is_back_and_nobody_has_left() {
 /// Neither a proxy that starts nor one whose leader is back goes on without a member.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_epoch_begins_without_a_member() {
-    let cluster = cluster().await;
-    lose_follower(&cluster);
+    let cluster = cluster("2").await;
+    lose_follower(&cluster, 1);
     cluster.kill_postgres(0);
     let says = |word: &str| cluster.status().0.contains(word);
     wait_for("the leader's proxy waits", async || says("in mode protection nothing is acknowledged without it")).await;
@@ -97,6 +97,22 @@ async fn no_epoch_begins_without_a_member() {
     wait_for("the new proxy waits", async || says("node1 is a member, but its agent does not answer")).await;
     let detached = cluster.command(&["detach", "node1", "--yes"]);
     assert!(detached.status.success(), "{}", text(&detached));
+    wait_for("it serves", async || compare::connect(cluster.layout.proxy_port(), "postgres").await.is_ok()).await;
+    cluster.connect("postgres").await.batch_execute("insert into t values ('alone')").await.unwrap();
+}
+
+/// A person gets out of it, too, when the other members can not even be told.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_followers_are_detached_one_after_the_other() {
+    let cluster = cluster("3").await;
+    lose_follower(&cluster, 1);
+    lose_follower(&cluster, 2);
+    let first = cluster.command(&["detach", "node1"]);
+    assert!(first.status.success(), "{}", text(&first));
+    let says = |word: &str| cluster.status().0.contains(word);
+    wait_for("it waits for the other one", async || says("pgtandem detach node2 --yes")).await;
+    let second = cluster.command(&["detach", "node2", "--yes"]);
+    assert!(second.status.success(), "{}", text(&second));
     wait_for("it serves", async || compare::connect(cluster.layout.proxy_port(), "postgres").await.is_ok()).await;
     cluster.connect("postgres").await.batch_execute("insert into t values ('alone')").await.unwrap();
 }
