@@ -75,6 +75,11 @@ struct Restored {
 impl Restored {
     /// `pgtandem restore` with these arguments, and then what it says to type.
     async fn start(cluster: &Cluster, name: &str, arguments: &[&str]) -> Restored {
+        Restored::start_with(cluster, name, arguments, "postgres").await
+    }
+
+    /// The same, and its client is in that database.
+    async fn start_with(cluster: &Cluster, name: &str, arguments: &[&str], database: &str) -> Restored {
         let folder = cluster.dir().join(name);
         let to = folder.to_str().expect("a path");
         let mut all = vec!["restore", "--to", to, "--json"];
@@ -90,7 +95,7 @@ impl Restored {
         let log = std::fs::read_to_string(folder.with_extension("log")).unwrap_or_default();
         assert!(status.success(), "the restored server does not start ({arguments:?}):\n{log}\n{}", cluster.logs());
         let mut settings = tokio_postgres::Config::new();
-        settings.host_path(report["socket_dir"].as_str().expect("a folder")).user("postgres").dbname("postgres");
+        settings.host_path(report["socket_dir"].as_str().expect("a folder")).user("postgres").dbname(database);
         settings.port(u16::try_from(report["port"].as_u64().expect("a port")).expect("a port"));
         let (client, connection) = settings.connect(tokio_postgres::NoTls).await.expect("a connection");
         tokio::spawn(connection);
@@ -457,6 +462,51 @@ async fn a_disk_that_takes_no_more_wal_is_said_by_status_and_nothing_is_lost() {
     .await;
     wait_for("status is content", async || !cluster.status().0.contains("needs a look")).await;
     assert!(succeeded(&cluster.command(&["wal", "verify"]), &cluster).contains("All is well"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_is_killed_while_it_writes_leaves_nothing_half() {
+    let seed = number("RESTORE_SEED", now_us() / 1_000_000);
+    println!("RESTORE_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let cluster = Cluster::up(&["--nodes", "1", "--archive", "--scale", "2"]);
+    wait_for("the first base copy", async || streams(&cluster, 0, 0).iter().any(|stream| !stream.bases.is_empty()))
+        .await;
+    let node = cluster.connect_node(0, "bench").await;
+    let well = || assert!(succeeded(&cluster.command(&["wal", "verify"]), &cluster).contains("All is well"));
+    let mut unfinished = 0;
+    for _ in 0..5 {
+        node.batch_execute("update pgbench_accounts set abalance = abalance + 1").await.expect("a change");
+        let mut copying = cluster.start(&["base", "--json"]);
+        tokio::time::sleep(std::time::Duration::from_millis(random.random_range(50..1500))).await;
+        cluster.kill_agent(0);
+        unfinished += u32::from(!copying.wait().expect("pgtandem").success());
+        well();
+        cluster.start_agent(0);
+    }
+    assert!(unfinished > 0, "no copy was under way when its agent was killed");
+
+    let segment = *streams(&cluster, 0, 0)[0].segments().last().expect("a segment");
+    let stored = streams(&cluster, 0, 0)[0].folder.join("wal").join(format!("{segment}.zst"));
+    // PostgreSQL uses its own file again once it was archived.
+    let source = cluster.dir().join(segment.to_string());
+    std::fs::write(&source, pgtandem::archive::file::read(&stored, 1 << 30).expect("a segment").1).expect("a copy");
+    let source = source.to_str().expect("a path");
+    for _ in 0..10 {
+        std::fs::remove_file(&stored).expect("a segment");
+        let mut pushing = cluster.start(&["wal", "push", "--node", "node0", source]);
+        tokio::time::sleep(std::time::Duration::from_millis(random.random_range(0..60))).await;
+        pushing.kill().expect("a process");
+        pushing.wait().expect("a process");
+        well();
+        succeeded(&cluster.command(&["wal", "push", "--node", "node0", source]), &cluster);
+    }
+    succeeded(&cluster.command(&["base"]), &cluster);
+    well();
+    let sum = "select sum(abalance)::int8 from pgbench_accounts";
+    let expected: i64 = node.query_one(sum, &[]).await.expect("a sum").get(0);
+    let restored = Restored::start_with(&cluster, "restored", &["--latest"], "bench").await;
+    assert_eq!(restored.value::<i64>(sum).await, expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
