@@ -129,6 +129,8 @@ impl Session {
     pub async fn plan(&mut self, text: &[u8]) -> Result<Planned, End> {
         if !self.in_block() {
             self.schema_at_begin = None;
+        } else if self.schema_at_begin.is_none() && self.is_first {
+            self.schema_at_begin = Some(self.hub.settled_schema().await);
         }
         let asks_nothing = takes_no_snapshot(&String::from_utf8_lossy(text));
         if self.facts.is_none() && !asks_nothing {

@@ -344,7 +344,16 @@ impl Session {
 
     /// A block is opened now: nothing has been seen in it yet.
     pub fn note_begin(&mut self) {
-        self.schema_at_begin = Some(self.hub.schema_number.load(Ordering::Acquire));
+        let number = self.hub.schema_number.load(Ordering::Acquire);
+        // While a DDL commit is under way: what the block will see is known when that has ended.
+        self.schema_at_begin = number.is_multiple_of(2).then_some(number);
+    }
+
+    /// The same, unless one is open already: BEGIN inside a block is a warning.
+    pub fn note_begin_once(&mut self) {
+        if self.schema_at_begin.is_none() {
+            self.note_begin();
+        }
     }
 
     /// Whether one more savepoint can be remembered.
@@ -452,7 +461,9 @@ impl Session {
         self.savepoints.clear();
         self.touched = Touched::default();
         self.objects = Objects::default();
-        (self.halves, self.once_turn, self.is_first) = (None, None, false);
+        (self.halves, self.once_turn) = (None, None);
+        // COMMIT AND CHAIN: the next one has begun.
+        self.is_first = self.wire.status == b'T';
         self.statements.forget_portals();
         self.forget_settings();
         self.own_block = false;
@@ -460,8 +471,7 @@ impl Session {
         self.held_tag = None;
         self.reused.forget_locks();
         self.schema_at_begin = None;
-        if self.wire.status == b'T' {
-            // COMMIT AND CHAIN: the next one has begun.
+        if self.is_first {
             self.note_begin();
         }
     }

@@ -365,16 +365,17 @@ impl Session {
     pub fn after_control(&mut self, control: &Control, ok: bool) {
         match control {
             Control::Begin { with_modes: true } | Control::Other => {
-                self.is_first |= ok && matches!(control, Control::Begin { .. });
+                if ok && matches!(control, Control::Begin { .. }) {
+                    self.is_first = true;
+                    self.note_begin_once();
+                }
                 // The modes are of this transaction alone: its end brings back the session's own.
                 self.facts = None;
                 self.settings_touched = true;
             }
             Control::Begin { .. } => {
                 (self.is_first, self.only_begun) = (ok, ok);
-                if self.schema_at_begin.is_none() {
-                    self.note_begin();
-                }
+                self.note_begin_once();
             }
             Control::Commit { .. } | Control::Rollback { .. } | Control::Prepare { .. }
                 if self.wire.status == b'I' || ok =>

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::expressions::{Look, OWN_SCHEMA, look};
 use super::facts::{Facts, Relation};
-use super::functions::Effect;
+use super::functions::{self, Effect};
 use super::large_objects;
 use super::lex::{Kind, Lexer};
 use super::needs::{Name, Needs};
@@ -139,7 +139,8 @@ pub fn unknown_query(statement: &Statement, text: &str, shape: &Shape) -> Option
     let is_mere = matches!(statement.node, NodeEnum::SelectStmt(_) | NodeEnum::CopyStmt(_) | NodeEnum::ExplainStmt(_));
     let plan = classify(statement, text, shape, &Facts::default());
     let reads = matches!(plan.lane, Lane::Read { copy_in: false, .. });
-    (is_mere && reads).then(|| Plan { lane: read(true), changes_settings: true, one_row: None, ..plan })
+    let is_guarded = !Needs::of(statement).functions.iter().any(|name| functions::passes_the_guard(&name.name));
+    (is_mere && reads && is_guarded).then(|| Plan { lane: read(true), changes_settings: true, one_row: None, ..plan })
 }
 
 /// Whether SQL names a statement that the proxy has prepared for itself.

@@ -341,6 +341,12 @@ const WRITERS: &[&str] = &[
 const WRITES_ALTHOUGH_STABLE: &[&str] =
     &["cursor_to_xml", "query_to_xml", "query_to_xmlschema", "query_to_xml_and_xmlschema", "ts_stat", "ts_rewrite"];
 
+/// Whether a function of this name may be one that the guard does not stop on every server.
+#[must_use]
+pub fn passes_the_guard(name: &str) -> bool {
+    WRITERS.contains(&name) || WRITES_ALTHOUGH_STABLE.contains(&name)
+}
+
 #[must_use]
 pub fn is_order_dependent(name: &str) -> bool {
     ORDER_DEPENDENT.contains(&name)
