@@ -5,5 +5,4 @@
 pub mod build;
 pub mod frame;
 pub mod message;
-pub mod scram;
 pub mod startup;

@@ -1,6 +1,5 @@
 //! The watch over the servers: a follower that does not answer leaves the member set, although nobody writes; when the leader's
-//! PostgreSQL ends, or does not answer for `proxy.leader_ms_max`, another member leads from then on ([`takeover`]); if there is none, a new
-//! epoch is raised as soon as its agent has started it again.
+//! PostgreSQL ends, a new epoch is raised as soon as its agent has started it again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,16 +13,13 @@ use crate::agent::client::Control;
 use crate::cluster::start::Occasion;
 use crate::pg::build;
 use crate::proxy::reign;
-use crate::proxy::takeover::{self, Taken};
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
 
 /// Time between two questions to a server.
 const ASK_MS: u64 = 500;
-/// How long a follower may take to answer one.
+/// How long a server may take to answer one.
 const ANSWER_MS_MAX: u64 = 10_000;
-/// Every so many questions the leader is asked on a new connection: a postmaster that hangs lets its backends go on.
-const ASKED_ANEW: u32 = 4;
 /// Pause between two attempts to raise an epoch.
 const RAISE_PAUSE_MS: u64 = 500;
 
@@ -36,43 +32,33 @@ pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
     }
 }
 
-async fn ask(connection: &mut Connection, ms_max: u64) -> Result<(), ServerError> {
+async fn ask(connection: &mut Connection) -> Result<(), ServerError> {
     build::query(&mut connection.out, b"SELECT 1");
-    within(ms_max, connection.exchange()).await.and_then(Answer::ok).map(|_| ())
+    within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok).map(|_| ())
 }
 
 async fn keep_leader(hub: &Arc<Hub>) {
     loop {
         let epoch = hub.reign_epoch().unwrap_or(0);
-        let mut set = hub.view().set.clone();
-        let mut is_known = true;
+        let mut occasion = Occasion::LeaderBack { epoch };
         tokio::select! {
             lost = watch_leader(hub) => {
-                let leader = &set.leader;
-                tracing::error!(leader, error = %lost, "the leader's PostgreSQL is lost");
-                match takeover::take_over(hub, epoch).await {
-                    Taken::By(next) => set = next,
-                    Taken::ByNobody => {
-                        let why = format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again");
-                        hub.set_trouble(Some(why));
-                    }
-                    Taken::NotKnown => is_known = false,
-                }
+                tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
+                hub.set_trouble(Some(format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again")));
             }
             promised = watch_promise(hub, epoch) => {
                 tracing::error!(epoch, promised, "this node has promised a newer epoch: this reign is over");
             }
             // Another node was made the leader, or it is not known whether it was.
-            () = ended(hub) => is_known = false,
+            () = ended(hub) => occasion = Occasion::Start,
         }
-        let occasion = if is_known { Occasion::LeaderBack { epoch, set: &set } } else { Occasion::Start };
         raise_again(hub, occasion).await;
         hub.set_trouble(None);
     }
 }
 
 /// Returns when an epoch serves again. Where it must not, clients are told so meanwhile.
-async fn raise_again(hub: &Arc<Hub>, occasion: Occasion<'_>) {
+async fn raise_again(hub: &Arc<Hub>, occasion: Occasion) {
     while let Err(error) = reign::raise(hub, occasion).await {
         if let Some(why) = error.waits_for() {
             let is_new = !matches!(&*hub.reign.borrow(), Reign::Waiting(known) if **known == why);
@@ -124,37 +110,28 @@ async fn watch_leader(hub: &Hub) -> HubError {
         Ok(connected) => connected,
         Err(e) => return e,
     };
-    hub.note_leader_started(&started);
-    let mut asked = 0;
     loop {
-        let error = match ask(&mut connection, hub.config.proxy.leader_ms_max).await {
+        let error = match ask(&mut connection).await {
             Ok(()) => wait_or_end(&mut connection).await,
-            Err(e @ ServerError::Timeout(_)) => return e.into(),
             Err(e) => Some(e),
         };
-        asked += 1;
-        if error.is_none() && asked % ASKED_ANEW > 0 {
-            continue;
-        }
-        // Perhaps a person ended our backend alone: then the server is still the one that it was.
-        match connect_leader(hub).await {
-            Ok((again, same)) if same == started => connection = again,
-            Ok(_) => return error.unwrap_or_else(|| ServerError::Other("it was started again".into())).into(),
-            Err(e) => return e,
+        if let Some(error) = error {
+            // Perhaps a person ended our backend alone: then the server is still the one that it was.
+            match connect_leader(hub).await {
+                Ok((again, same)) if same == started => connection = again,
+                _ => return error.into(),
+            }
         }
     }
 }
 
 /// A connection, and when that server was started.
 async fn connect_leader(hub: &Hub) -> Result<(Connection, String), HubError> {
-    let connect = async {
-        let mut connection = hub.leader_connection("postgres").await?;
-        let started = connection.started_at().await?;
-        Ok((connection, started))
-    };
-    let limit_ms = hub.config.proxy.leader_ms_max;
-    let silent = || Err(ServerError::Timeout(limit_ms).into());
-    tokio::time::timeout(Duration::from_millis(limit_ms), connect).await.unwrap_or_else(|_| silent())
+    let mut connection = hub.leader_connection("postgres").await?;
+    build::query(&mut connection.out, b"SELECT pg_catalog.pg_postmaster_start_time()");
+    let answer = within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok)?;
+    let started = answer.values.into_iter().flatten().next().unwrap_or_default();
+    Ok((connection, String::from_utf8_lossy(&started).into_owned()))
 }
 
 /// The pause between two questions; ends early when the server closes the connection.
@@ -196,7 +173,7 @@ async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
                 Err(e) => return e,
             };
             loop {
-                if let Err(e) = ask(&mut connection, ANSWER_MS_MAX).await {
+                if let Err(e) = ask(&mut connection).await {
                     return e;
                 }
                 if let Some(e) = wait_or_end(&mut connection).await {
@@ -259,7 +236,7 @@ async fn ask_follower(hub: &Hub, follower: &Follower, kept: &mut Option<Connecti
             hub.tunnel_connection(&follower.node, "postgres", epoch, Some(&secret)).await?
         }
     };
-    ask(&mut connection, ANSWER_MS_MAX).await?;
+    ask(&mut connection).await?;
     *kept = Some(connection);
     Ok(())
 }

@@ -27,7 +27,6 @@ pub mod local_rules;
 pub mod reign;
 mod service_name;
 mod settle;
-mod takeover;
 pub mod threads;
 mod wait;
 

@@ -141,7 +141,6 @@ impl Session {
                 }
             }
         };
-        self.cycle.cut();
         self.wire.flush_client().await?;
         loop {
             while let Some(frame) =

@@ -38,6 +38,5 @@ mod scan;
 pub mod sequences;
 pub mod shape;
 pub mod shared;
-pub mod stays;
 mod target;
 pub mod text;
