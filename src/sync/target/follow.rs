@@ -222,11 +222,24 @@ fn check_source(status: &RelayStatus) -> Result<(), SyncError> {
     }
 }
 
+/// Replay ends whatever is in its way, a session that begins, too: then it is begun again.
 async fn connect(postgres: &Postgres) -> Result<Client, SyncError> {
-    postgres
-        .connect("postgres")
-        .await
-        .map_err(|source| SyncError::Server { action: "connecting to the standby", source })
+    let began = Instant::now();
+    loop {
+        match postgres.connect("postgres").await {
+            Err(PostgresError::Connect { why, .. })
+                if why.contains(SqlState::T_R_SERIALIZATION_FAILURE.code())
+                    && began.elapsed() < Duration::from_secs(FOLLOW_SECONDS_MAX) =>
+            {
+                tracing::debug!(why, "replay was in the way of a session");
+            }
+            connected => {
+                let action = "connecting to the standby";
+                return connected.map_err(|source| SyncError::Server { action, source });
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(CATCH_UP_POLL_MS)).await;
+    }
 }
 
 async fn replayed(client: &Client) -> Result<Lsn, SyncError> {

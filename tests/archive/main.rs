@@ -1,14 +1,15 @@
 //! The archive as its users meet it: WAL and base copies come into it by themselves, a server of any moment can be made from it, and what is
 //! damaged, missing or in the wrong place is said.
 
+mod busy;
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use busy::{Busy, Moment, now_us};
 use common::{Cluster, text, wait_for};
 use pgtandem::archive::inventory::{self, StreamFound};
 use pgtandem::archive::moment;
@@ -20,11 +21,6 @@ use tokio_postgres::Client;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
-}
-
-fn now_us() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock");
-    u64::try_from(now.as_micros()).expect("a clock")
 }
 
 /// The archive of `node` that node `keeper` keeps.
@@ -117,112 +113,6 @@ impl Drop for Restored {
     fn drop(&mut self) {
         let _ = as_user(&self.pg_ctl).args(["stop", "-s", "-m", "immediate", "-D"]).arg(&self.folder).status();
         let _ = std::fs::remove_dir_all(&self.folder);
-    }
-}
-
-/// One transaction of a writer: when it was sent and when its commit was acknowledged, microseconds.
-#[derive(Clone, Copy)]
-struct Written {
-    sent_us: u64,
-    acknowledged_us: Option<u64>,
-}
-
-/// Writers that insert one number after the other, each into two tables in one transaction.
-struct Busy {
-    writers: Vec<Arc<Mutex<Vec<Written>>>>,
-    stop: Arc<AtomicBool>,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
-}
-
-impl Busy {
-    async fn start(cluster: &Cluster, count: i32) -> Busy {
-        let client = cluster.connect("postgres").await;
-        for table in ["ledger", "mirror"] {
-            let create = format!("create table {table} (writer int, n int, filler text, primary key (writer, n))");
-            client.batch_execute(&create).await.expect("a table");
-        }
-        let mut busy = Busy { writers: Vec::new(), stop: Arc::default(), tasks: Vec::new() };
-        for writer in 0..count {
-            let (log, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::clone(&busy.stop));
-            busy.writers.push(Arc::clone(&log));
-            let client = cluster.connect("postgres").await;
-            busy.tasks.push(tokio::spawn(async move {
-                let filler = "x".repeat(200);
-                for n in 0_i32.. {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    log.lock().expect("a log").push(Written { sent_us: now_us(), acknowledged_us: None });
-                    let texts = ["ledger", "mirror"]
-                        .map(|table| format!("insert into {table} values ({writer}, {n}, '{filler}');"));
-                    client.batch_execute(&format!("begin; {} commit", texts.concat())).await.expect("a write");
-                    log.lock().expect("a log").last_mut().expect("its entry").acknowledged_us = Some(now_us());
-                }
-            }));
-        }
-        busy
-    }
-
-    fn written(&self) -> usize {
-        self.writers.iter().map(|log| log.lock().expect("a log").len()).sum()
-    }
-
-    async fn wait(&self, more: usize) {
-        let before = self.written();
-        wait_for("the writers write", async || self.written() >= before + more).await;
-    }
-
-    async fn end(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
-            task.await.expect("a writer");
-        }
-    }
-
-    /// Fails unless the restored server holds exactly what was committed at the moment: all that was acknowledged before it, nothing that
-    /// was sent after it, of what was under way whole transactions only, and none after a missing one.
-    async fn check(&self, restored: &Restored, moment: &Moment) {
-        let differ =
-            "select count(*) from ledger full join mirror using (writer, n) where ledger.n is null or mirror.n is null";
-        assert_eq!(restored.value::<i64>(differ).await, 0, "half a transaction at {moment:?}");
-        for (writer, log) in self.writers.iter().enumerate() {
-            let log = log.lock().expect("a log").clone();
-            let count: i64 = restored.value(&format!("select count(*) from ledger where writer = {writer}")).await;
-            let highest: i64 = restored
-                .value(&format!("select coalesce(max(n) + 1, 0)::int8 from ledger where writer = {writer}"))
-                .await;
-            assert_eq!(count, highest, "a hole in what writer {writer} wrote, at {moment:?}");
-            let count = usize::try_from(count).expect("a count");
-            let must =
-                log.iter().take_while(|entry| entry.acknowledged_us.is_some_and(|at| at < moment.before_us)).count();
-            let may = log.iter().take_while(|entry| entry.sent_us <= moment.after_us).count();
-            assert!(
-                (must..=may).contains(&count),
-                "writer {writer} has {count} rows at {moment:?}; {must} were acknowledged before, {may} were sent by then"
-            );
-        }
-    }
-}
-
-/// A moment of the run, and how to name it to `restore`.
-#[derive(Debug)]
-struct Moment {
-    before_us: u64,
-    after_us: u64,
-    arguments: Vec<String>,
-}
-
-impl Moment {
-    async fn now(leader: &Client, by_position: bool) -> Moment {
-        let before_us = now_us();
-        let arguments = if by_position {
-            let row = leader.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.expect("a position");
-            ["--target-lsn", row.get(0), "--node", "node0"].map(str::to_owned).to_vec()
-        } else {
-            vec!["--target-time".to_owned(), moment::for_postgres(before_us)]
-        };
-        let after_us = if by_position { now_us() } else { before_us };
-        Moment { before_us, after_us, arguments }
     }
 }
 
