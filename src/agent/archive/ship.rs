@@ -35,7 +35,7 @@ const LOOK_MS: u64 = 500;
 const SETTLED_MS: u64 = 1_000;
 /// Pause after a failure, milliseconds, doubled each time.
 const RETRY_MS: u64 = 1_000;
-const RETRY_MS_MAX: u64 = 60_000;
+const RETRY_MS_MAX: u64 = 10_000;
 /// Longest silence of a peer, milliseconds: it has to sync a file, or to look through a folder.
 const SILENCE_MS_MAX: u64 = 60_000;
 
