@@ -15,6 +15,7 @@ use std::{fs, io};
 use pgtandem_proto::message::{Failure, FailureCode, PostgresState};
 use rustix::process::{Pid, Signal};
 use tokio::time::{sleep, timeout};
+use tokio_postgres::error::SqlState;
 
 use crate::config::NodeConfig;
 use crate::sync::rules::RESTORED_MARK;
@@ -57,7 +58,7 @@ pub enum PostgresError {
     #[error("PostgreSQL on {0} is not running")]
     NotRunning(String),
     #[error("no connection to PostgreSQL at {socket} as role {ROLE}, database {database}: {why}")]
-    Connect { socket: String, database: String, why: String },
+    Connect { socket: String, database: String, why: String, sqlstate: Option<SqlState> },
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
 }
@@ -282,10 +283,11 @@ impl Postgres {
 
     /// A connection over the unix socket as role `pgtandem`. It ends when the client is dropped.
     pub async fn connect(&self, database: &str) -> Result<tokio_postgres::Client, PostgresError> {
-        let refuse = |why: String| PostgresError::Connect {
+        let refuse = |why: String, sqlstate| PostgresError::Connect {
             socket: self.node.socket_dir.join(format!(".s.PGSQL.{}", self.node.port)).display().to_string(),
             database: database.to_owned(),
             why,
+            sqlstate,
         };
         let mut settings = tokio_postgres::Config::new();
         settings
@@ -304,8 +306,8 @@ impl Postgres {
                 });
                 Ok(client)
             }
-            Ok(Err(error)) => Err(refuse(describe(&error))),
-            Err(_) => Err(refuse(format!("no answer within {CONNECT_MS_MAX} ms"))),
+            Ok(Err(error)) => Err(refuse(describe(&error), error.code().cloned())),
+            Err(_) => Err(refuse(format!("no answer within {CONNECT_MS_MAX} ms"), None)),
         }
     }
 

@@ -347,13 +347,13 @@ impl Session {
         query: &str,
         parse: impl Fn(&str) -> Result<T, FactsError>,
     ) -> Result<Result<T, NoAnswer>, End> {
+        // The catalog's tables are read with the transaction's snapshot, but a statement runs with the definitions of its moment.
+        let keeps_snapshot = self.facts.as_ref().is_none_or(|facts| facts.isolation != "read committed");
+        if keeps_snapshot && self.in_block() && self.schema_at_begin != Some(self.planned_at) {
+            return Ok(Err(NoAnswer::OldSnapshot));
+        }
         let mut attempts = 0;
         loop {
-            // The catalog's tables are read with the transaction's snapshot, but a statement runs with the definitions of its moment.
-            let keeps_snapshot = self.facts.as_ref().is_none_or(|facts| facts.isolation != "read committed");
-            if keeps_snapshot && self.in_block() && self.schema_at_begin != Some(self.planned_at) {
-                return Ok(Err(NoAnswer::OldSnapshot));
-            }
             let json = match self.catalog_query(query).await? {
                 Ok(json) => json,
                 Err(error) => return Ok(Err(NoAnswer::Server(error))),

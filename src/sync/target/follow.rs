@@ -227,8 +227,8 @@ async fn connect(postgres: &Postgres) -> Result<Client, SyncError> {
     let began = Instant::now();
     loop {
         match postgres.connect("postgres").await {
-            Err(PostgresError::Connect { why, .. })
-                if why.contains(SqlState::T_R_SERIALIZATION_FAILURE.code())
+            Err(PostgresError::Connect { why, sqlstate, .. })
+                if sqlstate == Some(SqlState::T_R_SERIALIZATION_FAILURE)
                     && began.elapsed() < Duration::from_secs(FOLLOW_SECONDS_MAX) =>
             {
                 tracing::debug!(why, "replay was in the way of a session");
