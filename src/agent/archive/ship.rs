@@ -1,13 +1,14 @@
 //! The sending end: brings what is in this node's archive, and not in a peer's copy of it, to the peer.
 //!
 //! Nothing is queued in memory: the archive itself is the queue. After each change of it, and after each new connection, what the peer has
-//! is compared with what is here. What the peer has and this node has not is removed there only if retention, looking at both together, has
+//! is compared with what is here. The peer is asked what it has when connected, after each base copy and from time to time: `wal push` brings
+//! segments to it as well, and retention, which works after a base copy, may remove one here before this end has seen it. What the peer has and this node has not is removed there only if retention, looking at both together, has
 //! no use for it: an archive that was lost here is not lost there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use pgtandem_proto::hello::Channel;
@@ -36,6 +37,8 @@ const SETTLED_MS: u64 = 1_000;
 /// Pause after a failure, milliseconds, doubled each time.
 const RETRY_MS: u64 = 1_000;
 const RETRY_MS_MAX: u64 = 10_000;
+/// The peer is asked what it has after this at the latest, milliseconds: its disk is touched by others too.
+const LIST_AGAIN_MS: u64 = 600_000;
 /// Longest silence of a peer, milliseconds: it has to sync a file, or to look through a folder.
 const SILENCE_MS_MAX: u64 = 60_000;
 
@@ -59,6 +62,14 @@ pub enum ShipError {
 struct Shipping {
     connection: Connection,
     folder: PathBuf,
+}
+
+/// What the peer is known to have, as of when.
+struct Listed {
+    there: BTreeSet<ArchivePath>,
+    at: Instant,
+    /// The base copies that were here then.
+    bases: BTreeSet<ArchivePath>,
 }
 
 /// Brings one file to a peer, and returns when it is on the peer's disk.
@@ -95,13 +106,14 @@ async fn follow(
     let folder = node.own_archive();
     let connection = client::connect(&node.identity, peer, Channel::Archive).await?;
     let mut shipping = Shipping { connection, folder: folder.clone() };
-    let mut there = shipping.list().await?;
+    let mut listed = None;
     let mut seen = None;
     loop {
         let looked = folder.clone();
         let now = blocking(move || changed_at(&looked)).await?;
-        if seen.as_ref() != Some(&now) {
-            shipping.round(node, &mut there).await?;
+        listed = listed.filter(|listed: &Listed| listed.at.elapsed() < Duration::from_millis(LIST_AGAIN_MS));
+        if listed.is_none() || seen.as_ref() != Some(&now) {
+            listed = Some(shipping.round(node, listed).await?);
             *pause_ms = RETRY_MS;
             // A change in the same tick of the clock would not show.
             let settled = |at: &SystemTime| at.elapsed().is_ok_and(|since| since > Duration::from_millis(SETTLED_MS));
@@ -156,7 +168,7 @@ impl Shipping {
     }
 
     /// Sends what is missing there, and lets go what nobody needs.
-    async fn round(&mut self, node: &Node, there: &mut BTreeSet<ArchivePath>) -> Result<(), ShipError> {
+    async fn round(&mut self, node: &Node, listed: Option<Listed>) -> Result<Listed, ShipError> {
         let folder = self.folder.clone();
         let here = blocking(move || {
             let mut here = BTreeSet::new();
@@ -167,7 +179,13 @@ impl Shipping {
             Ok(here)
         })
         .await?;
-        // WAL sorts before the copies, which are of no use without it.
+        let bases: BTreeSet<_> = here.iter().filter(|path| matches!(path, ArchivePath::Base(..))).copied().collect();
+        let mut listed = match listed.filter(|listed| listed.bases == bases) {
+            Some(listed) => listed,
+            None => Listed { there: self.list().await?, at: Instant::now(), bases },
+        };
+        let there = &mut listed.there;
+        // WAL sorts before the copies, which are of no use without it. What retention removes meanwhile is not sent.
         for path in here.difference(there).copied().collect::<Vec<_>>() {
             if let ArchivePath::Base(..) = path {
                 let place = path.below(&self.folder);
@@ -182,7 +200,10 @@ impl Shipping {
                     Err(error) => return Err(error.into()),
                 };
                 let hashes: BTreeSet<Hash> = manifest.hashes().collect();
-                self.extents(&hashes.into_iter().collect::<Vec<_>>()).await?;
+                match self.extents(&hashes.into_iter().collect::<Vec<_>>()).await {
+                    Err(ShipError::Archive(error)) if is_gone(&error) => continue,
+                    sent => sent?,
+                }
             }
             match self.put(path).await {
                 Err(ShipError::Archive(error)) if is_gone(&error) => {}
@@ -194,7 +215,7 @@ impl Shipping {
         }
         let extra: BTreeSet<ArchivePath> = there.difference(&here).copied().collect();
         if extra.is_empty() {
-            return Ok(());
+            return Ok(listed);
         }
         let (folder, pgdata, keep, both) =
             (self.folder.clone(), node.config.pgdata.clone(), node.keep(), there.clone());
@@ -206,7 +227,7 @@ impl Shipping {
                 there.remove(path);
             }
         }
-        Ok(())
+        Ok(listed)
     }
 
     async fn extents(&mut self, hashes: &[Hash]) -> Result<(), ShipError> {
