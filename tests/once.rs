@@ -284,8 +284,13 @@ async fn a_lock_that_is_held_keeps_nobody_else_waiting() {
     let (code, message) = waiting.await.expect("the client");
     assert_eq!(code, SqlState::T_R_SERIALIZATION_FAILURE, "{message}");
     assert!(commits > 5, "others committed {commits} times meanwhile");
+    // The same in a block, by the extended protocol: what has run out of time has left a portal behind.
+    let mut client = cluster.connect("postgres").await;
+    let block = client.transaction().await.expect("a block");
+    let error = block.execute("update item set v = $1::int where id = 1", &[&2_i32]).await.expect_err("it is locked");
+    assert_eq!(error.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE), "{error:?}");
+    block.rollback().await.expect("the end of the block");
     // The holder ends while another one tries.
-    let client = cluster.connect("postgres").await;
     let waiting = tokio::spawn(async move { client.batch_execute("update item set v = 3 where id = 1").await });
     tokio::time::sleep(Duration::from_millis(50)).await;
     run(&holder, "commit").await;

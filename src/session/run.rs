@@ -261,9 +261,14 @@ impl Session {
     }
 
     /// Appends one of our prepared statements and what is expected of it. `portal` empty: the unnamed one, which ends a
-    /// portal of the client's; otherwise it is closed again.
+    /// portal of the client's; otherwise it is closed again, and before: a statement that failed has left its portal to the block, because
+    /// the server skipped the Close behind it.
     pub fn hidden(&mut self, portal: &str, statement: &str, values: &[Option<&[u8]>]) {
         let out = &mut self.wire.to_server;
+        if !portal.is_empty() {
+            build::close(out, b'P', portal.as_bytes());
+            self.wire.expects.push_back(Expect::Close { hidden: true });
+        }
         build::bind_text(out, portal.as_bytes(), statement.as_bytes(), values);
         build::execute(out, portal.as_bytes(), 0);
         self.wire.expects.extend([Expect::Bind { hidden: true }, Expect::Execute { mode: Mode::Hidden }]);
