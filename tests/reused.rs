@@ -4,6 +4,7 @@
 mod common;
 
 use common::ask::run;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
 const QUERY: &str = "select * from t where id = 1";
@@ -71,5 +72,44 @@ async fn a_query_prepared_before_a_definition_is_answered_by_the_table_as_it_is(
     .await;
     run(&definer, "commit").await;
     waiting.await.expect("no error");
+    cluster.assert_identical().await;
+}
+
+/// What the leader chooses in it comes back as columns of the table, which are others after the definition.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_insert_prepared_before_a_definition_is_tried_again() {
+    let cluster = common::cluster();
+    let (definer, writer) = (cluster.connect("postgres").await, cluster.connect("postgres").await);
+    run(&definer, "create table h (n int, r numeric(9, 2), at timestamptz default clock_timestamp())").await;
+    for n in 0..4 {
+        run(&writer, &format!("insert into h values ({n}, -{n}.5, now())")).await;
+        run(&writer, &format!("insert into h (n) values ({n})")).await;
+    }
+    let prepared = "select count(*) from pg_prepared_statements where name like 'pgtandem_w%'";
+    let count = writer.query_one(prepared, &[]).await.expect("a count").get::<_, i64>(0);
+    assert_eq!(count, 2, "both are prepared, or this test shows nothing");
+
+    run(&definer, "begin; alter table h add column w text default 'new'").await;
+    let waiting = tokio::spawn(async move {
+        let error = writer.batch_execute("insert into h values (7, 7.5, now())").await.expect_err("it is planned anew");
+        assert_eq!(error.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE), "{error:?}");
+        writer
+    });
+    let leader = cluster.connect_node(0, "postgres").await;
+    common::wait_for("the insert waits for the definition", async || {
+        let sql = "select count(*) from pg_locks where not granted";
+        leader.query_one(sql, &[]).await.expect("locks").get::<_, i64>(0) == 1
+    })
+    .await;
+    run(&definer, "commit").await;
+    let writer = waiting.await.expect("the error");
+    for _ in 0..3 {
+        run(&writer, "insert into h values (8, 8.5, now())").await;
+    }
+    // Errors are told in the client's own text.
+    let error = writer.batch_execute("insert into h values (8, 123456789.5, now())").await.expect_err("too large");
+    assert_eq!(error.code(), Some(&SqlState::NUMERIC_VALUE_OUT_OF_RANGE), "{error:?}");
+    let kept = "select count(*) from h where w = 'new'";
+    assert_eq!(writer.query_one(kept, &[]).await.expect("a count").get::<_, i64>(0), 11);
     cluster.assert_identical().await;
 }

@@ -1,12 +1,13 @@
 //! Statements of the simple protocol that come again: the leader parses and plans each shape once, as followers do.
 //!
-//! Only writes of the point lane to whose text nothing is added, and queries for one row by its primary key, so that the plan does not
-//! depend on the values. The answer is the same; positions in errors are told in the client's own text.
+//! Only writes of the point lane to whose text nothing is added, INSERTs of one row, and queries for one row by its primary key, so that
+//! the plan does not depend on the values. The answer is the same; positions in errors are told in the client's own text.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::pg::{build, message};
+use crate::session::planning::schema_changed;
 use crate::session::rewrite;
 use crate::session::run::Session;
 use crate::session::simple::error_frame;
@@ -53,12 +54,13 @@ impl Reused {
 impl Session {
     /// Sends a write to the leader as an execution of its shape. False: nothing was sent, the text has to go as it is.
     pub(super) fn send_reused(&mut self, write: &Write, shape: &Shape, text: &str, mode: Mode) -> bool {
-        let EffectPlan::Text { lock_tables, .. } = &write.effect else { return false };
-        if !lock_tables.is_empty() || write.ddl || write.client_returning || !write.hidden_returning.is_empty() {
-            return false;
-        }
-        let Some(shared) = &write.edits.shared else { return false };
-        self.send_shape(shared, shape, text, mode, false)
+        let alike = match &write.effect {
+            EffectPlan::Text { lock_tables, .. } => lock_tables.is_empty() && write.hidden_returning.is_empty(),
+            EffectPlan::Rows { .. } => true,
+            _ => false,
+        };
+        let shared = write.edits.shared.as_ref().filter(|_| alike && !write.ddl && !write.client_returning);
+        shared.is_some_and(|shared| self.send_shape(shared, shape, text, mode, false))
     }
 
     /// Runs a query for one row by its shape, and tells its answer. False: the client has none, the text has to go as it is.
@@ -113,6 +115,12 @@ impl Session {
     /// Tells the error, if the execution had one. If it came with its Parse, nobody knows whether the server has it prepared.
     pub(super) fn fail_reused(&mut self, shape: &Shape) {
         let Some(error) = self.wire.results.error.clone() else { return };
+        if is_other_result(&error) {
+            // The text would have run, with other columns than were planned: that is the same end for it.
+            self.forget_reused();
+            schema_changed().write(&mut self.wire.to_client);
+            return;
+        }
         if self.reused.parsed {
             self.forget_reused();
         }

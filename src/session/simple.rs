@@ -236,16 +236,16 @@ impl Session {
             return self.refuse_in_text(&error).await.map(|()| false);
         }
         let mode = mode_of(write);
-        let mut leader_text = write.leader_text(text, shape);
         let file = self.server_file_of(write, text).await?;
-        if let FromFile::Read(text) = &file {
-            leader_text = Some(text.clone());
-        }
         let position = self.log.position();
         self.touched.begin(&plan.sequences);
         self.wire.clear_results();
-        let reused = leader_text.is_none() && self.send_reused(write, shape, text, mode);
+        let reused = self.send_reused(write, shape, text, mode);
         if !reused {
+            let leader_text = match &file {
+                FromFile::Read(text) => Some(text.clone()),
+                _ => write.leader_text(text, shape),
+            };
             let leader_text = self.encoded(leader_text.as_deref().unwrap_or(text));
             build::query(&mut self.wire.to_server, &leader_text);
             self.wire.expects.push_back(Expect::Query { mode });

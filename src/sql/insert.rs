@@ -60,11 +60,19 @@ pub(super) fn lane(statement: &InsertStmt, context: &Context<'_>) -> Lane {
     let write = match certain {
         Some(Certainty::Always) if statement.on_conflict_clause.is_none() => point(statement, relation, context),
         certain => {
-            let made = if updates {
+            let mut made = if updates {
                 pinned::upsert(statement, relation, context)
             } else {
                 pinned::insert(statement, relation, context)
             };
+            // One row only, and nothing that a plan is looked for: no subquery, no index for ON CONFLICT that a constant would have named.
+            if let Ok(Some(write)) = &mut made
+                && single
+                && !inner.subqueries
+                && statement.on_conflict_clause.is_none()
+            {
+                write.edits.share_returning(context.text, context.shape, &write.hidden_returning);
+            }
             match (made, certain.filter(|_| statement.on_conflict_clause.is_some())) {
                 (Ok(write), _) => Ok(write),
                 (Err(why), Some(certain)) => ordered(statement, relation, &inner, &certain, &why, context),

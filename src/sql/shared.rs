@@ -32,7 +32,7 @@ const NUMERIC: u32 = 1700;
 pub struct SharedText {
     /// What followers get: it may assert its count.
     pub text: Arc<str>,
-    /// The statement alone.
+    /// The statement alone, or what the leader gets of it.
     pub plain: Arc<str>,
     /// Number and types of the parameters, as in `Parse`.
     pub types: Arc<[u8]>,

@@ -23,7 +23,8 @@ pub struct Edits {
     pub date_literals: Vec<usize>,
     /// Parameters that may go to date and time types, from 1.
     pub date_parameters: Vec<i32>,
-    /// The followers' text with its literals as parameters, for the statements of the shape that changed one row.
+    /// The statement with its literals as parameters: followers' text, for the statements of the shape that changed one row, and
+    /// the leader's, with the hidden RETURNING if there is one.
     pub shared: Option<SharedText>,
     /// A password, in whose place followers get the leader's verifier.
     pub password: Option<Password>,
@@ -146,6 +147,16 @@ impl Edits {
         self.shared = shared::share(text, shape, 0..end.at(shape)).map(|shared| {
             let text = if counted { asserting(&shared.text, 1).into() } else { shared.text };
             SharedText { text, ..shared }
+        });
+    }
+
+    /// Makes the text that an INSERT of one row shares on the leader with others of its shape. `hidden`: what it returns; followers
+    /// get the row.
+    pub(super) fn share_returning(&mut self, text: &str, shape: &Shape, hidden: &[String]) {
+        let Some(end) = self.end.filter(|_| self.returning.is_none()) else { return };
+        self.shared = shared::share(text, shape, 0..end.at(shape)).map(|shared| {
+            let plain = format!("{} RETURNING {}", shared.plain, hidden.join(", ")).into();
+            SharedText { plain, ..shared }
         });
     }
 
