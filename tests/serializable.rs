@@ -6,7 +6,7 @@ mod common;
 
 use common::ask::{run, same, value};
 use common::{Cluster, load};
-use futures_util::TryStreamExt as _;
+use futures_util::{SinkExt as _, TryStreamExt as _};
 use tokio_postgres::{Client, Error};
 
 const WRITERS: usize = 16;
@@ -368,4 +368,26 @@ async fn definitions_that_are_newer_than_the_snapshot_are_not_missed() {
     run(&late, "insert into t (id, v) values (1000, 0)").await;
     run(&late, "commit").await;
     cluster.assert_identical().await;
+}
+
+/// A client takes the command tag for success, whatever comes behind it: nothing may.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_the_schema_overtook_does_not_tell_success_first() {
+    let cluster = common::cluster();
+    let (owner, late) = (cluster.connect("postgres").await, cluster.connect("postgres").await);
+    run(&owner, "create table stamped (id int, at timestamptz default clock_timestamp()); create table t (id int)")
+        .await;
+    for (n, copy) in ["copy stamped (id) from stdin", "copy t (id) from stdin"].iter().enumerate() {
+        run(&late, "begin isolation level serializable; select count(*) from t").await;
+        let mut sink = Box::pin(late.copy_in(*copy).await.expect("a COPY"));
+        sink.send(bytes::Bytes::from_static(b"1\n")).await.expect("a row");
+        run(&owner, &format!("create table other{n} (id int)")).await;
+        let error = sink.as_mut().finish().await.expect_err("an error instead of the tag");
+        assert_eq!(sqlstate(&error), "40001", "{error:?}");
+        run(&late, "rollback").await;
+        // Nothing is left of it in the session.
+        run(&late, "insert into t values (2)").await;
+    }
+    assert_eq!(same(&cluster, "postgres", "select count(*) from t").await, "2");
+    assert_eq!(same(&cluster, "postgres", "select count(*) from stamped").await, "0");
 }

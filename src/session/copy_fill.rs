@@ -13,7 +13,6 @@ use crate::pg::build::{self, ClientError};
 use crate::pg::frame::{self, Sender};
 use crate::pg::message::{self, Reader};
 use crate::replicate::effects::{EffectLog, EffectsError, Range};
-use crate::session::effect::put_tag;
 use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::wire::{End, Expect, Mode, Until};
@@ -52,19 +51,12 @@ impl Session {
         shape: &Shape,
         text: &str,
     ) -> Result<Result<(), ClientError>, End> {
-        let hold_tag = std::mem::replace(&mut self.wire.hold_tag, true);
-        let done = self.fill_copy(fill, dates, text).await;
-        self.wire.hold_tag = hold_tag;
-        let data = match done? {
+        let data = match self.fill_copy(fill, dates, text).await? {
             Ok(Some(data)) => data,
             Ok(None) => return Ok(Ok(())),
             Err(error) => return Ok(Err(error)),
         };
-        let effect = self.copy_effect(write, shape, text, Some((data, 0)));
-        if let (Ok(()), false, Some(tag)) = (&effect, hold_tag, &self.wire.results.tag) {
-            put_tag(&mut self.wire.to_client, tag);
-        }
-        Ok(effect)
+        Ok(self.copy_effect(write, shape, text, Some((data, 0))))
     }
 
     /// Gives where the completed data are in the effect list; None if the server had an error.

@@ -40,7 +40,7 @@ fn effect_role(owner: Option<&Role>) -> EffectRole {
 }
 
 impl Session {
-    /// Takes the answer of a write, for both protocols, and keeps its effect. If the server had an error, it is in the results; an
+    /// Takes the answer of a write, for both protocols, and keeps its effect; its command tag is held, in the results. If the server had an error, it is in the results; an
     /// error given is ours.
     pub async fn take_write(
         &mut self,

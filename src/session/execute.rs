@@ -233,8 +233,9 @@ impl Session {
         }
         // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
         let in_parts = rows_max > 0 && write.client_returning;
-        if in_parts {
-            // What is held back must be the rows of this statement alone.
+        let forwarded = |expect: &Expect| matches!(expect, Expect::Execute { mode } if *mode != Mode::Hidden);
+        if in_parts || self.wire.expects.iter().any(forwarded) {
+            // What is held back must be the rows and the command tag of this statement alone.
             self.catch_up().await?;
         }
         if self.wire.is_skipping() {
@@ -254,7 +255,7 @@ impl Session {
         self.wire.clear_results();
         let mode = mode_of(write);
         let (name, _) = message::execute(frame::body(frame)).map_err(End::ClientProtocol)?;
-        (self.wire.hold_rows, self.wire.hold_tag) = (in_parts, in_parts);
+        (self.wire.hold_rows, self.wire.hold_tag) = (in_parts, true);
         if rows_max > 0 {
             build::execute(&mut self.wire.to_server, name, 0);
             self.wire.expects.push_back(Expect::Execute { mode });
@@ -303,6 +304,7 @@ impl Session {
             }
             return self.give_part(name, rows_max).await;
         }
+        self.tell_tag(self.wire.results.tag.clone(), false);
         Ok(())
     }
 

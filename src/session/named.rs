@@ -329,7 +329,7 @@ impl Session {
         let formats = rewrite::result_formats(call.formats, write.client_returning, prepared.own_row.columns, hidden);
         let position = self.log.position();
         self.wire.clear_results();
-        self.wire.hold_tag = call.hold_tag;
+        self.wire.hold_tag = true;
         self.touched.begin(&prepared.plan.sequences);
         self.send(&text, &formats, mode_of(write));
         let types = Arc::clone(&prepared.types);
@@ -351,9 +351,7 @@ impl Session {
             self.log.truncate(position);
             return Ok(Err(Failure::Ours(error)));
         }
-        if call.hold_tag {
-            self.held_tag = tag;
-        }
+        self.tell_tag(tag, call.hold_tag);
         Ok(Ok(()))
     }
 

@@ -204,6 +204,16 @@ impl Session {
         Ok(())
     }
 
+    /// The command tag of a write whose effect is kept: to the client, or held until the commit is decided. Not before: after it a
+    /// client looks for no error of this statement.
+    pub(super) fn tell_tag(&mut self, tag: Option<Bytes>, hold: bool) {
+        if hold {
+            self.held_tag = tag;
+        } else if let Some(tag) = tag {
+            put_tag(&mut self.wire.to_client, &tag);
+        }
+    }
+
     /// The command tag that was held until the commit was decided.
     fn release_held_tag(&mut self) {
         if let Some(tag) = self.held_tag.take() {
@@ -251,7 +261,7 @@ impl Session {
             self.wire.expects.push_back(Expect::Query { mode });
         }
         self.wire.hold_ready = true;
-        self.wire.hold_tag = hold_tag;
+        self.wire.hold_tag = true;
         let done = self.run_write(write, shape, text, reused).await;
         self.wire.hold_ready = false;
         self.wire.hold_tag = false;
@@ -260,10 +270,9 @@ impl Session {
             self.refuse_in_text(&schema_changed()).await?;
             ok = false;
         }
-        if hold_tag {
-            self.held_tag.clone_from(&self.wire.results.tag);
-        }
-        if !ok {
+        if ok {
+            self.tell_tag(self.wire.results.tag.clone(), hold_tag);
+        } else {
             self.log.truncate(position);
         }
         Ok(ok)
