@@ -298,6 +298,29 @@ async fn a_lock_that_is_held_keeps_nobody_else_waiting() {
     everywhere(&cluster, "select v::text from item", "3").await;
 }
 
+/// What comes behind a statement in its text, or in its batch, may wait for somebody who calls code next.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_a_statement_that_is_done_and_waits_itself() {
+    let (cluster, holder) = prepared().await;
+    run(&holder, "insert into total values (2, 0); insert into item values (1, 1, 'x')").await;
+    let other = cluster.connect("postgres").await;
+    for text in ["call move(10); update total set n = 9 where id = 2", "call move(11); truncate total cascade"] {
+        run(&holder, "begin; select * from total where id = 2 for update").await;
+        let (waiting, other_again) = (cluster.connect("postgres").await, text.to_owned());
+        let waiting = tokio::spawn(async move { waiting.batch_execute(&other_again).await });
+        common::wait_for("the second statement waits for the holder", async || {
+            let sql = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'";
+            other.query_one(sql, &[]).await.expect("sessions").get::<_, i64>(0) == 1
+        })
+        .await;
+        run(&holder, "update item set v = v + 1 where id = 1").await;
+        run(&holder, "commit").await;
+        waiting.await.expect("the client").expect("nothing is in its way");
+    }
+    everywhere(&cluster, "select string_agg(concat(id, ':', v), ',' order by id) from item", "1:3,10:10,11:11").await;
+    everywhere(&cluster, "select count(*)::text from total", "0").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_that_is_kept_must_be_taken_by_the_statement_itself() {
     let (cluster, client) = prepared().await;

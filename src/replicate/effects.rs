@@ -114,6 +114,8 @@ pub struct EffectLog {
     /// Commits numbered below this must be finished on a follower before the flight.
     pub barrier: Option<u64>,
     pub ddl: bool,
+    /// The schema number that must still hold at the commit: a definition did something with whatever was there.
+    pub schema_bound: Option<u64>,
     pub deferrable_constraints: bool,
 }
 
@@ -137,6 +139,7 @@ impl EffectLog {
             accounted: 0,
             barrier: None,
             ddl: false,
+            schema_bound: None,
             deferrable_constraints: false,
         }
     }
@@ -172,6 +175,7 @@ impl EffectLog {
         }
         if self.effects.is_empty() {
             (self.ddl, self.barrier, self.deferrable_constraints) = (false, None, false);
+            self.schema_bound = None;
         }
     }
 

@@ -19,6 +19,7 @@ use crate::replicate::gate::{Closed, Pass};
 use crate::replicate::hub::{Hub, HubError, Reign};
 use crate::replicate::once::Halves;
 use crate::replicate::resolve;
+use crate::session::conditional::still_there;
 use crate::session::effect::client_error_frame;
 use crate::session::run::Session;
 use crate::session::simple::error_frame;
@@ -153,7 +154,7 @@ impl Session {
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
                 }
             };
-            let pass = match Self::pass_gate(&hub, log.ddl, &mut closed).await {
+            let pass = match Self::pass_gate(&hub, log, &mut closed).await {
                 Ok(pass) => pass,
                 Err(error) => {
                     self.halves = open.take();
@@ -194,13 +195,23 @@ impl Session {
     /// Passes the gate; a change of the schema closes it behind itself.
     pub(super) async fn pass_gate<'h>(
         hub: &'h Hub,
-        ddl: bool,
+        log: &EffectLog,
         closed: &mut Option<Closed<'h>>,
     ) -> Result<Pass, ClientError> {
-        if !ddl {
-            let pass = hub.gate.pass().await;
-            return Self::still_serving(hub).map(|()| pass);
+        if !log.ddl {
+            return Self::pass_open(hub).await;
         }
+        let pass = Self::pass_and_close(hub, closed).await?;
+        still_there(hub, log).map(|()| pass)
+    }
+
+    pub(super) async fn pass_open(hub: &Hub) -> Result<Pass, ClientError> {
+        let pass = hub.gate.pass().await;
+        Self::still_serving(hub).map(|()| pass)
+    }
+
+    /// Passes the gate, which is closed behind it.
+    pub(super) async fn pass_and_close<'h>(hub: &'h Hub, closed: &mut Option<Closed<'h>>) -> Result<Pass, ClientError> {
         let mut attempt = 0;
         let gate = loop {
             match hub.gate.close(Duration::from_millis(hub.config.proxy.gate_ms_max)).await {

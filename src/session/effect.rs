@@ -12,6 +12,7 @@ use crate::replicate::schema::Context;
 use crate::session::parameters;
 use crate::session::run::Session;
 use crate::session::wire::{End, Until};
+use crate::sql::conditional::Depends;
 use crate::sql::encoding;
 use crate::sql::plan::{EffectPlan, Role, Write};
 use crate::sql::rows::{Many, WHOLE_BYTES_MAX};
@@ -50,6 +51,17 @@ impl Session {
         parameters: &[u8],
         types: Arc<[u8]>,
     ) -> Result<Result<(), ClientError>, End> {
+        if write.depends != Depends::No {
+            self.wire.pump(Until::Answered).await?;
+            if self.wire.results.error.is_some() {
+                return Ok(Ok(()));
+            }
+            match self.after_conditional(write).await? {
+                Ok(true) => {}
+                Ok(false) => return Ok(Ok(())),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
         match &write.effect {
             EffectPlan::Copy { dates, fill: Some(fill), .. } => {
                 self.take_filled_copy(write, fill, dates.as_ref(), shape, text).await

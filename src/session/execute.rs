@@ -19,6 +19,9 @@ use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::plan::{Control, EffectPlan, Lane, Once, Plan, Write};
 use crate::sql::shape::Shape;
 
+/// The client's Sync, whole.
+pub(super) const SYNC: [u8; 5] = [b'S', 0, 0, 0, 4];
+
 /// What the client bound to the portal that it executes.
 #[derive(Clone, Copy)]
 pub struct Sent<'a> {
@@ -154,7 +157,6 @@ impl Session {
     /// Takes the client's Sync if it has come already and ends no block of ours: it goes along with the Execute before it, and one
     /// round trip to the leader answers both. [`Self::end_early_sync`] tells the client that it is ready.
     fn take_early_sync(&mut self) -> bool {
-        const SYNC: [u8; 5] = [b'S', 0, 0, 0, 4];
         if self.own_block || !self.wire.from_client.starts_with(&SYNC) {
             return false;
         }
@@ -230,6 +232,9 @@ impl Session {
         self.open_block_in_batch();
         if !self.lock_tables(write).await? {
             return Ok(());
+        }
+        if let Err(error) = self.before_conditional(write).await? {
+            return self.refuse_extended(&error).await;
         }
         // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
         let in_parts = rows_max > 0 && write.client_returning;

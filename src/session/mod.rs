@@ -8,6 +8,7 @@ pub mod cancel;
 pub mod carry;
 mod closing;
 pub mod commit;
+mod conditional;
 pub mod copy;
 mod copy_file;
 pub mod copy_fill;

@@ -15,6 +15,7 @@ use crate::replicate::follower::ServerError;
 use crate::replicate::once::{Halves, Ran, Statement, is_out_of_time};
 use crate::replicate::shapes::ShapeName;
 use crate::session::closing::Closing;
+use crate::session::execute::SYNC;
 use crate::session::limits::Limits;
 use crate::session::once_leader::OnLeader;
 use crate::session::planning::schema_changed;
@@ -87,6 +88,10 @@ fn retry(message: impl Into<String>) -> Ended {
     Ended::Refused(ClientError::error("40001", message, "Try the transaction again."))
 }
 
+fn no_turn() -> Ended {
+    retry("other statements that call or fire code did not end in time")
+}
+
 impl Session {
     /// Runs the statement. The server's block is open.
     ///
@@ -116,17 +121,14 @@ impl Session {
             ));
         }
         let hub = Arc::clone(&self.hub);
-        let turn = match self.once_turn.take() {
-            // An earlier statement of the same text has it still.
-            Some(turn) => turn,
-            None => {
-                let turn = Arc::clone(&hub.once.order).lock_owned();
-                match tokio::time::timeout(Duration::from_millis(TURN_MS_MAX), turn).await {
-                    Ok(turn) => turn,
-                    Err(_) => return Ok(retry("other statements that call or fire code did not end in time")),
-                }
-            }
-        };
+        // An earlier statement of the same text may have it still.
+        let mut turn = self.once_turn.take();
+        if turn.is_none() {
+            turn = self.take_turn().await;
+        }
+        if turn.is_none() {
+            return Ok(no_turn());
+        }
         if self.halves.is_none() {
             let Some(uncut) = hub.cuts.begin(Duration::from_millis(JOIN_WAIT_MS_MAX)).await else {
                 return Ok(retry("a node is joining, and until it has joined no code is called or fired"));
@@ -149,16 +151,24 @@ impl Session {
                     break;
                 }
                 Attempt::OutOfTime => {}
-                Attempt::Replan if !self.still_planned(call.text, call.plan, planned_at).await? => {
-                    ended = Some(Ended::Refused(schema_changed()));
-                    break;
+                Attempt::Replan => {
+                    // The catalog's question may wait for locks of somebody who waits for the turn.
+                    turn = None;
+                    if !self.still_planned(call.text, call.plan, planned_at).await? {
+                        ended = Some(Ended::Refused(schema_changed()));
+                        break;
+                    }
+                    planned_at = self.planned_at;
+                    turn = self.take_turn().await;
+                    if turn.is_none() {
+                        ended = Some(no_turn());
+                        break;
+                    }
                 }
-                Attempt::Replan => planned_at = self.planned_at,
             }
         }
         self.lose_halves().await;
-        // Outside a block the next of its kind waits until this one is committed: its locks would only be in the way.
-        self.once_turn = self.own_block.then_some(turn);
+        self.once_turn = turn.filter(|_| self.commits_next(call));
         Ok(ended.unwrap_or_else(|| {
             retry(format!(
                 "the statement did not end in {} attempts of less than {} ms each: other transactions hold what it locks, or it takes long",
@@ -166,6 +176,20 @@ impl Session {
                 hub.config.proxy.gate_ms_max
             ))
         }))
+    }
+
+    /// Statements of the lane run one at a time. `None`: the others did not end in time.
+    async fn take_turn(&self) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        let turn = Arc::clone(&self.hub.once.order).lock_owned();
+        tokio::time::timeout(Duration::from_millis(TURN_MS_MAX), turn).await.ok()
+    }
+
+    /// Whether nothing is between the statement and its commit. Then the next of its kind waits for that, because locks would only
+    /// be in its way; but nobody may hold the turn who waits without a limit, for locks or for a client. What comes behind it in a
+    /// simple text gives the turn back if it is not of the lane.
+    fn commits_next(&self, call: &OnceCall<'_>) -> bool {
+        let synced = || self.wire.from_client.starts_with(&SYNC);
+        self.own_block && (matches!(call.how, How::Simple) || synced())
     }
 
     /// Followers that have lost their half leave the member set now; if that can not be stored the COMMIT will say so.

@@ -153,8 +153,12 @@ impl Session {
         let key = self.key(&shape.key);
         let cache = if self.has_own_catalog { &self.own_plans } else { &self.thread.plans };
         if let Some(plan) = cache.get(&key) {
+            if !matches!(plan.lane, Lane::Once(_)) {
+                self.once_turn = None;
+            }
             return Ok(Planned::One { plan, shape, text });
         }
+        self.once_turn = None;
         let mut statements = match parse::parse(&text) {
             Ok(statements) => statements,
             Err(error) => {

@@ -75,6 +75,8 @@ pub struct Session {
     pub synced_early: bool,
     /// The last text of an effect that may come again.
     pub last_text: Option<Arc<str>>,
+    /// Rows that the transaction had written to the catalog when a definition was sent that may do nothing, and the schema number.
+    pub(super) catalog_before: (String, u64),
     /// The tag of a write whose commit is not decided yet.
     pub held_tag: Option<Bytes>,
     /// Where the data of the COPY under way are read, if the client does not send them.
@@ -143,6 +145,7 @@ impl Session {
             schema_at_begin: None,
             synced_early: false,
             last_text: None,
+            catalog_before: Default::default(),
             held_tag: None,
             server_file: None,
             log,

@@ -62,7 +62,7 @@ impl Session {
                     return self.abort(Vec::new(), decision, prepare_error(&error)).await.map(Err);
                 }
             };
-            let pass = match Self::pass_gate(&hub, log.ddl, &mut closed).await {
+            let pass = match Self::pass_gate(&hub, log, &mut closed).await {
                 Ok(pass) => pass,
                 Err(error) => {
                     self.halves = open.take();

@@ -240,6 +240,9 @@ impl Session {
         if !self.lock_tables(write).await? {
             return Ok(false);
         }
+        if let Err(error) = self.before_conditional(write).await? {
+            return self.refuse_in_text(&error).await.map(|()| false);
+        }
         if let EffectPlan::LargeObject(call) = &write.effect
             && let Err(error) = self.before_large_object(*call, text, &[]).await?
         {

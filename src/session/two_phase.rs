@@ -39,6 +39,14 @@ impl Session {
                 "Use COMMIT.",
             ))));
         }
+        if self.log.schema_bound.is_some() {
+            self.hidden_query("ROLLBACK").await?;
+            return Ok(Err(client_error_frame(&ClientError::error(
+                "0A000",
+                "PREPARE TRANSACTION of a definition about all objects that are there is not supported: others may be there at its end",
+                "Use COMMIT, or name one object in each statement.",
+            ))));
+        }
         let mut sequences = None;
         if self.touched.is_used() {
             match self.carry_sequences().await? {
@@ -251,7 +259,8 @@ impl Session {
         let mut closed: Option<Closed<'_>> = None;
         let pass = match flight {
             Some(Err(error)) => Err(error),
-            _ => Self::pass_gate(&hub, ddl, &mut closed).await,
+            _ if ddl => Self::pass_and_close(&hub, &mut closed).await,
+            _ => Self::pass_open(&hub).await,
         };
         let pass = match pass {
             Ok(pass) => pass,

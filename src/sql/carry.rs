@@ -8,6 +8,7 @@ use pg_query::protobuf::{
 };
 
 use super::classify::{Context, read};
+use super::conditional::Depends;
 use super::ddl::{fact, is_temporary_name};
 use super::expressions::{Look, SessionValue};
 use super::facts::Relation;
@@ -31,6 +32,7 @@ fn carried_after(rows: Carried, sequences: Vec<u32>, ddl: bool, edits: Edits) ->
         hidden_returning: Vec::new(),
         client_returning: false,
         ddl,
+        depends: Depends::No,
         barrier: true,
         deferrable_constraints: false,
         edits,

@@ -7,6 +7,7 @@ use pg_query::NodeEnum;
 use pg_query::protobuf::{CopyStmt, DefElem};
 
 use super::classify::Context;
+use super::conditional::Depends;
 use super::copy_dates::CopyDates;
 use super::copy_fill;
 use super::ddl::is_on;
@@ -121,6 +122,7 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         hidden_returning: Vec::new(),
         client_returning: false,
         ddl: false,
+        depends: Depends::No,
         barrier: false,
         deferrable_constraints: relation.deferrable,
         edits: Edits::default(),

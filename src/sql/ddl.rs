@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::carry;
 use super::classify::{Context, read, refused_setting};
+use super::conditional::{Depends, depends};
 use super::dates::looks_like_now;
 use super::facts::Relation;
 use super::needs::{Name, Needs, type_name};
@@ -32,6 +33,13 @@ pub(super) fn is_on(option: &DefElem) -> bool {
 }
 
 pub(super) fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
+    match lane_of(node, context) {
+        Lane::Write(write) => Lane::Write(Box::new(Write { depends: depends(node, &context.tree), ..*write })),
+        lane => lane,
+    }
+}
+
+fn lane_of(node: &NodeEnum, context: &Context<'_>) -> Lane {
     if let Some(lane) = nodewise::lane(node) {
         return match on_temporary(node, context) {
             Temporary::All => read(false),
@@ -83,6 +91,7 @@ fn ordered(ddl: bool) -> Lane {
         hidden_returning: Vec::new(),
         client_returning: false,
         ddl,
+        depends: Depends::No,
         barrier: true,
         deferrable_constraints: false,
         edits: Edits::default(),

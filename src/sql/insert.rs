@@ -4,6 +4,7 @@ use pg_query::NodeEnum;
 use pg_query::protobuf::{InsertStmt, Node, OnConflictAction, OverridingKind, SelectStmt};
 
 use super::classify::{Context, read};
+use super::conditional::Depends;
 use super::expressions::{Look, SessionValue};
 use super::facts::{Column, DefaultKind, Relation};
 use super::functions::Effect;
@@ -215,6 +216,7 @@ fn write(statement: &InsertStmt, relation: &Relation, effect: EffectPlan, edits:
         hidden_returning: hidden,
         client_returning: statement.returning_clause.is_some(),
         ddl: false,
+        depends: Depends::No,
         barrier: false,
         deferrable_constraints: relation.deferrable,
         edits,

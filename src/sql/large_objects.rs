@@ -8,6 +8,7 @@ use pg_query::protobuf::SelectStmt;
 use pg_query::protobuf::a_const::Val;
 
 use super::classify::Context;
+use super::conditional::Depends;
 use super::facts::Facts;
 use super::functions::{self, Effect};
 use super::needs::Needs;
@@ -99,6 +100,7 @@ pub(super) fn lane(statement: &SelectStmt, needs: &Needs, context: &Context<'_>)
         hidden_returning: Vec::new(),
         client_returning: false,
         ddl: false,
+        depends: Depends::No,
         barrier: true,
         deferrable_constraints: false,
         edits: Edits::default(),

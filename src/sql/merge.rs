@@ -5,6 +5,7 @@ use pg_query::NodeEnum;
 use pg_query::protobuf::{CmdType, MergeStmt, MergeWhenClause, Node};
 
 use super::classify::{Context, read};
+use super::conditional::Depends;
 use super::expressions::Look;
 use super::facts::{Column, DefaultKind, Relation};
 use super::insert::may_write;
@@ -68,6 +69,7 @@ pub(super) fn lane(statement: &MergeStmt, context: &Context<'_>) -> Lane {
         hidden_returning: Vec::new(),
         client_returning: false,
         ddl: false,
+        depends: Depends::No,
         barrier: true,
         deferrable_constraints: relation.deferrable,
         edits,

@@ -7,6 +7,7 @@
 mod carry;
 pub mod catalog;
 pub mod classify;
+pub mod conditional;
 pub mod copy;
 pub mod copy_dates;
 pub mod copy_fill;

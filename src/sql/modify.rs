@@ -7,6 +7,7 @@ use pg_query::protobuf::{
 };
 
 use super::classify::{Context, read};
+use super::conditional::Depends;
 use super::expressions::Look;
 use super::facts::{DefaultKind, Relation};
 use super::insert::may_write;
@@ -171,6 +172,7 @@ fn text(
         hidden_returning: hidden,
         client_returning: modify.returning.is_some(),
         ddl: false,
+        depends: Depends::No,
         barrier: !point || cascades,
         deferrable_constraints: relation.deferrable,
         edits,

@@ -5,6 +5,7 @@
 use pg_query::protobuf::InsertStmt;
 
 use super::classify::Context;
+use super::conditional::Depends;
 use super::facts::{Column, Relation, quote_identifier};
 use super::modify::{Modify, set_columns};
 use super::plan::{EffectPlan, Write};
@@ -126,6 +127,7 @@ fn write(
         hidden_returning,
         client_returning,
         ddl: false,
+        depends: Depends::No,
         barrier,
         deferrable_constraints: relation.deferrable,
         edits,

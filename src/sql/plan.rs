@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::conditional::Depends;
 use super::copy_dates::CopyDates;
 use super::copy_fill::CopyFill;
 use super::large_objects::Call;
@@ -124,6 +125,8 @@ pub struct Write {
     pub client_returning: bool,
     /// DDL: moves the schema number; its commit closes the gate.
     pub ddl: bool,
+    /// A definition that may find nothing to do.
+    pub depends: Depends,
     /// Its flight waits for everything that was sent before (ordered text, or cascades).
     pub barrier: bool,
     /// May leave work for deferred constraints until COMMIT.
