@@ -228,6 +228,15 @@ impl Session {
                 "Use READ COMMITTED, or send it first.",
             ));
         }
+        if let How::Extended { types, .. } = call.how
+            && call.once.proof.odd_types
+            && crate::session::parameters::has_user_types(types)
+        {
+            return Some(refused(
+                "a parameter is of a type that is not PostgreSQL's own, and casts or checks of such types call functions that are not immutable",
+                "Leave the parameter's type to the server, and cast it in the text.",
+            ));
+        }
         let parameters = match call.how {
             How::Simple => Vec::new(),
             How::Extended { types, parameters, .. } => {

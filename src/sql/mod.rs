@@ -31,6 +31,7 @@ pub mod parse;
 mod pinned;
 pub mod plan;
 pub mod reach;
+mod reach_answer;
 mod reach_query;
 pub mod refuse;
 mod roles;

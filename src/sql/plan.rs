@@ -169,6 +169,8 @@ pub struct Proof {
     pub catches_errors: bool,
     /// It may read or write tables of users.
     pub tables: bool,
+    /// There are types whose casts or checks call code, and the text meets none of them. A parameter could still be of one.
+    pub odd_types: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]

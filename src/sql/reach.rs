@@ -8,17 +8,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-use pg_query::NodeEnum;
-use serde::Deserialize;
-
 use super::catalog::MIRRORED_SETTINGS;
-use super::facts::{FactsError, Function, quote_literal};
+use super::facts::{Function, quote_literal};
 use super::functions::{self, Effect};
+use super::lex::{Kind, Lexer};
 use super::needs::Name;
 use super::parse::Statement;
 use super::plan::Proof;
+pub use super::reach_answer::Answer;
+use super::reach_answer::{FunctionFact, RelationFact};
 use super::reach_query::{FUNCTION, TEMPLATE};
 use super::scan::{Code, Columns, scan};
+use pg_query::NodeEnum;
 
 /// Rounds of questions to the catalog; what is reached by more steps is not proven.
 const ROUNDS_MAX: usize = 12;
@@ -36,6 +37,8 @@ pub enum Verdict {
 #[derive(Debug, Default)]
 pub struct Reach {
     asked_functions: BTreeSet<String>,
+    /// Those among them that are called for certain, and are no mere fields.
+    called: BTreeSet<String>,
     asked_relations: BTreeSet<String>,
     asked_written: BTreeSet<Name>,
     new_functions: BTreeSet<String>,
@@ -68,77 +71,8 @@ pub struct Reach {
     /// What the code of triggers gives NEW; `None` among them: anything.
     assigned: BTreeSet<Option<String>>,
     takes_values: bool,
-}
-
-/// What the catalog says of code and of what it can reach.
-#[derive(Debug, Deserialize)]
-pub struct Answer {
-    functions: Option<Vec<FunctionFact>>,
-    relations: Option<Vec<RelationFact>>,
-    /// Operators of users that are not immutable.
-    operators: Option<Vec<String>>,
-    /// A cast or the check of a domain calls a function of users that is not immutable.
-    odd: bool,
-}
-
-impl Answer {
-    /// Reads the one value that [`Reach::query`] returns.
-    pub fn parse(json: &str) -> Result<Self, FactsError> {
-        Ok(serde_json::from_str(json)?)
-    }
-}
-
-#[derive(Debug, Deserialize)]
-struct FunctionFact {
-    oid: u32,
-    language: String,
-    config: Option<String>,
-    body: Option<String>,
-    returns_set: bool,
-    temporary: bool,
-    #[serde(flatten)]
-    function: Function,
-}
-
-#[derive(Debug, Deserialize)]
-#[allow(clippy::struct_excessive_bools, reason = "independent facts of the catalog")]
-struct RelationFact {
-    oid: u32,
-    schema: String,
-    name: String,
-    kind: String,
-    persistence: String,
-    builtin: bool,
-    /// It is one that the code writes to, or one that is reached from there by inheritance or cascades.
-    written: bool,
-    cascade: bool,
-    floats: bool,
-    view: Option<String>,
-    policies: Option<Vec<String>>,
-    /// Column and its default or generation expression.
-    defaults: Option<Vec<ColumnFact>>,
-    checks: Option<Vec<String>>,
-    rules: Option<Vec<String>>,
-    triggers: Option<Vec<TriggerFact>>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ColumnFact {
-    name: String,
-    position: usize,
-    expression: Option<String>,
-    identity: bool,
-    generated: bool,
-}
-
-#[derive(Debug, Deserialize)]
-struct TriggerFact {
-    deferrable: bool,
-    /// pg_trigger.tgenabled
-    enabled: String,
-    /// As `pg_get_triggerdef` writes it.
-    definition: String,
-    function: FunctionFact,
+    odd_somewhere: bool,
+    has_parameters: bool,
 }
 
 /// Functions of PostgreSQL that are not known to be the same everywhere by their class, and that do the same in a half.
@@ -164,12 +98,16 @@ const SAME_IN_A_HALF: &[&str] = &[
     "set_config",
 ];
 
+/// Operators that a text may mean without their signs: IN, BETWEEN, CASE, LIKE, ORDER BY, USING and the like.
+const IMPLIED_OPERATORS: &[&str] = &["=", "<>", "<", "<=", ">", ">=", "~~", "!~~", "~~*", "!~~*", "~", "!~"];
+
 impl Reach {
     /// Begins with a statement. `single`: it is known to be about one row.
     #[must_use]
     pub fn of(statement: &Statement, text: &str, single: bool) -> Self {
         let mut reach = Self::default();
         let outer = text.get(statement.range.clone()).unwrap_or(text);
+        reach.has_parameters = Lexer::new(outer).any(|token| token.kind == Kind::Parameter);
         if !single {
             reach.many = Some("it may be about several rows".to_owned());
         }
@@ -222,7 +160,9 @@ impl Reach {
     #[must_use]
     pub fn only_rows(&self, fixed: &[String]) -> bool {
         let is_fixed = |column: &Option<String>| column.as_ref().is_none_or(|column| fixed.contains(column));
-        self.beside.is_none() && (fixed.is_empty() || !self.assigned.iter().any(is_fixed))
+        // The type of a parameter is the client's choice, and stands in no text.
+        let odd_parameters = self.odd_somewhere && self.has_parameters;
+        self.beside.is_none() && !odd_parameters && (fixed.is_empty() || !self.assigned.iter().any(is_fixed))
     }
 
     /// Whether that code may take values of sequences.
@@ -264,7 +204,9 @@ impl Reach {
             self.varies(format!("{place}: it uses the schema pgtandem, which belongs to pgtandem itself"));
         }
         for name in &code.calls {
-            if self.asked_functions.insert(name.name.clone()) {
+            // Asked again if it was only a field so far.
+            if self.called.insert(name.name.clone()) {
+                self.asked_functions.insert(name.name.clone());
                 self.new_functions.insert(name.name.clone());
             }
         }
@@ -353,9 +295,16 @@ impl Reach {
         for relation in answer.relations.unwrap_or_default() {
             self.relation(&relation);
         }
-        if answer.odd {
-            self.beside("a cast or a domain calls a function of users");
-            self.open("a cast or a domain calls a function of users".to_owned());
+        self.odd_somewhere |= answer.odd_somewhere;
+        if let Some(name) = answer.odd {
+            self.odd_type(&format!("the type {name} is met"));
+        }
+        for operator in answer.odd_operators.unwrap_or_default() {
+            if IMPLIED_OPERATORS.contains(&operator.as_str())
+                || self.operators.iter().any(|run| run.contains(&operator))
+            {
+                self.odd_type(&format!("the operator {operator} may be meant"));
+            }
         }
         for operator in answer.operators.unwrap_or_default() {
             // Runs of operators are not cut apart here: `a<-b` may be `<` and `-`.
@@ -366,6 +315,13 @@ impl Reach {
         }
     }
 
+    /// Nothing in a text says that a value is cast or that the check of a domain looks at it, so the types alone are judged.
+    fn odd_type(&mut self, met: &str) {
+        let why = format!("{met}, and a cast or a domain's check of it calls a function that is not immutable");
+        self.beside(why.clone());
+        self.open(why);
+    }
+
     fn function(&mut self, fact: &FunctionFact, fired_by: Option<&str>) {
         let function = &fact.function;
         let name = function.name.as_str();
@@ -374,6 +330,10 @@ impl Reach {
             if !SAME_IN_A_HALF.contains(&name) && called {
                 self.builtin(function);
             }
+            return;
+        }
+        // `t.f` calls a function of the row, which has an argument.
+        if fired_by.is_none() && fact.no_arguments && !self.called.contains(name) {
             return;
         }
         if !self.seen_functions.insert(fact.oid) {
@@ -576,7 +536,13 @@ impl Reach {
             Some(why) => Verdict::Varies(why),
             None => {
                 let (catches_errors, tables) = (self.catches_errors, !self.seen_relations.is_empty());
-                Verdict::Known(Proof { unproven: self.unproven, settings, catches_errors, tables })
+                Verdict::Known(Proof {
+                    unproven: self.unproven,
+                    settings,
+                    catches_errors,
+                    tables,
+                    odd_types: self.odd_somewhere,
+                })
             }
         }
     }

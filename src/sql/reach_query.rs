@@ -3,7 +3,7 @@
 /// A function's facts, of `p` in pg_proc.
 pub(super) const FUNCTION: &str = r"json_build_object('oid', p.oid::int8, 'schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
   'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text, 'language', l.lanname, 'config', pg_catalog.array_to_string(p.proconfig, ','),
-  'returns_set', p.proretset, 'temporary', y.nspname ~ '^pg_temp',
+  'returns_set', p.proretset, 'no_arguments', p.pronargs = 0::int4, 'temporary', y.nspname ~ '^pg_temp',
   'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')),
   'body', CASE WHEN l.lanname = ANY ('{sql,plpgsql}'::name[]) AND p.oid >= 16384::oid
     THEN CASE WHEN p.prosrc <> '' THEN p.prosrc ELSE pg_catalog.pg_get_functiondef(p.oid) END END)";
@@ -25,7 +25,33 @@ found(oid, written, cascade) AS (
   UNION ALL SELECT c.oid, false, false FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
   WHERE c.relname = ANY (ARRAY[$relations]::name[]) AND c.relkind = ANY ('{r,p,v,f,m,S}')
     AND n.nspname <> 'information_schema' AND (n.nspname !~ '^pg_temp' OR n.oid = pg_my_temp_schema())
-    AND NOT EXISTS (SELECT 1 FROM written w WHERE w.oid = c.oid))
+    AND NOT EXISTS (SELECT 1 FROM written w WHERE w.oid = c.oid)),
+odd_casts(source, target) AS (
+  SELECT k.castsource, k.casttarget FROM pg_catalog.pg_cast k JOIN pg_catalog.pg_proc p ON p.oid = k.castfunc
+  WHERE k.oid >= 16384::oid AND p.provolatile <> 'i'),
+odd_types(oid) AS (
+  (SELECT x.oid FROM odd_casts k CROSS JOIN LATERAL (VALUES (k.source), (k.target)) y(oid)
+    CROSS JOIN LATERAL (
+      SELECT y.oid
+      UNION ALL SELECT t.typelem FROM pg_catalog.pg_type t WHERE t.oid = y.oid AND t.typcategory = 'A'
+      UNION ALL SELECT r.rngtypid FROM pg_catalog.pg_range r
+        WHERE pg_catalog.json_extract_path_text(pg_catalog.row_to_json(r), 'rngmultitypid') = y.oid::text) x(oid)
+    WHERE x.oid >= 16384::oid
+  UNION SELECT k.contypid FROM pg_catalog.pg_constraint k
+    CROSS JOIN LATERAL pg_catalog.regexp_matches(k.conbin::text, ':(?:funcid|opfuncid) ([0-9]+)', 'g') AS m(m)
+    JOIN pg_catalog.pg_proc p ON p.oid = m.m[1]::oid
+    WHERE k.contypid >= 16384::oid AND k.oid >= 16384::oid AND k.contype = 'c' AND p.provolatile <> 'i')
+  UNION SELECT x.oid FROM odd_types o CROSS JOIN LATERAL (
+    SELECT t.oid FROM pg_catalog.pg_type t WHERE t.typelem = o.oid OR t.typbasetype = o.oid
+    UNION ALL SELECT c.reltype FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+      WHERE a.atttypid = o.oid AND a.attnum > 0::int4 AND c.reltype <> 0::oid
+    UNION ALL SELECT z.oid FROM pg_catalog.pg_range r CROSS JOIN LATERAL (VALUES (r.rngtypid),
+      (pg_catalog.json_extract_path_text(pg_catalog.row_to_json(r), 'rngmultitypid')::oid)) z(oid)
+      WHERE r.rngsubtype = o.oid AND z.oid IS NOT NULL) x(oid)),
+met_tables(oid) AS (
+  SELECT f.oid FROM found f
+  UNION ALL SELECT k.confrelid FROM found f JOIN pg_catalog.pg_constraint k ON k.conrelid = f.oid WHERE k.contype = 'f'
+  UNION ALL SELECT k.conrelid FROM found f JOIN pg_catalog.pg_constraint k ON k.confrelid = f.oid WHERE k.contype = 'f')
 SELECT json_build_object(
 'functions', (SELECT json_agg(@function) FROM pg_catalog.pg_proc p
   JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace JOIN pg_catalog.pg_language l ON l.oid = p.prolang
@@ -60,10 +86,21 @@ SELECT json_build_object(
   FROM found f JOIN pg_catalog.pg_class c ON c.oid = f.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace),
 'operators', (SELECT json_agg(DISTINCT o.oprname::text) FROM pg_catalog.pg_operator o JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::oid
   WHERE o.oid >= 16384::oid AND p.provolatile <> 'i'),
-'odd', EXISTS (SELECT 1 FROM pg_catalog.pg_cast k JOIN pg_catalog.pg_proc p ON p.oid = k.castfunc
-    WHERE k.oid >= 16384::oid AND p.provolatile <> 'i')
-  OR EXISTS (SELECT 1 FROM pg_catalog.pg_constraint k
-    CROSS JOIN LATERAL pg_catalog.regexp_matches(k.conbin::text, ':(?:funcid|opfuncid) ([0-9]+)', 'g') AS m(m)
-    JOIN pg_catalog.pg_proc p ON p.oid = m.m[1]::oid
-    WHERE k.contypid >= 16384::oid AND k.oid >= 16384::oid AND k.contype = 'c' AND p.provolatile <> 'i')
+'odd_operators', (SELECT json_agg(DISTINCT o.oprname::text) FROM odd_types t JOIN pg_catalog.pg_operator o
+  ON o.oprleft = t.oid OR o.oprright = t.oid OR o.oprresult = t.oid),
+'odd_somewhere', EXISTS (SELECT 1 FROM odd_types),
+'odd', CASE
+  WHEN EXISTS (SELECT 1 FROM odd_casts k WHERE NOT k.source >= 16384::oid AND NOT k.target >= 16384::oid)
+    THEN 'between types of PostgreSQL'
+  ELSE (SELECT pg_catalog.min(format_type(t.oid, NULL)) FROM pg_catalog.pg_type t JOIN odd_types o ON o.oid = t.oid
+    WHERE t.typname = ANY (ARRAY[$relations]::name[])
+    OR EXISTS (SELECT 1 FROM met_tables f JOIN pg_catalog.pg_attribute a ON a.attrelid = f.oid
+      WHERE a.atttypid = t.oid AND a.attnum > 0::int4)
+    OR EXISTS (SELECT 1 FROM pg_catalog.pg_proc p WHERE p.proname = ANY (ARRAY[$functions]::name[])
+      AND (p.prorettype = t.oid OR t.oid = ANY (p.proargtypes::pg_catalog.oid[]) OR t.oid = ANY (p.proallargtypes)))
+    OR EXISTS (SELECT 1 FROM found f JOIN pg_catalog.pg_index i ON i.indrelid = f.oid
+      JOIN pg_catalog.pg_depend d ON d.objid = i.indexrelid
+      WHERE d.classid = 1259::oid AND d.refclassid = 1247::oid AND d.refobjid = t.oid)
+    OR EXISTS (SELECT 1 FROM found f JOIN pg_catalog.pg_depend d ON d.objid = f.oid
+      WHERE d.classid = 1259::oid AND d.refclassid = 1247::oid AND d.refobjid = t.oid)) END
 )::text";
