@@ -66,7 +66,8 @@ pub enum Effect {
     /// The statement before this changed that many rows, by its command tag.
     Changed { rows: u64 },
     /// `COPY ... FROM STDIN` with its data: the bytes of the `CopyData` messages, one after the other.
-    Copy { context: Arc<Context>, role: EffectRole, text: Arc<str>, data: Range, rows: u64 },
+    /// `after_triggers`: they are rows as the leader's triggers left them, and no trigger fires again.
+    Copy { context: Arc<Context>, role: EffectRole, text: Arc<str>, data: Range, rows: u64, after_triggers: bool },
     /// A statement that ran once on every member, in the halves that were open then: it can not be applied again.
     Once,
 }

@@ -196,10 +196,16 @@ impl<'c> Writer<'c> {
                     }
                 }
                 Effect::Changed { rows } => self.changed(*rows).await?,
-                Effect::Copy { context, role, text, data, rows } => {
+                Effect::Copy { context, role, text, data, rows, after_triggers } => {
+                    if *after_triggers {
+                        self.fire_triggers(false);
+                    }
                     self.enter(context, role);
                     let text = encoding::encode(text, context.client_encoding());
                     self.copy(log, &text, *data, *rows).await?;
+                    if *after_triggers {
+                        self.fire_triggers(true);
+                    }
                 }
             }
         }

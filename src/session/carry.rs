@@ -156,7 +156,7 @@ impl Session {
 
     fn push_rows(&mut self, role: EffectRole, text: &str, (data, rows): (Range, u64)) -> Result<(), ClientError> {
         let context = self.effect_context()?;
-        Ok(self.log.push(Effect::Copy { context, role, text: text.into(), data, rows })?)
+        Ok(self.log.push(Effect::Copy { context, role, text: text.into(), data, rows, after_triggers: false })?)
     }
 
     /// Texts of these expressions, as the client's transaction on the leader has them.
@@ -210,7 +210,7 @@ impl Session {
     }
 
     /// The data of a COPY TO STDOUT, kept with the effects: where they are, and how many rows.
-    async fn copy_from_leader(&mut self, text: &str) -> Answered<(Range, u64)> {
+    pub(super) async fn copy_from_leader(&mut self, text: &str) -> Answered<(Range, u64)> {
         self.wire.clear_results();
         self.wire.hide_errors = true;
         let taken = self.take_copy(text).await;

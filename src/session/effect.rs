@@ -32,7 +32,7 @@ impl From<EffectsError> for ClientError {
     }
 }
 
-fn effect_role(owner: Option<&Role>) -> EffectRole {
+pub(super) fn effect_role(owner: Option<&Role>) -> EffectRole {
     match owner {
         Some(role) if role.superuser => EffectRole::Own,
         Some(role) => EffectRole::Named(role.name.as_str().into()),
@@ -41,7 +41,25 @@ fn effect_role(owner: Option<&Role>) -> EffectRole {
 }
 
 impl Session {
-    /// Takes the answer of a write, for both protocols, and keeps its effect; its command tag is held, in the results. If the server had an error, it is in the results; an
+    /// What some statements need before the leader gets them, for both protocols.
+    ///
+    /// # Errors
+    /// If the connection to the leader ends.
+    pub async fn before_write(
+        &mut self,
+        write: &Write,
+        text: &str,
+        parameters: &[u8],
+    ) -> Result<Result<(), ClientError>, End> {
+        match &write.effect {
+            EffectPlan::LargeObject(call) => self.before_large_object(*call, text, parameters).await,
+            EffectPlan::CopiedRows(rows) => self.before_copied_rows(rows).await,
+            _ => Ok(Ok(())),
+        }
+    }
+
+    /// Takes the answer of a write, for both protocols, and keeps its effect; its command tag is held, in the results. If the server
+    /// had an error, it is in the results, too; an
     /// error given is ours.
     pub async fn take_write(
         &mut self,
@@ -90,6 +108,7 @@ impl Session {
                 }
                 Ok(kept.and_then(|rows| self.rows_effect(write, rows)))
             }
+            EffectPlan::CopiedRows(rows) => self.take_copied_rows(rows, write).await,
             EffectPlan::LargeObject(call) => self.take_large_object(*call, text, parameters).await,
             EffectPlan::Carried { rows, sequences } => self.take_carried(rows, sequences, write, shape, text).await,
             EffectPlan::Text { .. } => {
@@ -333,7 +352,7 @@ impl Session {
         let context = self.effect_context()?;
         let role = effect_role(owner.as_ref());
         let text = write.follower_text(text, shape, &[], None).into();
-        self.log.push(Effect::Copy { context, role, text, data, rows })?;
+        self.log.push(Effect::Copy { context, role, text, data, rows, after_triggers: false })?;
         self.note(write);
         Ok(())
     }

@@ -246,12 +246,12 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
-        if let EffectPlan::LargeObject(call) = &write.effect {
+        if matches!(write.effect, EffectPlan::LargeObject(_) | EffectPlan::CopiedRows(_)) {
             self.catch_up().await?;
             if self.wire.is_skipping() {
                 return Ok(());
             }
-            if let Err(error) = self.before_large_object(*call, &prepared.text, parameters).await? {
+            if let Err(error) = self.before_write(write, &prepared.text, parameters).await? {
                 return self.refuse_extended(&error).await;
             }
         }
@@ -267,7 +267,7 @@ impl Session {
         } else {
             self.pass(frame, Expect::Execute { mode });
         }
-        if in_parts || matches!(write.effect, EffectPlan::Copy { .. }) {
+        if in_parts || matches!(write.effect, EffectPlan::Copy { .. } | EffectPlan::CopiedRows(_)) {
             build::flush(&mut self.wire.to_server);
         } else {
             self.end_execute();

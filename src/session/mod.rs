@@ -9,6 +9,7 @@ pub mod carry;
 mod closing;
 pub mod commit;
 mod conditional;
+mod copied_rows;
 pub mod copy;
 mod copy_file;
 pub mod copy_fill;

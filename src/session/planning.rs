@@ -271,6 +271,9 @@ impl Session {
             let sequences = if reach.takes_values() { SequenceUse::Any } else { rows.sequences.clone() };
             return Ok(Ok(Plan { lane: Lane::Write(Box::new(rows.write.clone())), sequences, ..plan }));
         }
+        if let Some(refusal) = once.rows.as_ref().and_then(|rows| rows.or_refused.as_ref()) {
+            return Ok(Ok(Plan { lane: Lane::Refused(reach.not_rows(refusal)), ..plan }));
+        }
         let lane = match reach.verdict() {
             Verdict::Varies(why) => Lane::Refused(crate::sql::refuse::varying_code(&why)),
             Verdict::Known(Proof { unproven: Some(why), .. }) if self.hub.config.proxy.unproven == Unproven::Refuse => {

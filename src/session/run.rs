@@ -81,6 +81,8 @@ pub struct Session {
     pub held_tag: Option<Bytes>,
     /// Where the data of the COPY under way are read, if the client does not send them.
     pub server_file: Option<OpenFile>,
+    /// COPY whose rows are read afterwards: the block from which on they most likely are.
+    pub(super) copied_from: Option<u64>,
     /// Effects of the transaction under way.
     pub log: EffectLog,
     pub touched: Touched,
@@ -148,6 +150,7 @@ impl Session {
             catalog_before: Default::default(),
             held_tag: None,
             server_file: None,
+            copied_from: None,
             log,
             touched: Touched::default(),
             objects: Objects::default(),

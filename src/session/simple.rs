@@ -18,7 +18,7 @@ use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::encoding;
 use crate::sql::lex::{Kind, Lexer};
-use crate::sql::plan::{Admin, Control, EffectPlan, Lane, Plan, Refusal, Write};
+use crate::sql::plan::{Admin, Control, Lane, Plan, Refusal, Write};
 use crate::sql::shape::Shape;
 
 impl Session {
@@ -243,9 +243,7 @@ impl Session {
         if let Err(error) = self.before_conditional(write).await? {
             return self.refuse_in_text(&error).await.map(|()| false);
         }
-        if let EffectPlan::LargeObject(call) = &write.effect
-            && let Err(error) = self.before_large_object(*call, text, &[]).await?
-        {
+        if let Err(error) = self.before_write(write, text, &[]).await? {
             return self.refuse_in_text(&error).await.map(|()| false);
         }
         let mode = mode_of(write);

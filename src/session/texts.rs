@@ -57,6 +57,7 @@ impl Session {
                 EffectPlan::Text { .. }
                     | EffectPlan::Rows { .. }
                     | EffectPlan::Copy { fill: None, server_file: false, .. }
+                    | EffectPlan::CopiedRows(_)
                     | EffectPlan::Carried { .. }
             ),
             _ => false,

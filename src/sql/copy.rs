@@ -8,32 +8,30 @@ use pg_query::protobuf::{CopyStmt, DefElem};
 
 use super::classify::Context;
 use super::conditional::Depends;
+use super::copied_rows;
 use super::copy_dates::CopyDates;
 use super::copy_fill;
 use super::ddl::is_on;
 use super::facts::{Column, DefaultKind, Relation};
 use super::lex::{Kind, Lexer, Token};
+use super::once::{once, or_rows};
 use super::parse::node_names;
-use super::plan::{CopyText, EffectPlan, Lane, Write};
-use super::refuse::{not_yet, refused};
-use super::target::{ON_INSERT, Target, target};
+use super::plan::{CopyText, EffectPlan, Lane, Refusal, Write};
+use super::refuse::{not_yet, refusal};
+use super::target::{ON_INSERT, Target, behind_triggers, target};
 use super::text::Edits;
 
 pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
-    if statement.is_program {
-        return refused(
-            "COPY FROM a program of the server is not replicated: the other servers would get what it prints there",
-            "Use COPY ... FROM STDIN, or \\copy in psql.",
-        );
-    }
+    let options = options(statement);
+    let freeze = options.iter().find(|option| option.defname == "freeze").copied();
     let server_file = !statement.filename.is_empty();
     let relation = match target(statement.relation.as_ref(), ON_INSERT, context) {
         Target::Decided(lane) => return lane,
         Target::Once(why) => {
-            return refused(
-                format!("COPY into this table is not replicated by this version of pgtandem: {why}"),
-                "Copy into a temporary table, then INSERT ... SELECT from there into a table without it, or use INSERT.",
-            );
+            return match behind_triggers(statement.relation.as_ref(), ON_INSERT, context) {
+                Some(relation) => rows_alone(relation, freeze, why, context),
+                None => Lane::Refused(not_rows(why)),
+            };
         }
         Target::Temporary => return Lane::Read { guard: false, copy_in: !server_file },
         Target::Table(relation) => relation,
@@ -45,38 +43,27 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         }
         // the same rows everywhere, by their own values alone
         let clock = condition.dates && !condition.strings.is_empty() || !condition.session_values.is_empty();
+        if condition.needs_guard() {
+            return rows_alone(relation, freeze, "its condition calls a function that may write", context);
+        }
         if !condition.is_pure() || clock || condition.text_to_date || condition.system_column.is_some() {
-            return refused(
-                "COPY ... WHERE is replicated only with a condition that is the same at every time and on every server",
-                "Compare columns with constants, or copy into a temporary table, then INSERT ... SELECT.",
-            );
+            return by_rows(relation, freeze);
         }
     }
-    let options = options(statement);
+    if statement.is_program {
+        return by_rows(relation, freeze);
+    }
     let listed = node_names(&statement.attlist);
     let given = |column: &Column| listed.is_empty() || listed.contains(&column.name.as_str());
     // COPY's own option DEFAULT (PostgreSQL 16) puts defaults in place of a marker in the data
     let markers = options.iter().any(|option| option.defname == "default");
     let varies = |column: &&Column| (markers || !given(column)) && !column.has_same_default();
     let left_out: Vec<&Column> = relation.columns.iter().filter(varies).collect();
-    if let Some(column) = left_out.iter().find(|column| column.default == DefaultKind::Opaque) {
-        return refused(
-            format!(
-                "the default of {}.{} calls a function that may write, and what functions write is not replicated by this version of pgtandem",
-                relation.qualified(),
-                column.name
-            ),
-            "Put the column into the data.",
-        );
+    if left_out.iter().any(|column| column.default == DefaultKind::Opaque) {
+        return rows_alone(relation, freeze, "a default of it calls a function that may write", context);
     }
-    if let Some(column) = left_out.first().filter(|_| server_file) {
-        return refused(
-            format!(
-                "COPY from a file of the server that leaves the column {} to a default which varies is not replicated by this version of pgtandem",
-                column.name
-            ),
-            "Use COPY ... FROM STDIN, or \\copy in psql; or put the column into the data.",
-        );
+    if server_file && !left_out.is_empty() {
+        return by_rows(relation, freeze);
     }
     let mut text = context.text.to_owned();
     let mut fill = None;
@@ -86,10 +73,11 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
                 text.clone_from(&made.leader);
                 fill = Some(Box::new(made));
             }
-            Err(refusal) => return Lane::Refused(refusal),
+            Err(refusal) => {
+                return copied_rows::write(relation, is_frozen(freeze)).map_or(Lane::Refused(refusal), carried);
+            }
         }
     }
-    let freeze = options.iter().find(|option| option.defname == "freeze");
     let thawed = match freeze {
         None if fill.is_none() => None,
         None => Some(text),
@@ -127,6 +115,41 @@ pub(super) fn from(statement: &CopyStmt, context: &Context<'_>) -> Lane {
         deferrable_constraints: relation.deferrable,
         edits: Edits::default(),
     }))
+}
+
+/// The leader copies, and followers get the rows that it stored.
+fn by_rows(relation: &Relation, freeze: Option<&DefElem>) -> Lane {
+    copied_rows::write(relation, is_frozen(freeze)).map_or_else(Lane::Refused, carried)
+}
+
+fn carried(write: Write) -> Lane {
+    Lane::Write(Box::new(write))
+}
+
+fn is_frozen(freeze: Option<&DefElem>) -> bool {
+    freeze.is_some_and(is_on)
+}
+
+/// The same if code that it calls or fires turns out to change nothing but the rows; else there is no way, and `why` is told.
+fn rows_alone(relation: &Relation, freeze: Option<&DefElem>, why: &str, context: &Context<'_>) -> Lane {
+    let write = match copied_rows::write(relation, is_frozen(freeze)) {
+        Ok(write) => write,
+        Err(refusal) => return Lane::Refused(refusal),
+    };
+    let mut lane = or_rows(once(context, false), Some(write), Vec::new());
+    if let Lane::Once(once) = &mut lane
+        && let Some(rows) = &mut once.rows
+    {
+        rows.or_refused = Some(not_rows(why));
+    }
+    lane
+}
+
+fn not_rows(why: &str) -> Refusal {
+    refusal(
+        format!("COPY into this table is not replicated by this version of pgtandem: {why}"),
+        "Copy into a temporary table, then INSERT ... SELECT from there into a table without it, or use INSERT.",
+    )
 }
 
 /// A file of the server that COPY FROM names.

@@ -8,6 +8,7 @@ mod carry;
 pub mod catalog;
 pub mod classify;
 pub mod conditional;
+pub mod copied_rows;
 pub mod copy;
 pub mod copy_dates;
 pub mod copy_fill;

@@ -35,11 +35,15 @@ pub(super) fn once(context: &Context<'_>, single: bool) -> Lane {
 pub(super) fn or_rows(lane: Lane, write: Option<Write>, fixed: Vec<String>) -> Lane {
     match (lane, write) {
         (Lane::Once(once), Some(mut write)) => {
-            if let EffectPlan::Rows { texts, .. } = &mut write.effect {
-                *texts = RowTexts { after_triggers: true, ..RowTexts::clone(texts) }.into();
+            match &mut write.effect {
+                EffectPlan::Rows { texts, .. } => {
+                    *texts = RowTexts { after_triggers: true, ..RowTexts::clone(texts) }.into();
+                }
+                EffectPlan::CopiedRows(rows) => rows.after_triggers = true,
+                _ => {}
             }
-            let sequences = SequenceUse::None;
-            Lane::Once(Box::new(Once { rows: Some(Box::new(RowsInstead { write, sequences, fixed })), ..*once }))
+            let rows = RowsInstead { write, sequences: SequenceUse::None, fixed, or_refused: None };
+            Lane::Once(Box::new(Once { rows: Some(Box::new(rows)), ..*once }))
         }
         (lane, _) => lane,
     }

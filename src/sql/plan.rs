@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::conditional::Depends;
+use super::copied_rows::CopiedRows;
 use super::copy_dates::CopyDates;
 use super::copy_fill::CopyFill;
 use super::large_objects::Call;
@@ -156,6 +157,8 @@ pub struct RowsInstead {
     pub sequences: SequenceUse,
     /// Columns that the rows are not carried with, because nothing may change them: no trigger may give them a value.
     pub fixed: Vec<String>,
+    /// There is no other way than by rows: else it is refused, with this and the reason.
+    pub or_refused: Option<Refusal>,
 }
 
 /// What is known of all that a statement can reach.
@@ -200,6 +203,8 @@ pub enum EffectPlan {
         /// Columns that are left out have defaults that vary: both sides get the leader's values in the data.
         fill: Option<Box<CopyFill>>,
     },
+    /// COPY FROM whose rows are read from the leader when they are there.
+    CopiedRows(Box<CopiedRows>),
     /// A SELECT that calls this function of large objects.
     LargeObject(Call),
     /// A definition that gives rows values: followers get it without them, and the rows as the leader made them.

@@ -13,12 +13,12 @@ use super::facts::{Function, quote_literal};
 use super::functions::{self, Effect};
 use super::lex::{Kind, Lexer};
 use super::needs::Name;
-use super::parse::Statement;
-use super::plan::Proof;
+use super::parse::{Statement, node_names};
+use super::plan::{Proof, Refusal};
 pub use super::reach_answer::Answer;
 use super::reach_answer::{FunctionFact, RelationFact};
 use super::reach_query::{FUNCTION, TEMPLATE};
-use super::scan::{Code, Columns, scan};
+use super::scan::{Code, Columns, Insert, scan};
 use pg_query::NodeEnum;
 
 /// Rounds of questions to the catalog; what is reached by more steps is not proven.
@@ -129,7 +129,21 @@ impl Reach {
             }
             return reach;
         }
-        let code = scan(outer, true);
+        let mut code = scan(outer, true);
+        if let NodeEnum::CopyStmt(copy) = &statement.node
+            && let Some(table) = &copy.relation
+        {
+            let table = Name::new(&table.schemaname, &table.relname);
+            let markers = outer.to_lowercase().contains("default");
+            let columns = match node_names(&copy.attlist) {
+                _ if markers => Columns::Unknown,
+                names if names.is_empty() => Columns::First(usize::MAX),
+                names => Columns::Named(names.iter().map(|name| (*name).to_owned()).collect()),
+            };
+            code.inserts.insert(Insert { table: table.clone(), columns });
+            code.written_many.insert(table.clone());
+            code.written.insert(table);
+        }
         reach.code(&code, "the statement");
         // Its own reading is done once; only what it calls and fires is done for each row.
         reach.reads = None;
@@ -163,6 +177,13 @@ impl Reach {
         // The type of a parameter is the client's choice, and stands in no text.
         let odd_parameters = self.odd_somewhere && self.has_parameters;
         self.beside.is_none() && !odd_parameters && (fixed.is_empty() || !self.assigned.iter().any(is_fixed))
+    }
+
+    /// A refusal for want of another way, with why the rows are not all.
+    #[must_use]
+    pub fn not_rows(&self, refusal: &Refusal) -> Refusal {
+        let why = self.beside.as_deref().unwrap_or("the type of a parameter is not known");
+        Refusal { message: format!("{}, and {why}", refusal.message), hint: refusal.hint.clone() }
     }
 
     /// Whether that code may take values of sequences.

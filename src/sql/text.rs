@@ -237,7 +237,7 @@ impl Write {
             EffectPlan::Copy { text: CopyText::Instead(instead), .. } => return instead.clone(),
             EffectPlan::Copy { text: CopyText::AsIs, .. } => return text.to_owned(),
             EffectPlan::Text { counted, .. } => *counted,
-            EffectPlan::Carried { .. } | EffectPlan::LargeObject(_) => false,
+            EffectPlan::Carried { .. } | EffectPlan::LargeObject(_) | EffectPlan::CopiedRows(_) => false,
         };
         let end = self.edits.returning.or(self.edits.end).map_or(text.len(), |spot| spot.at(shape));
         let edited = self.edits.spliced(text, shape, values, end);

@@ -1,5 +1,6 @@
 //! psql as `pg_regress` starts it: src/test/regress/pg_regress.c (`initialize_environment`) and pg_regress_main.c.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -59,7 +60,18 @@ impl Psql<'_> {
             child.kill().await.expect("psql ends");
             let end = format!("\nended after {} s, on {}\n", SCRIPT_LIMIT.as_secs(), self.place.name);
             said.extend_from_slice(end.as_bytes());
+            self.finish_prepared();
         }
         said
+    }
+
+    /// What an ended script has left prepared would hold up whoever comes next.
+    fn finish_prepared(&self) {
+        let names = "select format('rollback prepared %L', gid) from pg_prepared_xacts \\gexec";
+        let mut command = self.command("finish", DATABASE);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().expect("psql");
+        child.stdin.take().expect("a pipe").write_all(names.as_bytes()).expect("psql listens");
+        child.wait().expect("psql ends");
     }
 }
