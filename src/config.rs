@@ -77,6 +77,9 @@ pub struct ProxyConfig {
     /// How long a follower may take for its half of a transaction, milliseconds, before it counts as lost.
     #[serde(default = "default_follower_ms_max")]
     pub follower_ms_max: u64,
+    /// How long the leader's PostgreSQL may take to answer whether it lives, milliseconds; then it is lost.
+    #[serde(default = "default_leader_ms_max")]
+    pub leader_ms_max: u64,
     /// Effects of one transaction on disk, bytes.
     #[serde(default = "default_effects_disk_max")]
     pub effects_disk_max: u64,
@@ -169,6 +172,9 @@ fn default_gate_ms_max() -> u64 {
 }
 fn default_follower_ms_max() -> u64 {
     30_000
+}
+fn default_leader_ms_max() -> u64 {
+    10_000
 }
 fn default_effects_disk_max() -> u64 {
     16 << 30

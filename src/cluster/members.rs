@@ -87,6 +87,24 @@ pub fn led_by(set: &MemberSet, node: &str) -> Result<MemberSet, MembersError> {
     Ok(next)
 }
 
+/// The next version after the leader's PostgreSQL was lost: `node` leads, `leaving` and the old leader are gone. The proxy is where it was:
+/// it lives, and nobody else was asked.
+pub fn taken_over_by(set: &MemberSet, node: &str, leaving: &[String]) -> Result<MemberSet, MembersError> {
+    check(set)?;
+    if !contains(set, node) || leaving.iter().any(|name| name == node) {
+        return Err(MembersError::NotMember(node.into()));
+    }
+    if set.leader == node {
+        return Err(MembersError::IsLeader(node.into()));
+    }
+    let mut next = next_version(set)?;
+    next.nodes.retain(|member| *member != set.leader && !leaving.contains(member));
+    next.leader = node.into();
+    check(&next)?;
+    debug_assert!(is_successor(set, &next));
+    Ok(next)
+}
+
 /// The same nodes under a new reign; its versions start at 1.
 pub fn in_epoch(set: &MemberSet, epoch: Epoch, proxy: &str) -> Result<MemberSet, MembersError> {
     check(set)?;
@@ -206,6 +224,17 @@ mod tests {
         let led = led_by(&two, "b").unwrap();
         assert_eq!((led.leader.as_str(), led.proxy.as_str(), led.version), ("b", "b", 3));
         assert_eq!(led_by(&two, "c"), Err(MembersError::NotMember("c".into())));
+    }
+
+    #[test]
+    fn a_member_takes_over_and_the_old_leader_is_gone() {
+        let three = with(&with(&first("a"), "b").unwrap(), "c").unwrap();
+        let next = taken_over_by(&three, "c", &[]).unwrap();
+        assert_eq!((next.nodes.as_slice(), next.version), (["b".to_owned(), "c".to_owned()].as_slice(), 4));
+        assert_eq!((next.leader.as_str(), next.proxy.as_str()), ("c", "a"));
+        assert_eq!(taken_over_by(&three, "c", &["b".into()]).unwrap().nodes, ["c"]);
+        assert_eq!(taken_over_by(&three, "a", &[]), Err(MembersError::IsLeader("a".into())));
+        assert!(taken_over_by(&first("a"), "b", &[]).is_err() && taken_over_by(&three, "c", &["c".into()]).is_err());
     }
 
     #[test]

@@ -2,6 +2,9 @@
 //!
 //! It may only if its own record says so and nobody who can be asked knows better: every other member has to answer, and whoever
 //! answers of the other nodes is heard, too, because a node that went on alone is no member of anything newer.
+//!
+//! The leader is normally this node. After the leader's PostgreSQL was lost under a living proxy it is another member, and the proxy stays
+//! where it was; who that is, is judged by [`successor`].
 
 use pgtandem_proto::membership::{Epoch, MemberSet, NodeState, Record};
 use thiserror::Error;
@@ -10,12 +13,13 @@ use super::members;
 
 /// Why an epoch is raised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Occasion {
+pub enum Occasion<'a> {
     /// The proxy starts. What happened while none ran is not known, so every recorded member must be asked.
     Start,
     /// The leader's PostgreSQL came back under the same proxy. Nobody else has served, so a member that does not answer
-    /// leaves the set, as it would have at the next commit. Unless the node has promised more than this epoch meanwhile.
-    LeaderBack { epoch: Epoch },
+    /// leaves the set, as it would have at the next commit. Unless the node has promised more than this epoch meanwhile. `set`: the newest
+    /// that this proxy has decided; a record that is older says nothing.
+    LeaderBack { epoch: Epoch, set: &'a MemberSet },
 }
 
 /// Another configured node, and its record, if its agent answered.
@@ -36,8 +40,6 @@ pub enum Refusal {
     State { node: String, state: NodeState },
     #[error("the record of node {node} says that the proxy of this cluster runs on {proxy}")]
     Elsewhere { node: String, proxy: String },
-    #[error("the record of node {node} says that {leader} leads: a proxy runs on the leader's host")]
-    NotLeader { node: String, leader: String },
     #[error("node {node} is a member, but its agent does not answer, and what it knows is not known here")]
     Silent { node: String },
     #[error(
@@ -64,7 +66,6 @@ impl Refusal {
             Self::Elsewhere { proxy, .. } => format!(
                 "nothing, if {proxy} serves; if its host is lost: pgtandem promote; for a planned change, on {proxy}: pgtandem switch NODE"
             ),
-            Self::NotLeader { leader, .. } => format!("on {leader}: pgtandem proxy"),
             Self::Silent { node } => format!(
                 "start it, on its host: pgtandem agent --node {node}; or, if that host is lost: pgtandem detach {node} --yes"
             ),
@@ -81,9 +82,9 @@ impl Refusal {
 pub struct Start {
     /// Above everything that anybody who answered has promised or stored.
     pub epoch: Epoch,
-    /// The set that it goes on from.
+    /// The set that it goes on from, with the leader of the reign.
     pub set: MemberSet,
-    /// Members that go on, the leader left out.
+    /// Members that go on, the leader left out. This node is among them if it follows.
     pub followers: Vec<String>,
     /// Members that leave, with what their own record says.
     pub leaving: Vec<(String, NodeState)>,
@@ -99,37 +100,49 @@ pub fn shrinks(record: &Record, next: &MemberSet) -> bool {
 }
 
 /// Judges. `others`: every other node of the configuration.
-pub fn judge(record: &Record, others: &[Other<'_>], occasion: Occasion) -> Result<Start, Refusal> {
+pub fn judge(record: &Record, others: &[Other<'_>], occasion: Occasion<'_>) -> Result<Start, Refusal> {
     let own = &record.node;
     let stored = record.members.as_ref().ok_or_else(|| Refusal::NoMembers { node: own.clone() })?;
     let answers = || others.iter().filter_map(|other| Some((other.node, other.record?)));
     let sets = || answers().filter_map(|(node, record)| Some((node, record.members.as_ref()?)));
-    let foreign = |set: &MemberSet| set.proxy != *own || set.leader != *own;
     // Before anything else: whoever knows more than this node says where the proxy belongs.
-    let ahead = sets().filter(|(_, set)| members::number(set) > members::number(stored) && foreign(set));
+    let ahead = sets().filter(|(_, set)| members::number(set) > members::number(stored) && set.proxy != *own);
     if let Some((node, set)) = ahead.max_by_key(|(_, set)| members::number(set)) {
         let (epoch, version, proxy) = (set.epoch, set.version, set.proxy.clone());
         return Err(Refusal::Newer { node: node.to_owned(), epoch, version, proxy });
     }
-    if record.state != NodeState::InSync {
+    if record.state == NodeState::Forked {
         return Err(Refusal::State { node: own.clone(), state: record.state });
     }
     if stored.proxy != *own {
+        if record.state != NodeState::InSync {
+            return Err(Refusal::State { node: own.clone(), state: record.state });
+        }
         return Err(Refusal::Elsewhere { node: own.clone(), proxy: stored.proxy.clone() });
-    }
-    if stored.leader != *own {
-        return Err(Refusal::NotLeader { node: own.clone(), leader: stored.leader.clone() });
     }
     if let Some((node, _)) = sets().find(|(_, set)| members::number(set) == members::number(stored) && *set != stored) {
         return Err(Refusal::TwoSets { nodes: format!("{own} and {node}") });
     }
     // A newer set of this node's own reign that did not get everywhere: it was decided, and nothing acknowledged under it.
-    let set = sets().map(|(_, set)| set).chain([stored]).max_by_key(|set| members::number(set)).unwrap_or(stored);
-    let nobody_else_served =
-        occasion == (Occasion::LeaderBack { epoch: record.promised }) && set.epoch == record.promised;
+    let decided = match occasion {
+        Occasion::LeaderBack { set, .. } if set.proxy == *own => Some(set),
+        _ => None,
+    };
+    let known = sets().map(|(_, set)| set).chain([stored]).chain(decided);
+    let set = known.max_by_key(|set| members::number(set)).unwrap_or(stored);
+    let record_of = |name: &str| {
+        if name == own { Some(record) } else { others.iter().find(|other| other.node == name).and_then(|o| o.record) }
+    };
+    match record_of(&set.leader) {
+        Some(leader) if leader.state == NodeState::InSync => {}
+        Some(leader) => return Err(Refusal::State { node: set.leader.clone(), state: leader.state }),
+        None => return Err(Refusal::Silent { node: set.leader.clone() }),
+    }
+    let nobody_else_served = matches!(occasion, Occasion::LeaderBack { epoch, .. } if epoch == record.promised)
+        && set.epoch == record.promised;
     let (mut followers, mut leaving, mut silent) = (Vec::new(), Vec::new(), Vec::new());
-    for name in set.nodes.iter().filter(|name| *name != own) {
-        match others.iter().find(|other| other.node == name).and_then(|other| other.record) {
+    for name in set.nodes.iter().filter(|name| **name != set.leader) {
+        match record_of(name) {
             Some(theirs) if theirs.state == NodeState::InSync => followers.push(name.clone()),
             Some(theirs) => leaving.push((name.clone(), theirs.state)),
             None if nobody_else_served => silent.push(name.clone()),
@@ -141,6 +154,45 @@ pub fn judge(record: &Record, others: &[Other<'_>], occasion: Occasion) -> Resul
     let above = promised.chain(stored).fold(0, Epoch::max);
     let epoch = members::next_epoch(above, own, others.iter().map(|other| other.node));
     Ok(Start { epoch, set: set.clone(), followers, leaving, silent })
+}
+
+/// A node, its record, and whether its PostgreSQL runs, if its agent answered.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate<'a> {
+    pub node: &'a str,
+    pub answer: Option<(&'a Record, bool)>,
+}
+
+/// The leader's PostgreSQL is lost, this proxy lives and reigns in `epoch` under `set`: the next version, with a member that leads instead.
+/// Nobody need be asked, because no other proxy can have served; but a node that has promised more, this one too, obeys somebody else. `None`:
+/// no member can; the leader's own restart is waited for. `nodes`: every configured node.
+#[must_use]
+pub fn successor(own: &str, set: &MemberSet, epoch: Epoch, nodes: &[Candidate<'_>]) -> Option<MemberSet> {
+    let of = |name: &str| nodes.iter().find(|node| node.node == name).and_then(|node| node.answer);
+    if set.epoch != epoch || set.proxy != own || of(own).is_none_or(|(record, _)| record.promised > epoch) {
+        return None;
+    }
+    // A version of this reign that did not get everywhere was decided, and nothing was acknowledged under it.
+    let newer = nodes.iter().filter_map(|node| node.answer?.0.members.as_ref());
+    let newer =
+        newer.filter(|theirs| members::number(theirs) > members::number(set)).max_by_key(|s| members::number(s));
+    let set = match newer {
+        Some(newer) if newer.epoch == epoch && newer.proxy == own => newer,
+        Some(_) => return None,
+        None => set,
+    };
+    let stays = |name: &str| {
+        let fits = |record: &Record| {
+            record.state == NodeState::InSync
+                && record.promised == epoch
+                && record.members.as_ref().is_some_and(|m| m.epoch == epoch)
+        };
+        of(name).is_some_and(|(record, runs)| fits(record) && runs)
+    };
+    let (staying, leaving): (Vec<_>, Vec<_>) =
+        set.nodes.iter().filter(|name| **name != set.leader).cloned().partition(|name| stays(name));
+    let next = staying.iter().find(|name| *name == own).or(staying.first())?;
+    members::taken_over_by(set, next, &leaving).ok()
 }
 
 #[cfg(test)]
@@ -171,9 +223,10 @@ mod tests {
         let silent = start(&a, &[("b", None)]);
         assert_eq!(silent, Err(Refusal::Silent { node: "b".into() }));
         let silent = [Other { node: "b", record: None }];
-        let back = judge(&a, &silent, Occasion::LeaderBack { epoch: 3 }).unwrap();
+        let both = set(3, 2, &["a", "b"], "a");
+        let back = judge(&a, &silent, Occasion::LeaderBack { epoch: 3, set: &both }).unwrap();
         assert_eq!(back.silent, ["b"]);
-        let superseded = judge(&Record { promised: 4, ..a }, &silent, Occasion::LeaderBack { epoch: 3 });
+        let superseded = judge(&Record { promised: 4, ..a }, &silent, Occasion::LeaderBack { epoch: 3, set: &both });
         assert_eq!(superseded, Err(Refusal::Silent { node: "b".into() }), "somebody else may have served meanwhile");
     }
 
@@ -215,5 +268,62 @@ mod tests {
         let theirs = of("b", NodeState::InSync, set(3, 2, &["b"], "b"));
         let mine = of("a", NodeState::InSync, set(3, 2, &["a"], "a"));
         assert!(matches!(start(&mine, &[("b", Some(&theirs))]), Err(Refusal::TwoSets { .. })));
+    }
+
+    /// `set`, led by `leader` under the proxy of a.
+    fn led(version: u64, nodes: &[&str], leader: &str) -> MemberSet {
+        MemberSet { proxy: "a".into(), ..set(3, version, nodes, leader) }
+    }
+
+    #[test]
+    fn the_proxy_goes_on_with_another_leader_and_starts_again_with_it() {
+        let (two, alone) = (set(3, 2, &["a", "b"], "a"), led(3, &["b"], "b"));
+        let a = of("a", NodeState::Stale, alone.clone());
+        let b = of("b", NodeState::InSync, alone.clone());
+        let started = start(&a, &[("b", Some(&b))]).unwrap();
+        assert_eq!((started.set.leader.as_str(), started.followers), ("b", vec![]));
+        assert_eq!(start(&a, &[("b", None)]), Err(Refusal::Silent { node: "b".into() }));
+        // Its own record was not told.
+        let untold = of("a", NodeState::InSync, two.clone());
+        assert_eq!(start(&untold, &[("b", Some(&b))]).unwrap().set, alone);
+        let silent = [Other { node: "b", record: None }];
+        let back = judge(&untold, &silent, Occasion::LeaderBack { epoch: 3, set: &alone });
+        assert_eq!(back, Err(Refusal::Silent { node: "b".into() }), "the proxy knows more than its node's record");
+        // Filled again, it follows.
+        let both = led(4, &["a", "b"], "b");
+        let (a, b) = (of("a", NodeState::InSync, both.clone()), of("b", NodeState::InSync, both));
+        assert_eq!(start(&a, &[("b", Some(&b))]).unwrap().followers, ["a"]);
+        assert!(matches!(start(&b, &[("a", Some(&a))]), Err(Refusal::Elsewhere { .. })), "its proxy is not here");
+    }
+
+    #[test]
+    fn a_member_that_runs_and_obeys_takes_over() {
+        let three = set(3, 2, &["a", "b", "c"], "a");
+        let all: Vec<Record> = ["a", "b", "c"].iter().map(|node| of(node, NodeState::InSync, three.clone())).collect();
+        let next = |records: &[(&Record, bool)], known: &MemberSet| {
+            let nodes: Vec<_> = records
+                .iter()
+                .map(|(record, runs)| Candidate { node: &record.node, answer: Some((record, *runs)) })
+                .collect();
+            successor("a", known, 3, &nodes)
+        };
+        let [a, b, c] = &all[..] else { unreachable!() };
+        assert_eq!(next(&[(a, false), (b, true), (c, true)], &three), Some(led(3, &["b", "c"], "b")));
+        // Whoever does not run, or is not heard, leaves with the old leader.
+        assert_eq!(next(&[(a, false), (b, false), (c, true)], &three), Some(led(3, &["c"], "c")));
+        assert_eq!(next(&[(a, false), (c, true)], &three), Some(led(3, &["c"], "c")));
+        assert_eq!(next(&[(a, false), (b, false)], &three), None);
+        assert_eq!(next(&[(b, true), (c, true)], &three), None, "without its own agent a proxy decides nothing");
+        let elsewhere = Record { promised: 4, ..b.clone() };
+        assert_eq!(next(&[(a, false), (&elsewhere, true)], &three), None);
+        assert_eq!(next(&[(&Record { promised: 4, ..a.clone() }, false), (b, true)], &three), None);
+        // A version that did not get everywhere is gone on from.
+        let smaller = set(3, 3, &["a", "c"], "a");
+        let told = of("c", NodeState::InSync, smaller);
+        assert_eq!(next(&[(a, false), (b, true), (&told, true)], &three), Some(led(4, &["c"], "c")));
+        // Its own node, when it follows, is preferred.
+        let following = led(5, &["a", "b", "c"], "b");
+        let [a, c] = [a, c].map(|record| Record { members: Some(following.clone()), ..record.clone() });
+        assert_eq!(next(&[(&a, true), (&c, true)], &following), Some(led(6, &["a", "c"], "a")));
     }
 }

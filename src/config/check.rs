@@ -244,6 +244,7 @@ fn limits(config: &Config) -> Result<(), Problem> {
         ("proxy.threads", proxy.threads as u64, 0, 1024),
         ("proxy.gate_ms_max", proxy.gate_ms_max, 1, 60_000),
         ("proxy.follower_ms_max", proxy.follower_ms_max, 100, 3_600_000),
+        ("proxy.leader_ms_max", proxy.leader_ms_max, 500, 3_600_000),
         ("proxy.effects_disk_max", proxy.effects_disk_max, 1 << 20, 1 << 50),
         ("proxy.backlog_bytes_max", proxy.backlog_bytes_max, 1 << 20, 1 << 40),
         ("proxy.clients_max", proxy.clients_max as u64, 1, 1_000_000),

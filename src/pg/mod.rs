@@ -5,4 +5,5 @@
 pub mod build;
 pub mod frame;
 pub mod message;
+pub mod scram;
 pub mod startup;

@@ -1,5 +1,6 @@
 //! The watch over the servers: a follower that does not answer leaves the member set, although nobody writes; when the leader's
-//! PostgreSQL ends, a new epoch is raised as soon as its agent has started it again.
+//! PostgreSQL ends, or does not answer for `proxy.leader_ms_max`, another member leads from then on ([`takeover`]); if there is none, a new
+//! epoch is raised as soon as its agent has started it again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,13 +14,16 @@ use crate::agent::client::Control;
 use crate::cluster::start::Occasion;
 use crate::pg::build;
 use crate::proxy::reign;
+use crate::proxy::takeover::{self, Taken};
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
 
 /// Time between two questions to a server.
 const ASK_MS: u64 = 500;
-/// How long a server may take to answer one.
+/// How long a follower may take to answer one.
 const ANSWER_MS_MAX: u64 = 10_000;
+/// Every so many questions the leader is asked on a new connection: a postmaster that hangs lets its backends go on.
+const ASKED_ANEW: u32 = 4;
 /// Pause between two attempts to raise an epoch.
 const RAISE_PAUSE_MS: u64 = 500;
 
@@ -32,33 +36,43 @@ pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
     }
 }
 
-async fn ask(connection: &mut Connection) -> Result<(), ServerError> {
+async fn ask(connection: &mut Connection, ms_max: u64) -> Result<(), ServerError> {
     build::query(&mut connection.out, b"SELECT 1");
-    within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok).map(|_| ())
+    within(ms_max, connection.exchange()).await.and_then(Answer::ok).map(|_| ())
 }
 
 async fn keep_leader(hub: &Arc<Hub>) {
     loop {
         let epoch = hub.reign_epoch().unwrap_or(0);
-        let mut occasion = Occasion::LeaderBack { epoch };
+        let mut set = hub.view().set.clone();
+        let mut is_known = true;
         tokio::select! {
             lost = watch_leader(hub) => {
-                tracing::error!(error = %lost, "the leader's PostgreSQL is lost; its agent starts it again");
-                hub.set_trouble(Some(format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again")));
+                let leader = &set.leader;
+                tracing::error!(leader, error = %lost, "the leader's PostgreSQL is lost");
+                match takeover::take_over(hub, epoch).await {
+                    Taken::By(next) => set = next,
+                    Taken::ByNobody => {
+                        let why = format!("the leader's PostgreSQL is lost ({lost}); its agent starts it again");
+                        hub.set_trouble(Some(why));
+                    }
+                    Taken::NotKnown => is_known = false,
+                }
             }
             promised = watch_promise(hub, epoch) => {
                 tracing::error!(epoch, promised, "this node has promised a newer epoch: this reign is over");
             }
             // Another node was made the leader, or it is not known whether it was.
-            () = ended(hub) => occasion = Occasion::Start,
+            () = ended(hub) => is_known = false,
         }
+        let occasion = if is_known { Occasion::LeaderBack { epoch, set: &set } } else { Occasion::Start };
         raise_again(hub, occasion).await;
         hub.set_trouble(None);
     }
 }
 
 /// Returns when an epoch serves again. Where it must not, clients are told so meanwhile.
-async fn raise_again(hub: &Arc<Hub>, occasion: Occasion) {
+async fn raise_again(hub: &Arc<Hub>, occasion: Occasion<'_>) {
     while let Err(error) = reign::raise(hub, occasion).await {
         if let Some(why) = error.waits_for() {
             let is_new = !matches!(&*hub.reign.borrow(), Reign::Waiting(known) if **known == why);
@@ -110,28 +124,37 @@ async fn watch_leader(hub: &Hub) -> HubError {
         Ok(connected) => connected,
         Err(e) => return e,
     };
+    hub.note_leader_started(&started);
+    let mut asked = 0;
     loop {
-        let error = match ask(&mut connection).await {
+        let error = match ask(&mut connection, hub.config.proxy.leader_ms_max).await {
             Ok(()) => wait_or_end(&mut connection).await,
+            Err(e @ ServerError::Timeout(_)) => return e.into(),
             Err(e) => Some(e),
         };
-        if let Some(error) = error {
-            // Perhaps a person ended our backend alone: then the server is still the one that it was.
-            match connect_leader(hub).await {
-                Ok((again, same)) if same == started => connection = again,
-                _ => return error.into(),
-            }
+        asked += 1;
+        if error.is_none() && asked % ASKED_ANEW > 0 {
+            continue;
+        }
+        // Perhaps a person ended our backend alone: then the server is still the one that it was.
+        match connect_leader(hub).await {
+            Ok((again, same)) if same == started => connection = again,
+            Ok(_) => return error.unwrap_or_else(|| ServerError::Other("it was started again".into())).into(),
+            Err(e) => return e,
         }
     }
 }
 
 /// A connection, and when that server was started.
 async fn connect_leader(hub: &Hub) -> Result<(Connection, String), HubError> {
-    let mut connection = hub.leader_connection("postgres").await?;
-    build::query(&mut connection.out, b"SELECT pg_catalog.pg_postmaster_start_time()");
-    let answer = within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok)?;
-    let started = answer.values.into_iter().flatten().next().unwrap_or_default();
-    Ok((connection, String::from_utf8_lossy(&started).into_owned()))
+    let connect = async {
+        let mut connection = hub.leader_connection("postgres").await?;
+        let started = connection.started_at().await?;
+        Ok((connection, started))
+    };
+    let limit_ms = hub.config.proxy.leader_ms_max;
+    let silent = || Err(ServerError::Timeout(limit_ms).into());
+    tokio::time::timeout(Duration::from_millis(limit_ms), connect).await.unwrap_or_else(|_| silent())
 }
 
 /// The pause between two questions; ends early when the server closes the connection.
@@ -173,7 +196,7 @@ async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
                 Err(e) => return e,
             };
             loop {
-                if let Err(e) = ask(&mut connection).await {
+                if let Err(e) = ask(&mut connection, ANSWER_MS_MAX).await {
                     return e;
                 }
                 if let Some(e) = wait_or_end(&mut connection).await {
@@ -236,7 +259,7 @@ async fn ask_follower(hub: &Hub, follower: &Follower, kept: &mut Option<Connecti
             hub.tunnel_connection(&follower.node, "postgres", epoch, Some(&secret)).await?
         }
     };
-    ask(&mut connection).await?;
+    ask(&mut connection, ANSWER_MS_MAX).await?;
     *kept = Some(connection);
     Ok(())
 }

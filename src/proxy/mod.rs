@@ -27,6 +27,7 @@ pub mod local_rules;
 pub mod reign;
 mod service_name;
 mod settle;
+mod takeover;
 pub mod threads;
 mod wait;
 

@@ -1,4 +1,4 @@
-//! A new epoch: at each start of the proxy, and when the leader's PostgreSQL came back.
+//! A new epoch: at each start of the proxy, when the leader's PostgreSQL came back, and when another member leads instead.
 //!
 //! Whether it may be begun is judged in `cluster::start`. Everybody promises it first; every session of older epochs is ended; then the
 //! leader's marks decide what is still prepared on followers ([`settle`]); then the member set of the new epoch is stored on all
@@ -44,6 +44,8 @@ pub enum ReignError {
     Fenced(Arc<Problem>),
     #[error("PostgreSQL on {node} did not start within {LEADER_MS_MAX} ms: {why}. See postgresql.log of that node")]
     LeaderDown { node: String, why: String },
+    #[error("the agent of {node}, which leads, was not asked. Next: pgtandem status")]
+    NotAsked { node: String },
     #[error(
         "the follower {follower} holds a committed transaction that the leader {leader} does not know (database {database}, mark \
          {mark}: {theirs} against {ours}): the leader lost acknowledged commits, as after a restored disk. Nothing is served; \
@@ -77,36 +79,30 @@ impl ReignError {
 }
 
 /// A node, and what its agent said.
-struct Member {
+pub(super) struct Member {
     node: NodeConfig,
-    control: Control,
-    status: Box<NodeStatus>,
+    pub control: Control,
+    pub status: Box<NodeStatus>,
 }
 
 /// Raises a new epoch and begins to serve.
 ///
 /// # Errors
 /// If it must not: somebody does not agree, or does not answer.
-pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError> {
+pub async fn raise(hub: &Arc<Hub>, occasion: Occasion<'_>) -> Result<(), ReignError> {
     let fenced = hub.fenced.borrow().clone();
     if let Some(why) = fenced {
         return Err(ReignError::Fenced(why));
     }
     // One that waits goes on saying why until it serves.
-    hub.reign.send_if_modified(|reign| {
-        let starts = !matches!(reign, Reign::Waiting(_));
-        if starts {
-            *reign = Reign::Starting;
-        }
-        starts
-    });
+    hub.leave_leader();
     // A change of the member set that is under way ends first; the next one finds the new epoch's followers.
     let _one_at_a_time = hub.changing.lock().await;
     hub.forget_followers();
     hub.marks.reset();
     let own = hub.node(&hub.config.proxy.node)?.clone();
-    let mut leader = own_agent(hub, &own).await?;
-    let recorded = leader.status.record.members.as_ref().map_or(&[][..], |set| &set.nodes);
+    let here = own_agent(hub, &own).await?;
+    let recorded = here.status.record.members.as_ref().map_or(&[][..], |set| &set.nodes);
     let mut answers = ask_others(hub, &own.name, recorded).await;
     let someone_is_silent = answers.iter().any(|(_, answer)| answer.is_err());
     let start = {
@@ -114,7 +110,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             .iter()
             .map(|(node, answer)| Other { node, record: answer.as_ref().ok().map(|m| &m.status.record) })
             .collect();
-        start::judge(&leader.status.record, &others, occasion).map_err(ReignError::Refused)?
+        start::judge(&here.status.record, &others, occasion).map_err(ReignError::Refused)?
     };
     if hub.protects() {
         let leaving = start.leaving.iter().map(|(node, state)| (node, format!("{state:?} by its own record")));
@@ -123,6 +119,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             return Err(ReignError::Protected { node: node.clone(), why });
         }
     }
+    answers.push((own.name.clone(), Ok(here)));
     for (node, state) in &start.leaving {
         leaves(hub, node, &format!("its own record said {state:?} at a new epoch"));
     }
@@ -133,12 +130,18 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
         let at = answers.iter().position(|(node, answer)| node == name && answer.is_ok())?;
         answers.swap_remove(at).1.ok()
     };
+    let leads = &start.set.leader;
+    let mut leader = take(leads).ok_or_else(|| ReignError::NotAsked { node: leads.clone() })?;
     let mut promising: Vec<Member> = start.followers.iter().filter_map(&mut take).collect();
     let mut dropped: Vec<Member> = start.leaving.iter().filter_map(|(name, _)| take(name)).collect();
+    // The proxy's own node, if it is no member: its agent obeys the new epoch, too, and knows where the proxy is.
+    let mut bystander = take(&own.name);
     let epoch = start.epoch;
     promise(&mut leader, epoch).await?;
-    for follower in &mut promising {
-        promise(follower, epoch).await?;
+    for member in
+        promising.iter_mut().chain(dropped.iter_mut().filter(|m| m.node.name == own.name)).chain(&mut bystander)
+    {
+        promise(member, epoch).await?;
     }
     // Whoever does not answer could hold a lease: of this proxy, or of one before it.
     for name in &start.silent {
@@ -147,14 +150,17 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
     if someone_is_silent {
         hub.wait_older_leases_out().await;
     }
-    wait_for_leader(hub, &own).await?;
+    hub.expect(start.set.clone(), epoch);
+    wait_for_leader(hub, &leader.node).await?;
     let nodes: Vec<NodeConfig> = promising.iter().map(|member| member.node.clone()).collect();
     for node in &nodes {
         wait_for_start(hub, node).await;
     }
     let secret: Arc<str> = format!("{:032x}{:032x}", rand::random::<u128>(), rand::random::<u128>()).into();
     let (mut followers, mut survivors) = (Vec::new(), None);
-    if leader.status.record.taking_over {
+    // It may not even have heard yet that it leads.
+    let leads_already = leader.status.record.members.as_ref().is_some_and(|set| set.leader == leader.node.name);
+    if leader.status.record.taking_over || !leads_already {
         let mut found = Vec::new();
         for member in promising {
             match settle::ask_survivor(hub, &member.node, epoch, &secret).await {
@@ -178,7 +184,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
         match settle::follower(hub, &follower.node, epoch, &secret, &found).await {
             Ok(None) => staying.push(follower),
             Ok(Some((database, Verdict::Ahead { mark, leader: ours, follower: theirs }))) => {
-                let (leader, follower) = (own.name, follower.node.name);
+                let (leader, follower) = (leader.node.name, follower.node.name);
                 return Err(ReignError::LeaderSuspect { leader, follower, database, mark, theirs, ours });
             }
             Ok(Some((database, verdict))) => {
@@ -218,6 +224,13 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion) -> Result<(), ReignError>
             store_on(&mut member.control, &new, NodeState::Stale, None, Some("left behind at a new epoch")).await
         {
             tracing::info!(node = %member.node.name, error = %e, "could not be told that it is stale; it will be");
+        }
+    }
+    if let Some(member) = &mut bystander {
+        let state =
+            if member.status.record.state == NodeState::InSync { NodeState::Stale } else { member.status.record.state };
+        if let Err(e) = store_on(&mut member.control, &new, state, None, None).await {
+            tracing::info!(node = %member.node.name, error = %e, "the proxy's own node was not told of the new set; it will be");
         }
     }
     begin(hub, epoch, secret, found, new).await?;
@@ -271,7 +284,7 @@ async fn ask(hub: &Hub, node: &NodeConfig, ms_max: u64) -> Result<Member, Client
     }
 }
 
-async fn ask_once(hub: &Hub, node: &NodeConfig) -> Result<Member, ClientError> {
+pub(super) async fn ask_once(hub: &Hub, node: &NodeConfig) -> Result<Member, ClientError> {
     let mut control = Control::connect(&hub.identity, node).await?;
     match control.request(&Request::Status).await? {
         Reply::Status(status) => Ok(Member { node: node.clone(), control, status }),
@@ -294,13 +307,17 @@ async fn promise(member: &mut Member, epoch: u64) -> Result<(), ReignError> {
 }
 
 /// Waits until the leader's PostgreSQL, which its agent starts, accepts connections.
-async fn wait_for_leader(hub: &Hub, own: &NodeConfig) -> Result<(), ReignError> {
+async fn wait_for_leader(hub: &Hub, leader: &NodeConfig) -> Result<(), ReignError> {
     let deadline = tokio::time::Instant::now() + Duration::from_millis(LEADER_MS_MAX);
     loop {
-        let why = match ask_once(hub, own).await {
+        let why = match ask_once(hub, leader).await {
             Ok(member) if member.status.postgres == PostgresState::Running => {
-                match hub.leader_connection("postgres").await {
-                    Ok(_) => return Ok(()),
+                let started = async { Ok::<_, HubError>(hub.leader_connection("postgres").await?.started_at().await?) };
+                match started.await {
+                    Ok(started) => {
+                        hub.note_leader_started(&started);
+                        return Ok(());
+                    }
                     Err(e) => e.to_string(),
                 }
             }
@@ -308,7 +325,7 @@ async fn wait_for_leader(hub: &Hub, own: &NodeConfig) -> Result<(), ReignError> 
             Err(e) => e.to_string(),
         };
         if tokio::time::Instant::now() >= deadline {
-            return Err(ReignError::LeaderDown { node: own.name.clone(), why });
+            return Err(ReignError::LeaderDown { node: leader.name.clone(), why });
         }
         tokio::time::sleep(Duration::from_millis(POLL_MS)).await;
     }

@@ -2,12 +2,17 @@
 
 use std::collections::HashMap;
 
+use futures_util::future::try_join_all;
+
 use crate::config::NodeConfig;
 use crate::proxy::reign::ReignError;
 use crate::replicate::hub::{Hub, HubError};
 use crate::replicate::nodewise::{self, Intent, Place, Servers};
 use crate::replicate::resolve::{self, Marks, Survivor, Verdict};
 use crate::replicate::two_phase::{self, Fate, Note};
+
+/// Databases of one server that are worked on at once: clients wait.
+const AT_ONCE: usize = 8;
 
 /// What the leader has when all older sessions have ended.
 pub(super) struct Found {
@@ -29,31 +34,19 @@ pub(super) async fn leader(
     let mut first = hub.leader_connection("postgres").await?;
     let databases = resolve::databases(&mut first).await?;
     drop(first);
-    for database in &databases {
-        let mut connection = hub.leader_connection(database).await?;
-        resolve::install(&mut connection).await?;
-        resolve::raise_epoch(&mut connection, epoch, secret).await?;
+    for some in databases.chunks(AT_ONCE) {
+        try_join_all(some.iter().map(|database| async move {
+            let mut connection = hub.leader_connection(database).await?;
+            resolve::install(&mut connection).await?;
+            resolve::raise_epoch(&mut connection, epoch, secret).await?;
+            Ok::<_, ReignError>(())
+        }))
+        .await?;
     }
     resolve::end_sessions(&mut hub.leader_connection("postgres").await?).await?;
     let servers = Servers { hub, epoch, secret };
-    let cluster = &hub.config.cluster.name;
-    for database in &databases {
-        let mut connection = hub.leader_connection(database).await?;
-        if let Some(survivors) = survivors {
-            let resolved = resolve::take_over(&mut connection, cluster, database, survivors).await?;
-            tracing::info!(
-                database,
-                resolved,
-                "transactions in doubt were resolved without the leader that prepared them"
-            );
-            continue;
-        }
-        let marks = resolve::marks(&mut connection).await?;
-        // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
-        let undecided = resolve::resolve(&mut connection, cluster, Some(&marks)).await?;
-        if undecided > 0 {
-            tracing::info!(database, undecided, "transactions that the leader had only prepared were rolled back");
-        }
+    for some in databases.chunks(AT_ONCE) {
+        try_join_all(some.iter().map(|database| settle_database(hub, database, survivors))).await?;
     }
     if let Some(survivors) = survivors {
         two_phase::take_over(&servers, survivors).await?;
@@ -64,13 +57,34 @@ pub(super) async fn leader(
         servers.settle_leader(intent, &intent.work()?).await?;
     }
     let mut marks = HashMap::new();
-    for database in resolve::databases(&mut hub.leader_connection("postgres").await?).await? {
-        let mut connection = hub.leader_connection(&database).await?;
-        let of_database = resolve::marks(&mut connection).await?;
-        marks.insert(database, of_database);
+    let databases = resolve::databases(&mut hub.leader_connection("postgres").await?).await?;
+    for some in databases.chunks(AT_ONCE) {
+        let read = some.iter().map(|database| async move {
+            let mut connection = hub.leader_connection(database).await?;
+            Ok::<_, ReignError>((database.clone(), resolve::marks(&mut connection).await?))
+        });
+        marks.extend(try_join_all(read).await?);
     }
     let fates = two_phase::fates(&servers, &marks).await?;
     Ok(Found { marks, intents, fates })
+}
+
+/// What one database of the leader holds prepared.
+async fn settle_database(hub: &Hub, database: &str, survivors: Option<&[Survivor]>) -> Result<(), ReignError> {
+    let cluster = &hub.config.cluster.name;
+    let mut connection = hub.leader_connection(database).await?;
+    if let Some(survivors) = survivors {
+        let resolved = resolve::take_over(&mut connection, cluster, database, survivors).await?;
+        tracing::info!(database, resolved, "transactions in doubt were resolved without the leader that prepared them");
+        return Ok(());
+    }
+    let marks = resolve::marks(&mut connection).await?;
+    // What the leader itself holds prepared was never decided: its mark is inside, so no mark has reached it.
+    let undecided = resolve::resolve(&mut connection, cluster, Some(&marks)).await?;
+    if undecided > 0 {
+        tracing::info!(database, undecided, "transactions that the leader had only prepared were rolled back");
+    }
+    Ok(())
 }
 
 /// The same on a follower, and the fate of what it holds prepared. Gives where it differs from the leader, if it does.
@@ -126,10 +140,14 @@ async fn end_older(hub: &Hub, node: &NodeConfig, epoch: u64, secret: &str) -> Re
     let mut first = hub.tunnel_connection(node, "postgres", epoch, None).await?;
     let databases = resolve::databases(&mut first).await?;
     drop(first);
-    for database in &databases {
-        let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
-        resolve::install(&mut connection).await?;
-        resolve::raise_epoch(&mut connection, epoch, secret).await?;
+    for some in databases.chunks(AT_ONCE) {
+        try_join_all(some.iter().map(|database| async move {
+            let mut connection = hub.tunnel_connection(node, database, epoch, None).await?;
+            resolve::install(&mut connection).await?;
+            resolve::raise_epoch(&mut connection, epoch, secret).await?;
+            Ok::<_, HubError>(())
+        }))
+        .await?;
     }
     resolve::end_sessions(&mut hub.tunnel_connection(node, "postgres", epoch, None).await?).await?;
     Ok(databases)

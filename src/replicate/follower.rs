@@ -116,6 +116,17 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
+    /// When this server was started: it is another one after each start.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn started_at(&mut self) -> Result<String, ServerError> {
+        build::query(&mut self.out, b"SELECT pg_catalog.pg_postmaster_start_time()");
+        let answer = self.exchange().await?.ok()?;
+        let started = answer.values.into_iter().flatten().next().unwrap_or_default();
+        Ok(String::from_utf8_lossy(&started).into_owned())
+    }
+
     /// Logs in as `pgtandem` (no password: `peer` on the other end). With a secret and an epoch: enters it and prepares what
     /// effects need; without, the database may not even have the schema `pgtandem` yet. Bodies of functions are checked by the leader
     /// alone: they may name temporary tables of the client's. No name of ours is looked for where the owner of a database may have put

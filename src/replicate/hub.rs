@@ -11,7 +11,6 @@ use std::time::{Duration, SystemTime};
 
 use pgtandem_proto::membership::{MemberSet, NodeState};
 use pgtandem_proto::message::Request;
-use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +28,7 @@ use crate::replicate::exclusion::Exclusion;
 use crate::replicate::flight::Decision;
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
+use crate::replicate::leader::AtLeader;
 use crate::replicate::marks::MarkPool;
 use crate::replicate::protection::Missing;
 use crate::replicate::sequences::Sequences;
@@ -49,7 +49,7 @@ pub const PLACES: usize = 64;
 /// Halves that are open on one follower before their COMMIT, on top of [`PLACES`].
 const OPEN_PLACES: usize = PLACES / 4;
 /// Limit for opening a connection to a follower's PostgreSQL.
-const OPEN_MS_MAX: u64 = 10_000;
+pub(super) const OPEN_MS_MAX: u64 = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
@@ -146,6 +146,7 @@ pub struct Hub {
     pub reign: watch::Sender<Reign>,
     /// Why no reign of this proxy may begin, whatever the records say.
     pub fenced: watch::Sender<Option<Arc<Problem>>>,
+    pub(super) at_leader: AtLeader,
     view: Mutex<Arc<View>>,
     pub(crate) backlogs: Mutex<HashMap<String, Arc<Backlog>>>,
     /// Held while the member set changes.
@@ -173,7 +174,7 @@ impl std::fmt::Debug for Hub {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What the mutexes here protect is consistent between statements, so a panic elsewhere does not spoil it.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -196,6 +197,7 @@ impl Hub {
             counters: Counters::default(),
             reign: watch::Sender::new(Reign::Starting),
             fenced: watch::Sender::new(None),
+            at_leader: AtLeader::default(),
             view: Mutex::new(Arc::new(View { set, followers: Vec::new() })),
             backlogs: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
@@ -324,31 +326,6 @@ impl Hub {
         lock(&self.backlogs).contains_key(node)
     }
 
-    /// A control connection to the leader's PostgreSQL, as role `pgtandem`.
-    ///
-    /// # Errors
-    /// If PostgreSQL refuses or is not there.
-    pub async fn leader_connection(&self, database: &str) -> Result<Connection, HubError> {
-        self.connect_leader(database, None).await
-    }
-
-    /// The same, inside an epoch: it is refused, or ended, once a newer one is raised, so what it decides is known to that one.
-    ///
-    /// # Errors
-    /// If PostgreSQL refuses, the epoch is over, or PostgreSQL is not there.
-    pub async fn leader_connection_of(&self, database: &str, secret: &str, epoch: u64) -> Result<Connection, HubError> {
-        self.connect_leader(database, Some((secret, epoch))).await
-    }
-
-    async fn connect_leader(&self, database: &str, enter: Option<(&str, u64)>) -> Result<Connection, HubError> {
-        let path = Self::socket_path(&self.leader()?);
-        let open = async {
-            let stream = UnixStream::connect(&path).await.map_err(ServerError::Io)?;
-            Connection::open(Box::new(stream), database, "pgtandem control", enter).await
-        };
-        Ok(within(OPEN_MS_MAX, open).await?)
-    }
-
     /// A connection to a node's PostgreSQL through its agent, as role `pgtandem`.
     ///
     /// # Errors
@@ -388,6 +365,12 @@ impl Hub {
     /// Waits until no lease can run that was granted before this proxy started.
     pub async fn wait_older_leases_out(&self) {
         wait_until(Some(self.started_ms + WAIT_OUT_MS)).await;
+    }
+
+    /// The reign that is being raised: this set's leader is asked from here on, under this epoch. Nobody is served.
+    pub fn expect(&self, set: MemberSet, epoch: u64) {
+        self.at_leader.reach_under(epoch);
+        *lock(&self.view) = Arc::new(View { set, followers: Vec::new() });
     }
 
     /// Shows a member set to sessions: it is recorded already. Followers that stay keep their identity.

@@ -15,6 +15,7 @@ pub mod follower;
 pub mod gate;
 pub mod hub;
 pub mod join;
+pub mod leader;
 pub mod maintain;
 pub mod marks;
 pub mod nodewise;

@@ -76,10 +76,14 @@ impl Hub {
                 return Err(ReplicationError::new(Kind::Record, what, "pgtandem status, here and there"));
             }
         }
-        let leader = set.leader.clone();
-        let refusal = Refusal::Elsewhere { node: leader, proxy: node.to_owned() };
-        let why = Problem { what: refusal.to_string(), hint: refusal.hint() };
-        self.reign.send_replace(Reign::Waiting(Arc::new(why)));
+        if node == self.config.proxy.node {
+            // Back to this host, after another one's PostgreSQL took over: this proxy goes on, and its sessions with it.
+            self.leave_leader();
+        } else {
+            let refusal = Refusal::Elsewhere { node: self.config.proxy.node.clone(), proxy: node.to_owned() };
+            let why = Problem { what: refusal.to_string(), hint: refusal.hint() };
+            self.reign.send_replace(Reign::Waiting(Arc::new(why)));
+        }
         for (name, control) in &mut others {
             let stored = store_on(control, &next, NodeState::InSync, None, None);
             if !matches!(tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), stored).await, Ok(Ok(()))) {

@@ -212,6 +212,7 @@ impl Layout {
                 threads: 0,
                 gate_ms_max: 1000,
                 follower_ms_max: 30_000,
+                leader_ms_max: 10_000,
                 effects_disk_max: 16 << 30,
                 backlog_bytes_max: 256 << 20,
                 unproven: crate::config::Unproven::default(),

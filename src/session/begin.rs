@@ -22,7 +22,7 @@ impl Session {
         self.wire.begin_waits = true;
         self.note_begin();
         self.wire.status = b'T';
-        self.is_first = true;
+        (self.is_first, self.only_begun) = (true, true);
         build::command_complete(&mut self.wire.to_client, "BEGIN");
         build::ready_for_query(&mut self.wire.to_client, b'T');
     }

@@ -1,7 +1,7 @@
 //! A request to cancel: the client's key is the leader's own, so the leader checks it.
 
+use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 
 use crate::pg::startup;
 use crate::replicate::hub::Hub;
@@ -10,10 +10,12 @@ use crate::replicate::hub::Hub;
 ///
 /// # Errors
 /// If the leader is not there.
-pub async fn forward(hub: &Hub, key: &[u8]) -> std::io::Result<()> {
-    let leader = hub.leader().map_err(std::io::Error::other)?;
-    let mut server = UnixStream::connect(Hub::socket_path(&leader)).await?;
-    server.write_all(&startup::cancel_request(key)).await?;
+pub async fn forward(hub: &Hub, key: &Bytes) -> std::io::Result<()> {
+    // A session that has moved is another backend's now.
+    let key = hub.key_of_moved(key).unwrap_or_else(|| key.clone());
+    let mut server = hub.leader_stream().await.map_err(std::io::Error::other)?;
+    server.write_all(&startup::cancel_request(&key)).await?;
+    server.flush().await?;
     let mut end = [0; 1];
     let _closed = server.read(&mut end).await?;
     Ok(())

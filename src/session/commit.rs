@@ -61,6 +61,7 @@ impl Session {
             // What ran in the halves was rolled back to a savepoint, or wrote nothing.
             drop(open);
             let ok = self.hidden_query(if chain { "COMMIT AND CHAIN" } else { "COMMIT" }).await?;
+            self.carried.end(ok);
             return Ok(if ok { Ok(()) } else { Err(self.last_error()) });
         }
         if log.deferrable_constraints && !self.hidden_query("SET CONSTRAINTS ALL IMMEDIATE").await? {
@@ -106,6 +107,8 @@ impl Session {
             self.decide(&log, &decision, &mut held, &open, chain).await
         };
         if matches!(&told, Ok(Ok(_))) {
+            self.cycle.committed = true;
+            self.carried.end(true);
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
             if let Some((generation, bounds)) = sequences {
                 self.hub.sequences.raise(generation, &self.database, bounds);
@@ -143,19 +146,16 @@ impl Session {
             closed = None;
             let version = match self.followers(&hub, log, decision, open).prepare(held).await {
                 Ok(version) => version,
-                // The COMMIT was never sent. What is prepared is rolled back by the marks before the next epoch serves.
-                Err(PrepareError::ReignOver) => {
-                    self.outcome(decision).await?;
-                    return Err(self.tell_rolled_back().await);
-                }
+                Err(PrepareError::ReignOver) => return self.decided_by_next(decision).await,
                 Err(error) => {
                     let error = prepare_error(&error);
                     self.halves = open.take();
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
                 }
             };
-            let pass = match Self::pass_gate(&hub, log, &mut closed).await {
+            let pass = match self.pass_gate(&hub, log, &mut closed).await {
                 Ok(pass) => pass,
+                Err(_) if self.is_over() => return self.decided_by_next(decision).await,
                 Err(error) => {
                     self.halves = open.take();
                     return self.abort(std::mem::take(held), decision, error).await.map(Err);
@@ -192,26 +192,50 @@ impl Session {
         }
     }
 
+    /// The reign of the session is over, and this proxy begins another, or has begun it.
+    fn is_over(&self) -> bool {
+        match &*self.hub.reign.borrow() {
+            Reign::Serving { epoch, .. } => *epoch != self.epoch,
+            Reign::Starting => true,
+            Reign::Waiting(_) | Reign::Stopping => false,
+        }
+    }
+
+    /// The reign of the session ended before its COMMIT was sent. A leader that took over may have committed it all the same, if every member
+    /// held it: it could not know better. What it did stands.
+    async fn decided_by_next(&mut self, decision: &Decision) -> Result<Result<Pass, BytesMut>, End> {
+        if self.outcome(decision).await? {
+            self.wire.status = b'I';
+            return Ok(Ok(self.hub.gate.pass().await));
+        }
+        Err(End::RolledBack)
+    }
+
     /// Passes the gate; a change of the schema closes it behind itself.
     pub(super) async fn pass_gate<'h>(
+        &self,
         hub: &'h Hub,
         log: &EffectLog,
         closed: &mut Option<Closed<'h>>,
     ) -> Result<Pass, ClientError> {
         if !log.ddl {
-            return Self::pass_open(hub).await;
+            return self.pass_open(hub).await;
         }
-        let pass = Self::pass_and_close(hub, closed).await?;
+        let pass = self.pass_and_close(hub, closed).await?;
         still_there(hub, log).map(|()| pass)
     }
 
-    pub(super) async fn pass_open(hub: &Hub) -> Result<Pass, ClientError> {
+    pub(super) async fn pass_open(&self, hub: &Hub) -> Result<Pass, ClientError> {
         let pass = hub.gate.pass().await;
-        Self::still_serving(hub).map(|()| pass)
+        self.still_serving().map(|()| pass)
     }
 
     /// Passes the gate, which is closed behind it.
-    pub(super) async fn pass_and_close<'h>(hub: &'h Hub, closed: &mut Option<Closed<'h>>) -> Result<Pass, ClientError> {
+    pub(super) async fn pass_and_close<'h>(
+        &self,
+        hub: &'h Hub,
+        closed: &mut Option<Closed<'h>>,
+    ) -> Result<Pass, ClientError> {
         let mut attempt = 0;
         let gate = loop {
             match hub.gate.close(Duration::from_millis(hub.config.proxy.gate_ms_max)).await {
@@ -222,15 +246,15 @@ impl Session {
                 }
             }
         };
-        Self::still_serving(hub)?;
+        self.still_serving()?;
         let pass = hub.gate.pass_closed(&gate);
         *closed = Some(gate);
         Ok(pass)
     }
 
     /// A change of the leader closes the gate: what it held back is not decided here any more.
-    fn still_serving(hub: &Hub) -> Result<(), ClientError> {
-        if hub.reign_epoch().is_some() {
+    fn still_serving(&self) -> Result<(), ClientError> {
+        if self.hub.reign_epoch() == Some(self.epoch) {
             return Ok(());
         }
         let what = "the transaction was rolled back: the leader changed before it was committed";
@@ -264,14 +288,15 @@ impl Session {
             Err(end) => {
                 tracing::info!(%end, gid = decision.gid, "the leader's connection ended with a COMMIT under way");
                 let committed = self.outcome(decision).await?;
-                self.wire.status = b'I';
+                // The transaction that it chains is lost with its server.
+                self.wire.status = if chain && committed { b'T' } else { b'I' };
                 committed
             }
         };
         entries.settle(committed);
         if !committed {
             self.abandon(std::mem::take(held), decision).await?;
-            return Err(self.tell_rolled_back().await);
+            return Err(End::RolledBack);
         }
         if let Some(gate) = closed {
             self.finish_closed(held, decision, change, gate).await;
@@ -293,17 +318,6 @@ impl Session {
         self.has_own_catalog = self.has_temp_objects;
         self.own_plans.clear();
         drop(gate);
-    }
-
-    /// The session's last word after its leader was lost with a COMMIT under way that was not decided.
-    pub(super) async fn tell_rolled_back(&mut self) -> End {
-        let error = ClientError::fatal(
-            "40001",
-            "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
-            "Connect again and try the transaction again.",
-        );
-        self.tell_fatal(&error).await;
-        End::Told
     }
 
     /// Mark and COMMIT in one flight: the decision.
@@ -360,7 +374,12 @@ impl Session {
         let mut reign = self.hub.reign.subscribe();
         let decided = reign.wait_for(|reign| !matches!(reign, Reign::Starting));
         match tokio::time::timeout(Duration::from_millis(OUTCOME_MS_MAX), decided).await {
-            Ok(Ok(reign)) if matches!(*reign, Reign::Serving { .. }) => Ok(()),
+            Ok(Ok(reign)) if matches!(*reign, Reign::Serving { .. }) => {}
+            _ => return Err(End::Unknown),
+        }
+        // A leader that took over has committed it if every member still held it.
+        match self.hub.marks.decided_after(self.epoch, &self.database, decision.mark_id) {
+            Some(n) if n < decision.mark_n => Ok(()),
             _ => Err(End::Unknown),
         }
     }
@@ -379,6 +398,8 @@ impl Session {
     ) -> Result<bool, End> {
         // What the server said last was about this statement at most; the end of the session is told by itself.
         self.wire.results.error = None;
+        // Nor does it owe anything: what is asked for here is what it had not answered.
+        self.wire.expects.clear();
         let deadline = Instant::now() + Duration::from_millis(OUTCOME_MS_MAX);
         while Instant::now() < deadline {
             match self.hub.reign_epoch() {
@@ -413,7 +434,7 @@ impl Session {
 
     /// The mark on the leader after this session's backend has ended.
     async fn mark_of_dead_backend(&self, id: i32) -> Result<i64, HubError> {
-        let mut connection = self.hub.leader_connection(&self.database).await?;
+        let mut connection = self.hub.leader_connection_of(&self.database, &self.secret, self.epoch).await?;
         resolve::backend_gone(&mut connection, self.pid).await?;
         Ok(resolve::mark(&mut connection, id).await?)
     }

@@ -68,6 +68,7 @@ impl Session {
     /// Passes COPY data until the client ends them or the server refuses them.
     pub async fn pass_copy_data(&mut self, mut keep: Option<&mut CopyKeeper>) -> Result<(), End> {
         self.wire.results.copy_in = false;
+        self.cycle.cut();
         self.wire.flush_client().await?;
         loop {
             while let Some(frame) =

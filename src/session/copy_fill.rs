@@ -133,6 +133,7 @@ impl Session {
                 }
             }
         };
+        self.cycle.cut();
         self.wire.flush_client().await?;
         loop {
             while let Some(frame) =

@@ -161,6 +161,7 @@ impl Session {
             return false;
         }
         self.wire.from_client.advance(SYNC.len());
+        self.cycle.keep(&SYNC);
         self.synced_early = true;
         self.in_batch = false;
         self.wire.hold_ready = true;

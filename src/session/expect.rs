@@ -44,6 +44,20 @@ pub enum Expect {
     },
 }
 
+impl Expect {
+    /// The answer is ours alone.
+    #[must_use]
+    pub fn is_hidden(self) -> bool {
+        match self {
+            Self::Parse { hidden } | Self::Bind { hidden } | Self::Close { hidden } | Self::Sync { hidden } => hidden,
+            Self::Describe { mode } | Self::Execute { mode } | Self::Query { mode } => {
+                matches!(mode, Mode::Hidden | Mode::Keep)
+            }
+            Self::Function => false,
+        }
+    }
+}
+
 /// What the last statement that was not merely forwarded gave.
 #[derive(Debug, Default)]
 pub struct Results {

@@ -1,10 +1,12 @@
 //! One client's life: its connection, its own connection to the leader, and what it does in between.
 //!
 //! A session lives on one thread. [`wire`] moves frames both ways and knows which answers are the client's and which
-//! are hidden; [`simple`] and [`extended`] are the two protocols; [`commit`] is how a transaction with effects ends.
+//! are hidden; [`simple`] and [`extended`] are the two protocols; [`commit`] is how a transaction with effects ends; `moving` is how it goes
+//! on when the leader is lost.
 
 mod begin;
 pub mod cancel;
+mod carried;
 pub mod carry;
 mod closing;
 pub mod commit;
@@ -13,6 +15,7 @@ mod copied_rows;
 pub mod copy;
 mod copy_file;
 pub mod copy_fill;
+mod cycle;
 pub mod effect;
 pub mod execute;
 pub mod expect;
@@ -21,6 +24,7 @@ pub mod greet;
 pub mod guard;
 pub mod large_objects;
 mod limits;
+mod moving;
 pub mod named;
 pub mod nodewise;
 pub mod once;
@@ -42,3 +46,4 @@ pub mod tls;
 pub mod transport;
 pub mod two_phase;
 pub mod wire;
+mod wire_io;

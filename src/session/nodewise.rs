@@ -97,6 +97,7 @@ impl Session {
             Ok(work) => work,
             Err(refusal) => return Ok(Err(refused(&refusal))),
         };
+        self.cycle.is_special = true;
         let (Some(facts), Some(context)) = (self.facts.clone(), self.context.clone()) else {
             let what = "the settings of the session are not known";
             return Ok(Err(ClientError::error("XX000", what, "Report this as a bug of pgtandem.")));
@@ -184,7 +185,8 @@ impl Session {
         tokio::task::spawn_local(async move {
             let Begun { statement, intent, work, .. } = begun;
             let finish = async {
-                resolve::backend_gone(&mut hub.leader_connection(nodewise::HOME).await?, pid).await?;
+                let mut leader = hub.leader_connection_of(nodewise::HOME, &secret, epoch).await?;
+                resolve::backend_gone(&mut leader, pid).await?;
                 let followed = hub.while_serving(epoch, statement.follow()).await;
                 followed.ok_or_else(|| HubError::Other("a new epoch began".to_owned()))?;
                 let servers = Servers { hub: &hub, epoch, secret: &secret };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame::{self, Sender};
@@ -15,8 +15,11 @@ use crate::replicate::hub::Hub;
 use crate::replicate::marks::Mark;
 use crate::replicate::once::Halves;
 use crate::replicate::schema::{Context, SessionFacts};
+use crate::session::carried::Carried;
 use crate::session::copy_file::OpenFile;
+use crate::session::cycle::Cycle;
 use crate::session::large_objects::Objects;
+use crate::session::moving::Origin;
 use crate::session::planning::PlanCache;
 use crate::session::reused::Reused;
 use crate::session::sequences::Touched;
@@ -113,6 +116,13 @@ pub struct Session {
     pub own_plans: PlanCache,
     /// When the transaction's first effect came.
     pub effects_since: Option<Instant>,
+    pub(super) origin: Origin,
+    pub(super) carried: Carried,
+    pub(super) cycle: Cycle,
+    /// Nothing was done in the client's transaction but a plain BEGIN.
+    pub(super) only_begun: bool,
+    /// The client's transaction was lost while it was silent: its next message is told so.
+    pub(super) lost_transaction: bool,
 }
 
 impl Session {
@@ -121,12 +131,13 @@ impl Session {
         hub: Arc<Hub>,
         thread: Thread,
         wire: Wire,
-        database: Arc<str>,
+        origin: Origin,
         pid: i32,
         secret: Arc<str>,
         [first, second]: [Mark; 2],
     ) -> Self {
         let log = EffectLog::new(Arc::clone(&hub.spill));
+        let database = origin.start.database.as_str().into();
         let mut wire = wire;
         wire.secret = Arc::clone(&secret);
         Self {
@@ -170,13 +181,20 @@ impl Session {
             ddl_under_way: false,
             own_plans: PlanCache::default(),
             effects_since: None,
+            origin,
+            carried: Carried::default(),
+            cycle: Cycle::default(),
+            only_begun: false,
+            lost_transaction: false,
         }
     }
 
     /// Serves the client until one side ends.
     pub async fn run(mut self) {
         let end = loop {
-            if let Err(end) = self.step().await {
+            if let Err(end) = self.step().await
+                && let Err(end) = self.move_on(end).await
+            {
                 break end;
             }
         };
@@ -193,6 +211,14 @@ impl Session {
                     ))
                     .await;
                 }
+            }
+            End::RolledBack => {
+                let error = ClientError::fatal(
+                    "40001",
+                    "the transaction was rolled back: the leader's PostgreSQL ended before it was committed",
+                    "Connect again and try the transaction again.",
+                );
+                self.tell_fatal(&error).await;
             }
             End::ClientProtocol(error) => {
                 let error = ClientError::fatal("08P01", error.to_string(), "Use a client that speaks protocol 3.");
@@ -211,6 +237,11 @@ impl Session {
 
     /// Gives back what the session holds.
     pub fn leave(&mut self) {
+        self.hub.move_key(&self.origin.cancel_key, None);
+        self.give_marks_back();
+    }
+
+    pub(super) fn give_marks_back(&mut self) {
         for mark in &mut self.marks {
             if let Some(mark) = mark.take() {
                 self.hub.marks.give_back(&self.database, mark);
@@ -226,8 +257,11 @@ impl Session {
 
     /// Handles all messages that are there, then waits for more.
     async fn step(&mut self) -> Result<(), End> {
-        while let Some(frame) = frame::take(&mut self.wire.from_client, Sender::Client).map_err(End::ClientProtocol)? {
-            self.message(frame).await?;
+        loop {
+            self.look_at_cycle();
+            let frame = frame::take(&mut self.wire.from_client, Sender::Client).map_err(End::ClientProtocol)?;
+            let Some(frame) = frame else { break };
+            self.message(frame.freeze()).await?;
         }
         if self.wire.begin_waits {
             self.wire.flush_client().await?;
@@ -247,16 +281,23 @@ impl Session {
         self.wire.absorb()
     }
 
-    async fn message(&mut self, frame: BytesMut) -> Result<(), End> {
+    async fn message(&mut self, frame: Bytes) -> Result<(), End> {
         let tag = frame[0];
+        if self.hub.replicates() {
+            self.cycle.keep(&frame);
+        }
         if (self.skip_until_sync || self.wire.is_skipping()) && !matches!(tag, b'S' | b'X') {
             return Ok(());
         }
+        if self.lost_transaction && self.tell_lost_transaction(tag, &frame).await? {
+            return Ok(());
+        }
+        self.only_begun &= self.wire.status != b'T' || matches!(tag, b'S' | b'H');
         match tag {
-            b'Q' => self.simple_query(frame.freeze()).await,
-            b'P' | b'B' | b'D' | b'E' | b'C' | b'H' | b'S' => self.extended(tag, frame.freeze()).await,
+            b'Q' => self.simple_query(frame).await,
+            b'P' | b'B' | b'D' | b'E' | b'C' | b'H' | b'S' => self.extended(tag, frame).await,
             b'X' => Err(End::ClientGone),
-            b'F' => self.function_call(frame.freeze()).await,
+            b'F' => self.function_call(frame).await,
             // What is left of a COPY that failed; the server ignores it, too.
             b'd' | b'c' | b'f' if self.hub.replicates() => Ok(()),
             _ => {
@@ -348,6 +389,7 @@ impl Session {
     pub fn release(&mut self, name: &str) {
         if let Some(at) = self.savepoints.iter().rposition(|s| s.name == name) {
             self.savepoints.truncate(at);
+            self.carried.release(at);
         }
     }
 
@@ -356,12 +398,19 @@ impl Session {
         if let Some(at) = self.savepoints.iter().rposition(|s| s.name == name) {
             let position = self.savepoints[at].position;
             self.savepoints.truncate(at + 1);
+            self.carried.roll_back_to(at);
             self.log.truncate(position);
             self.objects.forget_made();
             self.reused.forget_locks();
             // What was planned since then may be about a catalog that is gone.
             self.own_plans.clear();
         }
+    }
+
+    /// How many savepoints are open; `None`: no transaction is.
+    #[must_use]
+    pub fn open_savepoints(&self) -> Option<usize> {
+        self.in_block().then_some(self.savepoints.len())
     }
 
     /// The savepoints as open halves need them: their numbers, and how many effects are before each.
@@ -417,6 +466,8 @@ impl Session {
             self.has_own_catalog = self.has_temp_objects;
             self.own_plans.clear();
         }
+        // What a commit has kept is gone from there already.
+        self.carried.end(false);
         self.log = EffectLog::new(Arc::clone(&self.hub.spill));
         self.savepoints.clear();
         self.touched = Touched::default();

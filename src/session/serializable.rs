@@ -56,13 +56,13 @@ impl Session {
             closed = None;
             let reserved = match self.followers(&hub, log, decision, open).reserve().await {
                 Ok(reserved) => reserved,
-                Err(PrepareError::ReignOver) => return Err(self.tell_rolled_back().await),
+                Err(PrepareError::ReignOver) => return Err(End::RolledBack),
                 Err(error) => {
                     self.halves = open.take();
                     return self.abort(Vec::new(), decision, prepare_error(&error)).await.map(Err);
                 }
             };
-            let pass = match Self::pass_gate(&hub, log, &mut closed).await {
+            let pass = match self.pass_gate(&hub, log, &mut closed).await {
                 Ok(pass) => pass,
                 Err(error) => {
                     self.halves = open.take();
@@ -90,7 +90,7 @@ impl Session {
                 tracing::info!(%end, gid = decision.gid, "the leader's connection ended with a PREPARE under way");
                 self.wire.status = b'I';
                 self.finish_on_leader(decision, false, true).await?;
-                return Err(self.tell_rolled_back().await);
+                return Err(End::RolledBack);
             }
         }
         let followers = self.followers(&hub, log, decision, open);
@@ -99,10 +99,13 @@ impl Session {
         drop(followers);
         match halves {
             Ok(_) => {}
-            // Nothing was decided. What is prepared is rolled back before the next epoch serves.
+            // Nothing was decided. A leader that took over has committed it if every member held it.
             Err(PrepareError::ReignOver) => {
-                self.finish_on_leader(decision, false, true).await?;
-                return Err(self.tell_rolled_back().await);
+                if self.finish_on_leader(decision, false, true).await? {
+                    self.wire.status = b'I';
+                    return Ok(Ok(pass));
+                }
+                return Err(End::RolledBack);
             }
             Err(error) => {
                 self.abandon(std::mem::take(held), decision).await?;
@@ -118,7 +121,7 @@ impl Session {
         entries.settle(committed);
         if !committed {
             self.abandon(std::mem::take(held), decision).await?;
-            return Err(self.tell_rolled_back().await);
+            return Err(End::RolledBack);
         }
         if let Some(gate) = closed {
             self.finish_closed(held, decision, change, gate).await;

@@ -155,6 +155,7 @@ impl Session {
     /// What must be known differently after a statement. `ok`: it is not known to have failed.
     pub fn after(&mut self, plan: &Plan, text: &str, ok: bool) {
         self.is_first &= matches!(plan.lane, Lane::Control(Control::Begin { .. } | Control::Other));
+        self.note_stays(plan, text, ok);
         if plan.changes_settings {
             self.facts = None;
             self.settings_touched = true;
@@ -383,12 +384,13 @@ impl Session {
                 self.settings_touched = true;
             }
             Control::Begin { .. } => {
-                self.is_first = ok;
+                (self.is_first, self.only_begun) = (ok, ok);
                 self.note_begin_once();
             }
             Control::Commit { .. } | Control::Rollback { .. } | Control::Prepare { .. }
                 if self.wire.status == b'I' || ok =>
             {
+                self.carried.end(ok && self.wire.results.tag.as_deref() == Some(b"COMMIT"));
                 self.forget_transaction();
             }
             Control::Savepoint { name } if ok => self.remember_savepoint(name),
@@ -561,7 +563,7 @@ impl Session {
     }
 
     /// Makes the server's transaction fail, as it would have if the error had been its own.
-    async fn fail_block(&mut self, error: &ClientError) -> Result<(), End> {
+    pub(super) async fn fail_block(&mut self, error: &ClientError) -> Result<(), End> {
         self.wire.hide_errors = true;
         let (message, hint) = (self.encoded(&error.message), self.encoded(&error.hint));
         self.hidden("", "pgtandem_refuse", &[Some(error.sqlstate.as_bytes()), Some(&message), Some(&hint)]);

@@ -7,18 +7,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
-use tokio::net::{TcpStream, UnixStream};
+use bytes::{Bytes, BytesMut};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::observe::status::Problem;
 use crate::pg::build::{self, ClientError};
 use crate::pg::frame::{self, Sender};
 use crate::pg::message::{self, Reader};
+use crate::pg::scram::Observed;
 use crate::pg::startup::SessionStart;
 use crate::replicate::effects::EffectLog;
 use crate::replicate::hub::{Hub, Reign};
+use crate::replicate::leader::LeaderStream;
 use crate::replicate::schema;
 use crate::session::greet::{self, Greeted};
+use crate::session::moving::Origin;
 use crate::session::run::{Session, Thread};
 use crate::session::tls::ClientTls;
 use crate::session::wire::{End, Expect, Mode, Until, Wire};
@@ -28,6 +32,8 @@ const LOGIN_MS_MAX: u64 = 60_000;
 /// How long a new client waits while the leader's PostgreSQL comes back.
 const REIGN_MS_MAX: u64 = 30_000;
 const CONNECT_POLL_MS: u64 = 50;
+/// Leaders that end during one login before the client is told.
+const LOGINS_MAX: u32 = 10;
 
 /// Serves one client to its end.
 pub async fn serve(client: TcpStream, hub: Arc<Hub>, thread: Thread) {
@@ -37,16 +43,34 @@ pub async fn serve(client: TcpStream, hub: Arc<Hub>, thread: Thread) {
     let Ok(Some(mut greeted)) = tokio::time::timeout(limit, greet::greet(client, &hub, tls.as_deref())).await else {
         return;
     };
-    let leader = match tokio::time::timeout(limit, connect_leader(&hub, &greeted.start.database)).await {
-        Ok(Ok(leader)) => leader,
-        Ok(Err(error)) => return greet::tell(&mut greeted.client, &error).await,
-        Err(_) => return,
-    };
-    if let Some(session) = log_in(&hub, thread, greeted, leader).await {
-        hub.counters.sessions.fetch_add(1, Ordering::Relaxed);
-        session.run().await;
-        hub.counters.sessions.fetch_sub(1, Ordering::Relaxed);
+    for attempt in 1.. {
+        let leader = match tokio::time::timeout(limit, connect_leader(&hub, &greeted.start.database)).await {
+            Ok(Ok(leader)) => leader,
+            Ok(Err(error)) => return greet::tell(&mut greeted.client, &error).await,
+            Err(_) => return,
+        };
+        match log_in(&hub, thread.clone(), greeted, leader).await {
+            Login::In(session) => {
+                hub.counters.sessions.fetch_add(1, Ordering::Relaxed);
+                session.run().await;
+                hub.counters.sessions.fetch_sub(1, Ordering::Relaxed);
+                return;
+            }
+            Login::Unheard(again) if attempt < LOGINS_MAX => greeted = again,
+            Login::Unheard(mut last) => return greet::tell(&mut last.client, &not_yet()).await,
+            Login::Ended => return,
+        }
+        tokio::time::sleep(Duration::from_millis(CONNECT_POLL_MS)).await;
     }
+}
+
+/// What came of a login.
+enum Login {
+    In(Box<Session>),
+    /// The leader ended before the client heard anything: another one is asked.
+    Unheard(Greeted),
+    /// The client was told why, or has left.
+    Ended,
 }
 
 /// Tells a client that this proxy must not serve. libpq tries its next host then.
@@ -65,7 +89,8 @@ fn not_here(why: &Problem) -> ClientError {
 
 /// A connection to the leader's PostgreSQL, and the reign under which it was made.
 struct Leader {
-    server: UnixStream,
+    server: LeaderStream,
+    lost: CancellationToken,
     epoch: u64,
     secret: Arc<str>,
 }
@@ -84,13 +109,14 @@ async fn connect_leader(hub: &Hub, database: &str) -> Result<Leader, ClientError
     may_connect(hub, database).await?;
     let deadline = Instant::now() + Duration::from_millis(REIGN_MS_MAX);
     loop {
+        // Before the reign is looked at: its end is not missed.
+        let lost = hub.leader_lost();
         let (epoch, secret) = reign(hub).await?;
-        let leader = hub.leader().map_err(|e| ClientError::fatal("57P03", e.to_string(), "Type: pgtandem status"))?;
-        match UnixStream::connect(Hub::socket_path(&leader)).await {
-            Ok(server) => return Ok(Leader { server, epoch, secret }),
+        match hub.leader_stream().await {
+            Ok(server) => return Ok(Leader { server, lost, epoch, secret }),
             Err(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(CONNECT_POLL_MS)).await,
             Err(e) => {
-                let what = format!("PostgreSQL on {} does not accept connections: {e}", leader.name);
+                let what = format!("the leader's PostgreSQL does not accept connections: {e}");
                 return Err(ClientError::fatal("57P03", what, "Try again in a moment, or type: pgtandem status"));
             }
         }
@@ -118,22 +144,24 @@ async fn reign(hub: &Hub) -> Result<(u64, Arc<str>), ClientError> {
     }
 }
 
-async fn log_in(hub: &Arc<Hub>, thread: Thread, greeted: Greeted, leader: Leader) -> Option<Session> {
+async fn log_in(hub: &Arc<Hub>, thread: Thread, greeted: Greeted, leader: Leader) -> Login {
     let Greeted { client, start, rest } = greeted;
-    let Leader { server, epoch, secret } = leader;
-    let mut wire = Wire::new(client, server, rest, BytesMut::new());
+    let Leader { server, lost, epoch, secret } = leader;
+    let mut wire = Wire::new(client, server, lost, rest);
     let limit = Duration::from_millis(LOGIN_MS_MAX);
-    let (pid, ready) = match tokio::time::timeout(limit, authenticate(&mut wire, &start)).await {
-        Ok(Ok(done)) => done,
-        Ok(Err(End::ServerGone)) => return tell_not_yet(wire).await,
-        Ok(Err(_)) | Err(_) => return None,
-    };
+    let LoggedIn { pid, cancel_key, scram, ready } =
+        match tokio::time::timeout(limit, authenticate(&mut wire, &start)).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(End::ServerGone)) => return tell_not_yet(wire, start).await,
+            Ok(Err(_)) | Err(_) => return Login::Ended,
+        };
     let database: Arc<str> = start.database.as_str().into();
-    match enter(&mut wire, epoch, &secret).await {
-        Ok(()) => {}
-        Err(End::ServerGone) => return tell_not_yet(wire).await,
+    let verifier_of = scram.is_whole().then_some(start.user.as_str());
+    let client_key = match enter(&mut wire, epoch, &secret, verifier_of).await {
+        Ok(verifier) => verifier.and_then(|verifier| scram.client_key(std::str::from_utf8(&verifier).ok()?)),
+        Err(End::ServerGone) => return tell_not_yet(wire, start).await,
         // Not the database's fault: a new epoch was raised meanwhile.
-        Err(End::Told) if hub.reign_epoch() != Some(epoch) => return tell_not_yet(wire).await,
+        Err(End::Told) if hub.reign_epoch() != Some(epoch) => return tell_not_yet(wire, start).await,
         Err(End::Told) => {
             let (sqlstate, message) = message::error_summary(wire.results.error.as_deref().unwrap_or_default());
             tracing::warn!(database = &*database, sqlstate, message, "a session could not enter the database");
@@ -141,10 +169,10 @@ async fn log_in(hub: &Arc<Hub>, thread: Thread, greeted: Greeted, leader: Leader
             let hint = "It has no schema pgtandem of this epoch: restart the proxy, which creates it.";
             ClientError::fatal("55000", what, hint).write(&mut wire.to_client);
             let _ = wire.flush_client().await;
-            return None;
+            return Login::Ended;
         }
-        Err(_) => return None,
-    }
+        Err(_) => return Login::Ended,
+    };
     // It may have become a database while the client logged in.
     if !hub.replicates() && !hub.marks.knows(&database) {
         // It was created since the proxy started, and no mark of it is ever used.
@@ -154,58 +182,83 @@ async fn log_in(hub: &Arc<Hub>, thread: Thread, greeted: Greeted, leader: Leader
     let (Some(first), Some(second)) = (hub.marks.take(&database).filter(|_| known), hub.marks.take(&database)) else {
         // While an epoch is raised no marks are known.
         if hub.reign_epoch() != Some(epoch) {
-            return tell_not_yet(wire).await;
+            return tell_not_yet(wire, start).await;
         }
         let what = format!("database \"{database}\" has no free mark");
         ClientError::fatal("53300", what, "Close connections, or restart the proxy if the database is new.")
             .write(&mut wire.to_client);
         let _ = wire.flush_client().await;
-        return None;
+        return Login::Ended;
     };
-    let mut session = Session::new(Arc::clone(hub), thread, wire, database, pid, secret, [first, second]);
+    let origin = Origin { start, cancel_key, client_key };
+    let mut session = Session::new(Arc::clone(hub), thread, wire, origin, pid, secret, [first, second]);
     session.epoch = epoch;
     session.take_context();
     session.log = EffectLog::new(Arc::clone(&hub.spill));
     session.wire.to_client.extend_from_slice(&ready);
     match session.wire.flush_client().await {
-        Ok(()) => Some(session),
+        Ok(()) => Login::In(Box::new(session)),
         Err(_) => {
             session.leave();
-            None
+            Login::Ended
         }
     }
 }
 
-/// The leader's PostgreSQL ended during the login. What it said itself, if it did, is the last word.
-async fn tell_not_yet(mut wire: Wire) -> Option<Session> {
-    match wire.farewell.take() {
-        Some(farewell) => wire.to_client.extend_from_slice(&farewell),
-        None => ClientError::fatal(
-            "57P03",
-            "the leader's PostgreSQL ended during the login; its agent starts it again",
-            "Connect again in a moment, or type: pgtandem status",
-        )
-        .write(&mut wire.to_client),
-    }
-    let _ = wire.flush_client().await;
-    None
+fn not_yet() -> ClientError {
+    ClientError::fatal(
+        "57P03",
+        "the leader's PostgreSQL ended during the login",
+        "Connect again in a moment, or type: pgtandem status",
+    )
 }
 
-/// Passes the login through. Gives the backend's process id and the `ReadyForQuery` that the client does not have yet.
-async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<(i32, BytesMut), End> {
+/// The leader's PostgreSQL ended during the login. What it said itself, if it did, is the last word; if that is only that it ends, or nothing,
+/// and the client has heard nothing either, it may begin again elsewhere.
+async fn tell_not_yet(mut wire: Wire, start: SessionStart) -> Login {
+    let farewell = wire.farewell.take();
+    let only_ends = farewell.as_ref().is_none_or(|said| message::error_summary(frame::body(said)).0.starts_with("57P"));
+    if only_ends && wire.written_bytes == 0 {
+        return Login::Unheard(Greeted { client: wire.client, start, rest: wire.from_client });
+    }
+    match farewell {
+        Some(farewell) => wire.to_client.extend_from_slice(&farewell),
+        None => not_yet().write(&mut wire.to_client),
+    }
+    let _ = wire.flush_client().await;
+    Login::Ended
+}
+
+/// A login that was passed through.
+struct LoggedIn {
+    /// The backend's process id.
+    pid: i32,
+    /// What the client cancels with.
+    cancel_key: Bytes,
+    scram: Observed,
+    /// The `ReadyForQuery` that the client does not have yet.
+    ready: BytesMut,
+}
+
+async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<LoggedIn, End> {
     wire.to_server.extend_from_slice(&start.packet);
     wire.flush_server().await?;
-    let mut pid = 0;
+    let (mut pid, mut cancel_key, mut scram) = (0, Bytes::new(), Observed::default());
     loop {
         while let Some(frame) = frame::take(&mut wire.from_server, Sender::Server).map_err(End::ServerProtocol)? {
             match frame[0] {
-                b'Z' => return Ok((pid, frame)),
+                b'Z' => return Ok(LoggedIn { pid, cancel_key, scram, ready: frame }),
                 // Passed on when the connection has ended: nobody is told twice.
                 b'E' if message::is_fatal(frame::body(&frame)) => {
                     wire.farewell = Some(frame);
                     continue;
                 }
-                b'K' => pid = Reader::new(b'K', frame::body(&frame)).i32().map_err(End::ServerProtocol)?,
+                b'K' => {
+                    pid = Reader::new(b'K', frame::body(&frame)).i32().map_err(End::ServerProtocol)?;
+                    cancel_key = Bytes::copy_from_slice(frame::body(&frame));
+                }
+                b'R' => scram.server(frame::body(&frame)),
+                b'S' => drop(wire.note_parameter(frame::body(&frame))),
                 _ => {}
             }
             wire.to_client.extend_from_slice(&frame);
@@ -216,6 +269,7 @@ async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<(i32, Byt
             if frame[0] != b'p' {
                 return Err(End::ClientGone);
             }
+            scram.client(frame::body(&frame));
             wire.to_server.extend_from_slice(&frame);
         }
         wire.flush_server().await?;
@@ -223,32 +277,40 @@ async fn authenticate(wire: &mut Wire, start: &SessionStart) -> Result<(i32, Byt
     }
 }
 
-/// Enters the epoch, prepares our statements and reads the context, all in one flight.
-async fn enter(wire: &mut Wire, epoch: u64, secret: &str) -> Result<(), End> {
+/// Enters the epoch, prepares our statements and reads the context, all in one flight. Gives the verifier of this role, if it is asked for.
+pub(super) async fn enter(
+    wire: &mut Wire,
+    epoch: u64,
+    secret: &str,
+    verifier_of: Option<&str>,
+) -> Result<Option<Bytes>, End> {
     wire.hide_errors = true;
     let out = &mut wire.to_server;
     let epoch = epoch.to_string();
     build::parse(out, b"pgtandem_enter", b"SELECT pgtandem.enter($1, $2)", &[]);
     build::bind_text(out, b"", b"pgtandem_enter", &[Some(secret.as_bytes()), Some(epoch.as_bytes())]);
     build::execute(out, b"", 0);
-    wire.expects.extend([
-        Expect::Parse { hidden: true },
-        Expect::Bind { hidden: true },
-        Expect::Execute { mode: Mode::Hidden },
-    ]);
+    let (bind, execute) = (Expect::Bind { hidden: true }, Expect::Execute { mode: Mode::Hidden });
+    wire.expects.extend([Expect::Parse { hidden: true }, bind, execute]);
     for (name, text) in schema::PREPARED {
         build::parse(out, name.as_bytes(), text.as_bytes(), &[]);
         wire.expects.push_back(Expect::Parse { hidden: true });
     }
+    if let Some(role) = verifier_of {
+        build::bind_text(out, b"", b"pgtandem_verifier", &[Some(secret.as_bytes()), Some(role.as_bytes())]);
+        build::execute(out, b"", 0);
+        wire.expects.extend([bind, execute]);
+    }
     build::bind_text(out, b"", b"pgtandem_context", &[]);
     build::execute(out, b"", 0);
     build::sync(out);
-    wire.expects.extend([
-        Expect::Bind { hidden: true },
-        Expect::Execute { mode: Mode::Hidden },
-        Expect::Sync { hidden: true },
-    ]);
+    wire.expects.extend([bind, execute, Expect::Sync { hidden: true }]);
     wire.pump(Until::Answered).await?;
     wire.hide_errors = false;
-    if wire.results.error.is_some() { Err(End::Told) } else { Ok(()) }
+    if wire.results.error.is_some() {
+        return Err(End::Told);
+    }
+    // The context is taken by the session.
+    let verifier = if verifier_of.is_some() { wire.results.values.get(1).cloned().flatten() } else { None };
+    Ok(verifier)
 }

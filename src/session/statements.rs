@@ -78,12 +78,51 @@ pub struct Statements {
     portals: HashMap<Bytes, Portal>,
     changes: VecDeque<Change>,
     batch: u64,
+    /// What the client had prepared when the cycle under way began, where that is another thing now.
+    before_cycle: HashMap<Bytes, Option<Arc<Prepared>>>,
 }
 
 impl Statements {
     /// All prepared statements are gone; everything that was sent has been answered.
     pub fn clear(&mut self) {
-        *self = Self { batch: self.batch, ..Self::default() };
+        let mut before_cycle = std::mem::take(&mut self.before_cycle);
+        for (name, prepared) in self.prepared.drain() {
+            before_cycle.entry(name).or_insert(Some(prepared));
+        }
+        *self = Self { batch: self.batch, before_cycle, ..Self::default() };
+    }
+
+    /// All that was sent has been answered; what comes from here on may have to be done once more.
+    pub fn begin_cycle(&mut self) {
+        if !self.before_cycle.is_empty() {
+            self.before_cycle.clear();
+        }
+    }
+
+    fn remember(&mut self, name: &Bytes) {
+        if !self.before_cycle.contains_key(name) {
+            self.before_cycle.insert(name.clone(), self.prepared.get(name).cloned());
+        }
+    }
+
+    /// The server is gone: what it had not answered was never done. `repeats`: nor is anything of the cycle, which begins again.
+    pub fn end_server(&mut self, repeats: bool) {
+        while let Some(change) = self.changes.pop_front() {
+            self.undo(change);
+        }
+        self.portals.clear();
+        for (name, before) in std::mem::take(&mut self.before_cycle).into_iter().filter(|_| repeats) {
+            match before {
+                Some(prepared) => drop(self.prepared.insert(name, prepared)),
+                None => drop(self.prepared.remove(&name)),
+            }
+        }
+    }
+
+    /// All prepared statements, by name.
+    #[must_use]
+    pub fn all(&self) -> Vec<(Bytes, Arc<Prepared>)> {
+        self.prepared.iter().map(|(name, prepared)| (name.clone(), Arc::clone(prepared))).collect()
     }
 
     #[must_use]
@@ -112,6 +151,7 @@ impl Statements {
 
     /// `Parse` or `Close` of a statement was sent to the server.
     pub fn send_statement(&mut self, name: Bytes, prepared: Option<Arc<Prepared>>) {
+        self.remember(&name);
         let before = match prepared {
             Some(prepared) => self.prepared.insert(name.clone(), prepared),
             None => self.prepared.remove(&name),
@@ -130,6 +170,7 @@ impl Statements {
 
     /// The server has it already, or never will.
     pub fn set_statement(&mut self, name: Bytes, prepared: Arc<Prepared>) {
+        self.remember(&name);
         self.prepared.insert(name, prepared);
     }
 
@@ -140,6 +181,7 @@ impl Statements {
 
     /// `DEALLOCATE name`, by SQL.
     pub fn deallocate(&mut self, name: &[u8]) {
+        self.remember(&Bytes::copy_from_slice(name));
         self.prepared.remove(name);
     }
 
@@ -211,6 +253,27 @@ mod tests {
 
     fn text<'s>(statements: &'s Statements, name: &'static str) -> Option<&'s str> {
         statements.prepared(name.as_bytes()).map(|p| &*p.text)
+    }
+
+    #[test]
+    fn a_cycle_that_is_repeated_finds_what_was_there_before_it() {
+        let mut all = Statements::default();
+        let name = |name: &'static str| Bytes::from_static(name.as_bytes());
+        all.set_statement(name("kept"), prepared("kept"));
+        all.set_statement(name("gone"), prepared("gone"));
+        all.begin_cycle();
+        all.send_statement(name("new"), Some(prepared("new")));
+        all.settle(&mut VecDeque::from([true]));
+        all.deallocate(b"gone");
+        all.send_statement(name("kept"), Some(prepared("never answered")));
+        all.end_server(true);
+        assert_eq!((text(&all, "kept"), text(&all, "gone"), text(&all, "new")), (Some("kept"), Some("gone"), None));
+        all.begin_cycle();
+        all.send_statement(name("new"), Some(prepared("new")));
+        all.settle(&mut VecDeque::from([true]));
+        all.send_statement(name("kept"), None);
+        all.end_server(false);
+        assert_eq!((text(&all, "kept"), text(&all, "new")), (Some("kept"), Some("new")));
     }
 
     #[test]

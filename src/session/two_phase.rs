@@ -28,6 +28,7 @@ use crate::sql::plan::Finish;
 impl Session {
     /// PREPARE TRANSACTION in a block of the client's. After an error the transaction is gone everywhere.
     pub async fn prepare_transaction(&mut self, gid: &str) -> Result<Told, End> {
+        self.cycle.is_special = true;
         self.wire.flush_much_to_client().await?;
         if self.halves.is_some() {
             // A half that is open on a follower has a connection of its own and ends with its session.
@@ -178,7 +179,7 @@ impl Session {
         };
         match self.followers(&hub, log, decision, &RefCell::new(None)).prepare(held).await {
             Ok(_) => {}
-            Err(PrepareError::ReignOver) => return Err(self.tell_rolled_back().await),
+            Err(PrepareError::ReignOver) => return Err(End::RolledBack),
             Err(error) => {
                 return self.abort(std::mem::take(held), decision, prepare_error(&error)).await.map(Err);
             }
@@ -236,6 +237,7 @@ impl Session {
         expect: Expect,
         finish: &Finish,
     ) -> Result<Result<(), ClientError>, End> {
+        self.cycle.is_special = true;
         let Finish { gid, commit } = finish;
         let hub = Arc::clone(&self.hub);
         let transaction = match hub.two_phase.take(gid, &self.database) {
@@ -259,8 +261,8 @@ impl Session {
         let mut closed: Option<Closed<'_>> = None;
         let pass = match flight {
             Some(Err(error)) => Err(error),
-            _ if ddl => Self::pass_and_close(&hub, &mut closed).await,
-            _ => Self::pass_open(&hub).await,
+            _ if ddl => self.pass_and_close(&hub, &mut closed).await,
+            _ => self.pass_open(&hub).await,
         };
         let pass = match pass {
             Ok(pass) => pass,
@@ -347,7 +349,8 @@ impl Session {
             let servers = Servers { hub: &hub, epoch, secret: &secret };
             while tokio::time::Instant::now() < deadline {
                 let look = async {
-                    resolve::backend_gone(&mut hub.leader_connection(HOME).await?, pid).await?;
+                    let mut leader = hub.leader_connection_of(HOME, &secret, epoch).await?;
+                    resolve::backend_gone(&mut leader, pid).await?;
                     two_phase::look(&servers, &transaction.note).await
                 };
                 let found: Result<Fate, HubError> = look.await;

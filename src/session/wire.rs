@@ -4,22 +4,22 @@
 //! first of them. Hidden ones are ours: their answers are kept for the session and never reach the client. Runs of frames
 //! that are only forwarded move as one piece, without a copy, and leave in one write.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::pg::build;
 use crate::pg::frame::{self, FrameError, HEADER_BYTES, Header, Sender};
 use crate::pg::message::{self, Reader};
+use crate::replicate::leader::LeaderStream;
 pub use crate::session::expect::{Expect, Mode, Results, Until};
 use crate::session::rewrite;
 use crate::session::transport::ClientStream;
 
 /// Bytes that wait for a client before they are written, although the statement goes on.
-const OUT_BYTES_MAX: usize = 64 * 1024;
+pub(super) const OUT_BYTES_MAX: usize = 64 * 1024;
 /// Reads of that many bytes at once.
 pub const READ_BYTES: usize = 16 * 1024;
 /// Buffers above this are given back when they are empty.
@@ -34,6 +34,9 @@ pub enum End {
     ClientGone,
     #[error("the connection to the leader's PostgreSQL ended")]
     ServerGone,
+    /// The same, with a transaction under way of which it is known that it is rolled back everywhere.
+    #[error("the leader's PostgreSQL ended before the transaction was committed")]
+    RolledBack,
     #[error("the client broke the protocol: {0}")]
     ClientProtocol(FrameError),
     #[error("the leader's PostgreSQL broke the protocol: {0}")]
@@ -46,8 +49,6 @@ pub enum End {
     Unknown,
 }
 
-/// What waits from the server while something is written to it; past that it is taken first.
-const IN_BYTES_MAX: usize = 256 * 1024;
 /// Rows of one portal that wait for a client which fetches in parts.
 const HELD_BYTES_MAX: usize = 16 << 20;
 /// Stripped rows are handed over at this many bytes.
@@ -56,7 +57,9 @@ const ROWS_BYTES_MAX: usize = 256 * 1024;
 #[derive(Debug)]
 pub struct Wire {
     pub client: ClientStream,
-    pub server: UnixStream,
+    pub server: LeaderStream,
+    /// Cancelled when the leader counts as lost: it may never answer.
+    pub lost: CancellationToken,
     pub from_client: BytesMut,
     pub from_server: BytesMut,
     pub to_client: BytesMut,
@@ -66,9 +69,9 @@ pub struct Wire {
     /// Transaction status of the last `ReadyForQuery`: `I`, `T`, `E`.
     pub status: u8,
     /// Bytes of the frame that is being passed to the client and has not come yet.
-    passing: usize,
+    pub(super) passing: usize,
     /// A statement failed and the server skips until the next Sync.
-    skipping: bool,
+    pub(super) skipping: bool,
     /// `ReadyForQuery` for the client is held back, as is the command tag of a statement whose commit is not decided.
     pub hold_ready: bool,
     pub hold_tag: bool,
@@ -84,11 +87,14 @@ pub struct Wire {
     /// Rows for the client go to `held_rows`: it fetches in parts.
     pub hold_rows: bool,
     pub held_rows: VecDeque<BytesMut>,
-    held_bytes: usize,
+    pub(super) held_bytes: usize,
     /// A BEGIN that the client has been told of waits in `to_server` to leave together with what comes next.
     pub begin_waits: bool,
-    /// How often something was written to the client.
+    /// How often something was written to the client, and how many bytes in all.
     pub flushes: u64,
+    pub written_bytes: u64,
+    /// Parameters of the session as the client was told them last.
+    pub told_parameters: HashMap<Box<[u8]>, Box<[u8]>>,
     /// Nothing is written to the client now: it must not hold up a commit under way.
     pub mute: bool,
     /// Rows of a statement that are kept at most; the rest are only counted by the server.
@@ -104,12 +110,13 @@ pub struct Wire {
 
 impl Wire {
     #[must_use]
-    pub fn new(client: ClientStream, server: UnixStream, from_client: BytesMut, from_server: BytesMut) -> Self {
+    pub fn new(client: ClientStream, server: LeaderStream, lost: CancellationToken, from_client: BytesMut) -> Self {
         Self {
             client,
             server,
+            lost,
             from_client,
-            from_server,
+            from_server: BytesMut::new(),
             to_client: BytesMut::with_capacity(READ_BYTES),
             to_server: BytesMut::with_capacity(READ_BYTES),
             expects: VecDeque::new(),
@@ -128,6 +135,8 @@ impl Wire {
             held_bytes: 0,
             begin_waits: false,
             flushes: 0,
+            written_bytes: 0,
+            told_parameters: HashMap::new(),
             mute: false,
             rows_kept_max: usize::MAX,
             secret: Arc::from(""),
@@ -143,90 +152,6 @@ impl Wire {
         let all = self.held_bytes <= HELD_BYTES_MAX;
         self.held_bytes = 0;
         all.then_some(rows)
-    }
-
-    /// Writes what waits for the client.
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub async fn flush_client(&mut self) -> Result<(), End> {
-        if !self.to_client.is_empty() && !self.mute {
-            self.flushes += 1;
-            self.client.write_all(&self.to_client).await.map_err(|_| End::ClientGone)?;
-            self.client.flush().await.map_err(|_| End::ClientGone)?;
-            rewrite::shrink(&mut self.to_client);
-        }
-        Ok(())
-    }
-
-    /// Writes what waits for the client if it is so much that it would be written soon anyway.
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub async fn flush_much_to_client(&mut self) -> Result<(), End> {
-        if self.to_client.len() > OUT_BYTES_MAX / 2 { self.flush_client().await } else { Ok(()) }
-    }
-
-    /// Writes what waits for the server, and reads meanwhile: a server that can not get rid of its answers reads nothing more.
-    ///
-    /// # Errors
-    /// If one of both sides is gone or breaks the protocol.
-    pub async fn flush_server(&mut self) -> Result<(), End> {
-        self.begin_waits = false;
-        let mut sent = 0;
-        while sent < self.to_server.len() {
-            if self.from_server.len() > IN_BYTES_MAX {
-                self.absorb()?;
-                self.flush_client().await?;
-            }
-            self.from_server.reserve(READ_BYTES);
-            let (mut read, mut write) = self.server.split();
-            let rest = self.to_server.get(sent..).unwrap_or_default();
-            tokio::select! {
-                biased;
-                n = write.write(rest) => match n {
-                    Ok(n) if n > 0 => sent += n,
-                    _ => return Err(End::ServerGone),
-                },
-                n = read.read_buf(&mut self.from_server) => match n {
-                    Ok(n) if n > 0 => {}
-                    _ => return Err(End::ServerGone),
-                },
-            }
-        }
-        rewrite::shrink(&mut self.to_server);
-        Ok(())
-    }
-
-    /// Reads more from the server; what it says is not looked at yet.
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub async fn fill_from_server(&mut self) -> Result<(), End> {
-        self.from_server.reserve(READ_BYTES);
-        match self.server.read_buf(&mut self.from_server).await {
-            Ok(n) if n > 0 => Ok(()),
-            _ => Err(End::ServerGone),
-        }
-    }
-
-    /// Waits for either side.
-    ///
-    /// # Errors
-    /// If one of them is gone.
-    pub async fn fill_either(&mut self) -> Result<(), End> {
-        self.from_client.reserve(READ_BYTES);
-        self.from_server.reserve(READ_BYTES);
-        tokio::select! {
-            n = self.client.read_buf(&mut self.from_client) => match n {
-                Ok(n) if n > 0 => Ok(()),
-                _ => Err(End::ClientGone),
-            },
-            n = self.server.read_buf(&mut self.from_server) => match n {
-                Ok(n) if n > 0 => Ok(()),
-                _ => Err(End::ServerGone),
-            },
-        }
     }
 
     /// Sends what waits for the server and takes answers until `until` holds. The client gets what is its own; it is
@@ -345,10 +270,9 @@ impl Wire {
             }
             b'N' | b'A' => self.to_client.extend_from_slice(frame),
             b'S' => {
-                if let Some(name) = message::parameter(frame::body(frame), b"client_encoding") {
-                    self.client_encoding = Some(name.into());
+                if self.note_parameter(frame::body(frame)) {
+                    self.to_client.extend_from_slice(frame);
                 }
-                self.to_client.extend_from_slice(frame);
             }
             b'E' => self.take_error(frame),
             b'Z' => self.take_ready(frame)?,
@@ -357,17 +281,20 @@ impl Wire {
         Ok(())
     }
 
+    /// Keeps what the server said of a parameter. True: the client has not been told just that.
+    pub fn note_parameter(&mut self, body: &[u8]) -> bool {
+        if let Some(name) = message::parameter(body, b"client_encoding") {
+            self.client_encoding = Some(name.into());
+        }
+        let mut r = Reader::new(b'S', body);
+        let (Ok(name), Ok(value)) = (r.string(), r.string()) else { return true };
+        let before = self.told_parameters.insert(name.into(), value.into());
+        before.is_none_or(|before| *before != *value)
+    }
+
     /// Whether what the server does now is a statement of the proxy's own.
     fn is_ours(&self) -> bool {
-        match self.expects.front() {
-            Some(
-                Expect::Parse { hidden } | Expect::Bind { hidden } | Expect::Close { hidden } | Expect::Sync { hidden },
-            ) => *hidden,
-            Some(Expect::Describe { mode } | Expect::Execute { mode } | Expect::Query { mode }) => {
-                matches!(mode, Mode::Hidden | Mode::Keep)
-            }
-            Some(Expect::Function) | None => false,
-        }
+        self.expects.front().is_some_and(|expect| expect.is_hidden())
     }
 
     fn take_error(&mut self, frame: &BytesMut) {

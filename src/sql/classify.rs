@@ -23,6 +23,7 @@ use super::refuse::{OWN_PREFIX, data_modifying_with, not_yet, own_schema, own_st
 use super::sequences::{self, SequenceUse};
 use super::shape::Shape;
 use super::shared::{self, SharedText};
+use super::stays::{Stays, stays};
 use super::text::Edits;
 use super::{carry, copy, ddl, encoding, insert, merge, modify, named};
 
@@ -75,6 +76,7 @@ fn plan(lane: Lane) -> Plan {
         drops_prepared: false,
         one_row: None,
         locks: None,
+        stays: Stays::Nothing,
     }
 }
 
@@ -93,10 +95,13 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
         return plan(own_statements());
     }
     match &statement.node {
-        NodeEnum::VariableSetStmt(set) => Plan { changes_settings: true, ..plan(set_variable(set)) },
-        NodeEnum::DiscardStmt(discard) => {
-            let all = discard.target == pg_query::protobuf::DiscardMode::DiscardAll as i32;
-            Plan { changes_settings: all, drops_prepared: all, ..plan(read(false)) }
+        node @ NodeEnum::VariableSetStmt(set) => {
+            Plan { changes_settings: true, stays: stays(node, &Needs::default()), ..plan(set_variable(set)) }
+        }
+        node @ NodeEnum::DiscardStmt(_) => {
+            let stays = stays(node, &Needs::default());
+            let all = stays == Stays::All;
+            Plan { changes_settings: all, drops_prepared: all, stays, ..plan(read(false)) }
         }
         NodeEnum::DeallocateStmt(deallocate) if deallocate.isall => Plan { drops_prepared: true, ..plan(read(false)) },
         node => {
@@ -116,7 +121,14 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
                 (NodeEnum::SelectStmt(select), Lane::Read { guard: false, .. }) => one_row(select, &context),
                 _ => None,
             };
-            Plan { changes_settings, sequences, one_row, locks: locks(node, &context), ..plan(lane) }
+            Plan {
+                changes_settings,
+                sequences,
+                one_row,
+                locks: locks(node, &context),
+                stays: stays(node, &needs),
+                ..plan(lane)
+            }
         }
     }
 }

@@ -41,5 +41,6 @@ mod scan;
 pub mod sequences;
 pub mod shape;
 pub mod shared;
+pub mod stays;
 mod target;
 pub mod text;

@@ -15,6 +15,7 @@ use super::named::Named;
 use super::rows::RowTexts;
 use super::sequences::SequenceUse;
 use super::shared::SharedText;
+use super::stays::Stays;
 use super::text::Edits;
 
 /// What is done with every statement of one shape, under one context and schema number.
@@ -31,6 +32,8 @@ pub struct Plan {
     pub one_row: Option<SharedText>,
     /// The table that it leaves locked on the leader until its transaction ends: an oid there. Not told of every statement.
     pub locks: Option<u32>,
+    /// What it leaves behind in the session.
+    pub stays: Stays,
 }
 
 #[derive(Clone, Debug, PartialEq)]

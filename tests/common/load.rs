@@ -28,7 +28,7 @@ pub async fn wait_writes(cluster: &Cluster, probe: &Probe, more: u64) {
 /// nothing prepared.
 pub async fn finish(cluster: &Cluster, probe: Probe) -> Seen {
     let seen = probe.finish().await;
-    cluster.wait_member(1, true).await;
+    cluster.recover_all().await;
     cluster.assert_identical().await;
     for index in 0..2 {
         let client = cluster.connect_node(index, "postgres").await;
@@ -54,6 +54,6 @@ pub fn assert_errors(seen: &Seen, allowed: &[&str]) {
 
 /// What a client may see when its connection to the proxy or the proxy itself is lost: the driver's words.
 pub const LOST: [&str; 3] = ["connection closed", "error communicating with the server", "error connecting to server"];
-/// What a client may see when the leader's PostgreSQL is lost. `connection closed` is what the driver makes of a FATAL
-/// that comes between two statements.
-pub const LEADER_LOST: [&str; 4] = ["FATAL 57P01", "FATAL 40001", "FATAL 57P03", "connection closed"];
+/// What a client may see when its backend ends. `connection closed` is what the driver makes of a FATAL that comes between two
+/// statements. `ERROR 40001`: the leader was lost with it.
+pub const LEADER_LOST: [&str; 5] = ["FATAL 57P01", "FATAL 40001", "FATAL 57P03", "connection closed", "ERROR 40001"];

@@ -105,6 +105,36 @@ impl Cluster {
         kill(&self.layout.postmaster_pid_file(index));
     }
 
+    /// This signal to every process of a node's PostgreSQL: gives their ids.
+    pub fn signal_postgres(&self, index: usize, signal: rustix::process::Signal) -> Vec<rustix::process::Pid> {
+        let postmaster = pid_in(&self.layout.postmaster_pid_file(index));
+        rustix::process::kill_process(postmaster, signal).expect("a signal");
+        let mut signalled = vec![postmaster];
+        // The postmaster stands still first, so no child is born meanwhile.
+        for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()).and_then(rustix::process::Pid::from_raw)
+            else {
+                continue;
+            };
+            if parent_of(pid) == Some(postmaster) && rustix::process::kill_process(pid, signal).is_ok() {
+                signalled.push(pid);
+            }
+        }
+        signalled
+    }
+
+    /// Another value in the configuration, and a proxy that has read it.
+    pub async fn configure(&self, line: &str, instead: &str) {
+        let path = self.config_path();
+        let text = std::fs::read_to_string(&path).expect("the configuration");
+        assert!(text.contains(line), "{text}");
+        std::fs::write(&path, text.replace(line, instead)).expect("the configuration");
+        self.kill_proxy();
+        self.start_again();
+        self.wait_well().await;
+    }
+
     pub fn kill_agent(&self, index: usize) {
         kill(&self.layout.agent_pid_file(index));
     }
@@ -199,6 +229,29 @@ impl Cluster {
         assert!(output.status.success(), "recover: {}\n{}", text(&output), self.logs());
     }
 
+    /// `pgtandem recover` of every node that is no member.
+    pub async fn recover_all(&self) {
+        let mut members = Vec::new();
+        wait_for("the proxy answers", async || control::members(&self.layout).await.is_ok_and(|all| !all.is_empty()))
+            .await;
+        members.extend(control::members(&self.layout).await.unwrap_or_default());
+        for index in 0..self.layout.plan.nodes {
+            if !members.contains(&Layout::node_name(index)) {
+                // One that was killed may be in its own crash recovery still.
+                let port = self.layout.postgres_port(index);
+                wait_for("it runs", async || sandbox::compare::connect(port, "postgres").await.is_ok()).await;
+                self.recover(index);
+            }
+        }
+    }
+
+    /// The node that leads, as the status has it.
+    pub fn leader(&self) -> usize {
+        let (status, _) = self.status();
+        let leads = |index: &usize| status.contains(&format!("leader {}", Layout::node_name(*index)));
+        (0..self.layout.plan.nodes).find(leads).unwrap_or_else(|| panic!("nobody leads: {status}\n{}", self.logs()))
+    }
+
     /// What `pgtandem status` prints, and its exit code.
     pub fn status(&self) -> (String, Option<i32>) {
         let output = self.command(&["status"]);
@@ -286,6 +339,12 @@ fn pid_in(pid_file: &Path) -> rustix::process::Pid {
     let text = std::fs::read_to_string(pid_file).unwrap_or_else(|error| panic!("{}: {error}", pid_file.display()));
     let pid: i32 = text.lines().next().and_then(|line| line.trim().parse().ok()).expect("a pid");
     rustix::process::Pid::from_raw(pid).expect("a pid")
+}
+
+fn parent_of(pid: rustix::process::Pid) -> Option<rustix::process::Pid> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    let parent = stat.rsplit_once(") ")?.1.split_whitespace().nth(1)?.parse().ok()?;
+    rustix::process::Pid::from_raw(parent)
 }
 
 /// Whether there is such a process, and not only its exit status.

@@ -22,15 +22,14 @@ struct Membership {
 
 /// A node that clients of this proxy can see.
 fn serving(world: &World) -> impl Iterator<Item = (usize, bool)> + '_ {
-    let proxies = world.proxies.iter().enumerate();
-    proxies.filter_map(|(own, proxy)| proxy.as_ref().filter(|p| p.serves()).map(|p| (own, p))).flat_map(
-        |(own, proxy)| {
-            // Sessions of an older epoch than the database's are ended.
-            let lives = world.nodes[own].epoch == proxy.epoch;
-            let nodes = proxy.set.nodes.iter().map(|name| World::index(name));
-            nodes.filter(move |_| lives).map(move |node| (node, node == own))
-        },
-    )
+    let proxies = world.proxies.iter();
+    proxies.filter_map(|proxy| proxy.as_ref().filter(|p| p.serves())).flat_map(|proxy| {
+        // Sessions of an older epoch than the database's are ended.
+        let leader = proxy.leader();
+        let lives = world.nodes[leader].epoch == proxy.epoch;
+        let nodes = proxy.set.nodes.iter().map(|name| World::index(name));
+        nodes.filter(move |_| lives).map(move |node| (node, node == leader))
+    })
 }
 
 fn told_committed_is_there(world: &World) -> bool {
@@ -156,6 +155,11 @@ impl Model for Membership {
                     },
                 ));
             }
+            if self.budget.losses > 0 {
+                properties.push(Property::sometimes("another member leads", |_, world: &World| {
+                    world.taken_over && matches!(world.writes[0], Write::Acknowledged { .. })
+                }));
+            }
             if self.budget.recoveries > 0 {
                 properties.push(Property::sometimes("a node joins", |_, world: &World| world.rejoined));
             }
@@ -175,6 +179,7 @@ const NOTHING: Budget = Budget {
     recoveries: 0,
     promotions: 0,
     failures: 0,
+    losses: 0,
 };
 
 fn states() -> usize {
@@ -198,6 +203,7 @@ fn deeper(budget: Budget) -> Budget {
         recoveries: more(budget.recoveries),
         promotions: more(budget.promotions),
         failures: more(budget.failures),
+        losses: more(budget.losses),
     }
 }
 
@@ -229,7 +235,7 @@ fn assert_holds(nodes: usize, members: usize, budget: Budget) {
     let (found, text) = explore(nodes, members, budget, Mutant::None);
     let broken: Vec<_> = found.iter().filter(|name| name.starts_with('I')).collect();
     assert!(broken.is_empty(), "{broken:?}\n{text}");
-    let sometimes = usize::from(budget.promotions > 0) + usize::from(budget.recoveries > 0);
+    let sometimes = [budget.promotions, budget.recoveries, budget.losses].iter().filter(|n| **n > 0).count();
     assert_eq!(found.len(), sometimes, "what should be possible was not reached: {found:?}\n{text}");
 }
 
@@ -248,6 +254,7 @@ fn assert_caught_on(nodes: usize, members: usize, budget: Budget, mutant: Mutant
 
 const TAKEOVER: Budget = Budget { crashes: 2, promotions: 1, failures: 1, ..NOTHING };
 const LEASES: Budget = Budget { ticks: 3, asks: 1, suspicions: 1, partitions: 1, ..NOTHING };
+const LOSS: Budget = Budget { losses: 1, failures: 1, ..NOTHING };
 const RECOVERY: Budget = Budget { suspicions: 1, recoveries: 1, crashes: 1, promotions: 1, failures: 1, ..NOTHING };
 
 #[test]
@@ -263,6 +270,32 @@ fn leases_end_and_nodes_are_left_behind() {
 #[test]
 fn nodes_are_lost_filled_and_join_again() {
     assert_holds(2, 2, Budget { torn: 1, ..RECOVERY });
+}
+
+#[test]
+fn the_leader_is_lost_and_the_proxy_lives() {
+    assert_holds(2, 2, Budget { crashes: 1, suspicions: 1, ..LOSS });
+}
+
+#[test]
+fn the_leader_is_lost_filled_and_lost_again() {
+    assert_holds(2, 2, Budget { losses: 2, recoveries: 1, failures: 0, ..LOSS });
+}
+
+#[test]
+fn one_of_three_is_lost_and_the_proxy_lives() {
+    assert_holds(3, 3, Budget { crashes: 1, ..LOSS });
+}
+
+#[test]
+fn a_failure_that_is_told_without_the_new_leaders_marks_is_caught() {
+    assert_caught(LOSS, Mutant::MarkNotAskedAfterLoss, &["I9"]);
+}
+
+#[test]
+fn an_old_leader_with_a_lease_is_caught() {
+    let budget = Budget { ticks: 1, asks: 1, crashes: 0, partitions: 1, losses: 2, recoveries: 1, failures: 0, ..LOSS };
+    assert_caught(budget, Mutant::OldLeaderNotWaitedOut, &["I4"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use pgtandem::cluster::promote::{self, Case, Plan, Stated};
 use pgtandem::cluster::start::{self, Occasion, Other};
 use pgtandem::cluster::{members, record};
 use pgtandem::replicate::resolve::{self, Fate, Survivor};
-use pgtandem_proto::membership::{NodeState, Record};
+use pgtandem_proto::membership::{MemberSet, NodeState, Record};
 
 use crate::steps::{Mutant, tunnel};
 use crate::world::{Half, NAMES, Phase, Promotion, Proxy, World, Write};
@@ -20,13 +20,20 @@ pub fn start_proxy(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
     let record = &w.nodes[own].record;
     let start = if mutant == Mutant::NobodyAskedAtStart {
         let nobody: Vec<_> = others.iter().map(|other| Other { record: None, ..*other }).collect();
-        start::judge(record, &nobody, Occasion::LeaderBack { epoch: record.promised })
+        let set = record.members.as_ref()?;
+        start::judge(record, &nobody, Occasion::LeaderBack { epoch: record.promised, set })
     } else {
         start::judge(record, &others, Occasion::Start)
     };
-    let start = start.ok()?;
+    begin(w, own, start.ok()?)
+}
+
+/// Everybody who goes on promises.
+fn begin(w: &mut World, own: usize, start: start::Start) -> Option<()> {
     let leaving: BTreeSet<String> = start.leaving.iter().map(|(name, _)| name.clone()).chain(start.silent).collect();
-    let promising: Vec<usize> = start.followers.iter().map(|name| World::index(name)).chain([own]).collect();
+    let leader = World::index(&start.set.leader);
+    let promising: BTreeSet<usize> =
+        start.followers.iter().map(|name| World::index(name)).chain([own, leader]).collect();
     for node in promising {
         let promised = record::promise(&w.nodes[node].record, start.epoch);
         w.change(node, promised).then_some(())?;
@@ -43,30 +50,86 @@ pub fn start_proxy(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
     Some(())
 }
 
+/// The leader's PostgreSQL ends, or hangs: another member stores that it leads.
+pub fn lose_leader(w: &mut World, own: usize) -> Option<()> {
+    let p = w.proxies[own].as_ref()?;
+    let (epoch, set, leader) = (p.epoch, p.set.clone(), p.leader());
+    let candidate = |node: usize| start::Candidate {
+        node: NAMES[node],
+        answer: w.reaches(own, node).then_some((&w.nodes[node].record, node != leader)),
+    };
+    let candidates: Vec<_> = (0..w.nodes.len()).map(candidate).collect();
+    let next = start::successor(NAMES[own], &set, epoch, &candidates)?;
+    w.left.losses -= 1;
+    let generation = w.new_generation();
+    let at = World::index(&next.leader);
+    let stored = record::store(&w.nodes[at].record, &next, NodeState::InSync, true, Some(&generation), None);
+    w.change(at, stored).then_some(())?;
+    let left = set.nodes.iter().filter(|name| **name != next.leader).cloned().collect();
+    let p = w.proxies[own].as_mut()?;
+    p.phase = Phase::TakingOver { next, left, generation };
+    (p.shrink, p.join) = (None, None);
+    Some(())
+}
+
+/// Somebody else hears of it; one that leaves and can not be reached has its lease waited out.
+pub fn tell_taken(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
+    let p = w.proxies[own].as_mut()?;
+    let Phase::TakingOver { next, left, generation } = &mut p.phase else { return None };
+    let (next, name, generation) = (next.clone(), left.pop()?, generation.clone());
+    let stays = members::contains(&next, &name);
+    p.grants.stop(&name);
+    let free_at = p.grants.free_at(&name);
+    let node = World::index(&name);
+    let (state, generation) = if stays { (NodeState::InSync, Some(generation)) } else { (NodeState::Stale, None) };
+    let stored = record::store(&w.nodes[node].record, &next, state, stays, generation.as_deref(), None);
+    let is_told = w.reaches(own, node) && w.change(node, stored);
+    // One that should stay is found out by the reign that follows.
+    let is_free = free_at.is_none_or(|at| w.now >= at) || mutant == Mutant::OldLeaderNotWaitedOut;
+    (is_told || is_free).then_some(())
+}
+
+/// The reign under the new leader begins, as at every return of a leader.
+pub fn start_with_taken(w: &mut World, own: usize) -> Option<()> {
+    let p = w.proxies[own].as_ref()?;
+    let Phase::TakingOver { next, .. } = &p.phase else { return None };
+    let others: Vec<Other<'_>> = (0..w.nodes.len())
+        .filter(|other| *other != own)
+        .map(|other| Other { node: NAMES[other], record: w.reaches(own, other).then_some(&w.nodes[other].record) })
+        .collect();
+    let occasion = Occasion::LeaderBack { epoch: p.epoch, set: next };
+    let start = w.reaches(own, own).then(|| start::judge(&w.nodes[own].record, &others, occasion))?.ok()?;
+    let is_free = |name: &String| p.grants.free_at(name).is_none_or(|at| w.now >= at);
+    start.silent.iter().all(is_free).then_some(())?;
+    begin(w, own, start)
+}
+
 /// Every member's databases: older sessions end, what is prepared is decided.
 pub fn settle(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
     let p = w.proxies[own].as_ref()?;
-    let (epoch, set) = (p.epoch, p.set.clone());
+    let (epoch, set, leads) = (p.epoch, p.set.clone(), p.leader());
     let Phase::Promised { leaving } = &p.phase else { return None };
     let mut leaving = leaving.clone();
     let mut staying = Vec::new();
-    for name in set.nodes.iter().filter(|name| *name != NAMES[own] && !leaving.contains(*name)) {
+    for name in set.nodes.iter().filter(|name| *name != NAMES[leads] && !leaving.contains(*name)) {
         let node = World::index(name);
         if tunnel(w, own, node, epoch) {
             w.nodes[node].epoch = epoch;
             staying.push(node);
         }
     }
-    leaving
-        .extend(set.nodes.iter().filter(|name| *name != NAMES[own] && !staying.contains(&World::index(name))).cloned());
-    if !w.reaches(own, own) || w.nodes[own].record.promised != epoch {
+    leaving.extend(
+        set.nodes.iter().filter(|name| *name != NAMES[leads] && !staying.contains(&World::index(name))).cloned(),
+    );
+    if !w.reaches(own, leads) || w.nodes[leads].record.promised != epoch {
         return None;
     }
-    w.nodes[own].epoch = epoch;
+    w.nodes[leads].epoch = epoch;
     let survivors: Vec<Survivor> = staying.iter().map(|node| survivor(w, *node)).collect();
-    let takes_over = w.nodes[own].record.taking_over;
+    let knows = w.nodes[leads].record.members.as_ref().is_some_and(|set| set.leader == NAMES[leads]);
+    let takes_over = w.nodes[leads].record.taking_over || !knows;
     for write in 0..w.writes.len() {
-        if w.nodes[own].halves[write].is_prepared() {
+        if w.nodes[leads].halves[write].is_prepared() {
             let gid = write.to_string();
             let fate = resolve::without_leader("shop", &gid, i32::try_from(write).ok()?, 1, &survivors);
             let commit = match mutant {
@@ -74,9 +137,9 @@ pub fn settle(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
                 Mutant::PresumedWithoutAsking => takes_over,
                 _ => takes_over && fate != Fate::NotEverywhere,
             };
-            w.nodes[own].halves[write] = w.nodes[own].halves[write].finished(commit);
+            w.nodes[leads].halves[write] = w.nodes[leads].halves[write].finished(commit);
         }
-        let leader = w.nodes[own].halves[write].is_committed();
+        let leader = w.nodes[leads].halves[write].is_committed();
         for node in staying.clone() {
             let half = w.nodes[node].halves[write];
             if half.is_prepared() {
@@ -104,9 +167,11 @@ pub fn settle(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
         }
     }
     let next = members::in_epoch(&next, epoch, NAMES[own]).ok()?;
-    let left =
-        [NAMES[own].to_owned()].into_iter().chain(next.nodes.iter().filter(|n| *n != NAMES[own]).cloned()).collect();
-    let shrinks = start::shrinks(&w.nodes[own].record, &next) && mutant != Mutant::SameGenerationAlone;
+    let others = next.nodes.iter().filter(|n| *n != NAMES[leads]).cloned();
+    // The proxy's own node knows where its proxy is, although it may be no member.
+    let bystander = (!members::contains(&next, NAMES[own])).then(|| NAMES[own].to_owned());
+    let left = [NAMES[leads].to_owned()].into_iter().chain(others).chain(bystander).collect();
+    let shrinks = start::shrinks(&w.nodes[leads].record, &next) && mutant != Mutant::SameGenerationAlone;
     let generation = shrinks.then(|| w.new_generation());
     w.proxies[own].as_mut()?.phase = Phase::Storing { next, left, generation };
     Some(())
@@ -122,24 +187,63 @@ pub fn survivor(w: &World, node: usize) -> Survivor {
 }
 
 /// The set of the new epoch, on one member after another, the leader first; when all have it, clients are served.
-pub fn store(w: &mut World, own: usize) -> Option<()> {
+pub fn store(w: &mut World, own: usize, mutant: Mutant) -> Option<()> {
     let p = w.proxies[own].as_ref()?;
     let Phase::Storing { next, left, generation } = p.phase.clone() else { return None };
     let node = World::index(left.first()?);
     if !w.reaches(own, node) {
         return None;
     }
-    let stored = record::store(&w.nodes[node].record, &next, NodeState::InSync, true, generation.as_deref(), None);
+    let is_member = members::contains(&next, NAMES[node]);
+    let state = match w.nodes[node].record.state {
+        _ if is_member => NodeState::InSync,
+        NodeState::InSync => NodeState::Stale,
+        state => state,
+    };
+    let generation_here = generation.as_deref().filter(|_| is_member);
+    let stored = record::store(&w.nodes[node].record, &next, state, true, generation_here, None);
     w.change(node, stored).then_some(())?;
-    let p = w.proxies[own].as_mut()?;
     let left: Vec<String> = left[1..].to_vec();
     if left.is_empty() {
+        settle_clients(w, own, &next, mutant);
+    }
+    let p = w.proxies[own].as_mut()?;
+    if left.is_empty() {
+        w.taken_over |= next.leader != NAMES[own];
         p.set = next;
         p.phase = Phase::Serving;
     } else {
         p.phase = Phase::Storing { next, left, generation };
     }
     Some(())
+}
+
+/// Clients that kept their connections through the loss of the leader: what was under way is as the new leader's marks say.
+fn settle_clients(w: &mut World, own: usize, next: &MemberSet, mutant: Mutant) {
+    let leader = World::index(&next.leader);
+    for write in 0..w.writes.len() {
+        let is_committed = w.nodes[leader].halves[write].is_committed();
+        w.writes[write] = match w.writes[write] {
+            Write::Open { by, epoch } | Write::Failing { by, epoch } if by == own && epoch < next.epoch => {
+                if is_committed && mutant != Mutant::MarkNotAskedAfterLoss {
+                    Write::Sent { by, epoch: next.epoch }
+                } else {
+                    Write::ToldFailed
+                }
+            }
+            Write::Sent { by, epoch } if by == own && epoch < next.epoch => {
+                if is_committed {
+                    Write::Sent { by, epoch: next.epoch }
+                } else {
+                    Write::ToldFailed
+                }
+            }
+            Write::Acknowledged { by, epoch, .. } if by == own && epoch < next.epoch => {
+                Write::Acknowledged { by, epoch: next.epoch, finished: true }
+            }
+            other => other,
+        };
+    }
 }
 
 /// The first half of `pgtandem promote`: judged, promised here and by whoever answers, who end what is older.
@@ -203,7 +307,7 @@ pub fn contact(w: &mut World, proxy: usize, node: usize) -> Option<()> {
     let p = w.proxies[proxy].as_ref()?;
     let theirs: &Record = &w.nodes[node].record;
     let recorded = theirs.members.as_ref().map_or((0, 0), members::number);
-    let state = record::left_behind(theirs, &w.nodes[proxy].record.generations);
+    let state = record::left_behind(theirs, &w.nodes[p.leader()].record.generations);
     let is_news = match theirs.state {
         NodeState::InSync => true,
         NodeState::Stale | NodeState::Suspect => state == NodeState::Forked,

@@ -28,6 +28,7 @@ const LIFE: Budget = Budget {
     recoveries: 6,
     promotions: 4,
     failures: 4,
+    losses: 4,
 };
 
 /// SplitMix64: small, and the same on every machine and in every version.
@@ -78,7 +79,7 @@ fn weight(step: &Step) -> usize {
         | Step::TearRecord(_)
         | Step::LoseReply(_)
         | Step::JoinFailed(_) => 1,
-        Step::Suspect { .. } | Step::Promote { .. } => 2,
+        Step::Suspect { .. } | Step::Promote { .. } | Step::LoseLeader(_) => 2,
         Step::Tick | Step::Ask(_) | Step::Cut { .. } => 4,
         _ => 12,
     }

@@ -5,7 +5,9 @@ use pgtandem::cluster::{members, record};
 use pgtandem_proto::membership::{Epoch, NodeState};
 use pgtandem_proto::message::LeaseGrant;
 
-use crate::reign::{contact, promote_first, promote_second, settle, start_proxy, store};
+use crate::reign::{
+    contact, lose_leader, promote_first, promote_second, settle, start_proxy, start_with_taken, store, tell_taken,
+};
 use crate::transactions::{acknowledge, cut, effect, join_failed, joined, store_joined, store_smaller, suspect};
 use crate::world::{Half, NAMES, Phase, Proxy, TICK_MS, World, Write};
 
@@ -37,6 +39,10 @@ pub enum Mutant {
     SameGenerationAlone,
     /// The record of the old leader is not asked for at a start.
     NobodyAskedAtStart,
+    /// A client whose leader was lost is told that its transaction failed, and the new leader's marks are not asked.
+    MarkNotAskedAfterLoss,
+    /// The old leader, which can not be told that it was left behind, has a lease still when another one serves.
+    OldLeaderNotWaitedOut,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +76,9 @@ pub enum Step {
     StartProxy(usize),
     Settle(usize),
     Store(usize),
+    LoseLeader(usize),
+    TellTaken(usize),
+    StartWithTaken(usize),
     Partition,
     Heal,
     Promote { node: usize, stated: bool, accepts_loss: bool },
@@ -169,7 +178,9 @@ fn writing(world: &World, mutant: Mutant, write: usize, state: Write, steps: &mu
                 }
             }
             let all = followers(proxy).all(|node| world.nodes[node].halves[write].is_prepared());
-            if all && proxy.shrink.is_none() && !is_joining(proxy) && world.nodes[by].epoch == epoch {
+            let leader = proxy.leader();
+            let reached = leader == by || tunnel(world, by, leader, epoch);
+            if all && proxy.shrink.is_none() && !is_joining(proxy) && reached && world.nodes[leader].epoch == epoch {
                 steps.push(Step::Commit(write));
                 if mutant == Mutant::SerializableNotPreparedFirst {
                     steps.push(Step::Refuse(write));
@@ -212,7 +223,13 @@ fn ruling(world: &World, own: usize, proxy: &Proxy, steps: &mut Vec<Step>) {
     match &proxy.phase {
         Phase::Promised { .. } => return steps.push(Step::Settle(own)),
         Phase::Storing { .. } => return steps.push(Step::Store(own)),
+        Phase::TakingOver { left, .. } => {
+            return steps.push(if left.is_empty() { Step::StartWithTaken(own) } else { Step::TellTaken(own) });
+        }
         Phase::Serving => {}
+    }
+    if world.left.losses > 0 && proxy.set.nodes.len() > 1 {
+        steps.push(Step::LoseLeader(own));
     }
     match (&proxy.shrink, &proxy.join) {
         (Some(shrink), _) => {
@@ -292,11 +309,12 @@ pub fn next(world: &World, step: &Step, mutant: Mutant) -> Option<World> {
             if let Some(join) = p.join.as_mut().filter(|_| mutant != Mutant::BacklogAtReply) {
                 join.backlog.insert(*write);
             }
-            let own = &w.nodes[by];
+            let leader = p.leader();
+            let own = &w.nodes[leader];
             if matches!(own.record.state, NodeState::Stale | NodeState::Forked | NodeState::Joining) && !own.is_torn {
                 w.fault = Some("I11");
             }
-            w.nodes[by].halves[*write] = Half::Committed;
+            w.nodes[leader].halves[*write] = Half::Committed;
             w.writes[*write] = Write::Sent { by, epoch };
         }
         Step::Refuse(write) => {
@@ -383,8 +401,11 @@ pub fn next(world: &World, step: &Step, mutant: Mutant) -> Option<World> {
             w.nodes[*node].record = record::started(&w.nodes[*node].record);
         }
         Step::StartProxy(node) => start_proxy(w, *node, mutant)?,
+        Step::LoseLeader(proxy) => lose_leader(w, *proxy)?,
+        Step::TellTaken(proxy) => tell_taken(w, *proxy, mutant)?,
+        Step::StartWithTaken(proxy) => start_with_taken(w, *proxy)?,
         Step::Settle(node) => settle(w, *node, mutant)?,
-        Step::Store(node) => store(w, *node)?,
+        Step::Store(node) => store(w, *node, mutant)?,
         Step::Partition => {
             w.left.partitions -= 1;
             w.partitioned = true;

@@ -104,11 +104,12 @@ pub fn store_smaller(w: &mut World, proxy: usize) -> Option<()> {
 
 /// The node is filled up to the cut; from here what is committed goes to its backlog. I12: nothing that was acknowledged is lost.
 pub fn cut(w: &mut World, proxy: usize, node: usize) -> Option<()> {
-    let epoch = w.proxies[proxy].as_ref()?.epoch;
-    if !w.reaches(proxy, proxy) || w.nodes[node].record.promised > epoch {
+    let p = w.proxies[proxy].as_ref()?;
+    let (epoch, leader) = (p.epoch, p.leader());
+    if !w.reaches(proxy, leader) || w.nodes[node].record.promised > epoch {
         return None;
     }
-    if record::left_behind(&w.nodes[node].record, &w.nodes[proxy].record.generations) == NodeState::Forked {
+    if record::left_behind(&w.nodes[node].record, &w.nodes[leader].record.generations) == NodeState::Forked {
         return None;
     }
     // Whoever lost its record does not know what its data are.
@@ -124,12 +125,13 @@ pub fn cut(w: &mut World, proxy: usize, node: usize) -> Option<()> {
         if matches!(w.writes[write], Write::Acknowledged { .. }) && only && knows {
             w.fault = Some("I12");
         }
-        let leader = w.nodes[proxy].halves[write];
+        let leader = w.nodes[leader].halves[write];
         w.nodes[node].halves[write] = if leader.is_committed() { leader } else { Half::Nothing };
     }
     w.nodes[node].epoch = epoch;
     // Its PostgreSQL was stopped, and with it the sessions of a proxy on its host.
-    for write in &mut w.writes {
+    let leads = w.proxies[node].as_ref().is_none_or(|p| p.leader() == node);
+    for write in w.writes.iter_mut().filter(|_| leads) {
         if matches!(*write, Write::Open { by, .. } | Write::Failing { by, .. } | Write::Sent { by, .. } if by == node) {
             *write = Write::Unknown;
         }
@@ -147,7 +149,7 @@ pub fn store_joined(w: &mut World, proxy: usize, mutant: Mutant) -> Option<()> {
         return None;
     }
     let larger = members::with(&p.set, NAMES[join.node]).ok()?;
-    let generations = w.nodes[proxy].record.generations.clone();
+    let generations = w.nodes[p.leader()].record.generations.clone();
     for write in &join.backlog {
         w.nodes[join.node].halves[*write] = Half::Committed;
     }
@@ -165,9 +167,9 @@ pub fn joined(w: &mut World, proxy: usize) -> Option<()> {
     if !(join.stored_here && join.stored_there) {
         return None;
     }
-    let larger = members::with(&p.set, NAMES[join.node]).ok()?;
+    let (larger, leader) = (members::with(&p.set, NAMES[join.node]).ok()?, p.leader());
     for write in 0..w.writes.len() {
-        if w.nodes[proxy].halves[write].is_committed() && !w.nodes[join.node].halves[write].is_committed() {
+        if w.nodes[leader].halves[write].is_committed() && !w.nodes[join.node].halves[write].is_committed() {
             w.fault = Some("I7");
         }
     }

@@ -88,6 +88,12 @@ pub struct Node {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
+    /// The leader's PostgreSQL is lost: another member has stored that it leads, and these have still to be told.
+    TakingOver {
+        next: MemberSet,
+        left: Vec<String>,
+        generation: String,
+    },
     /// Everybody has promised; nothing is resolved.
     Promised {
         leaving: BTreeSet<String>,
@@ -132,6 +138,10 @@ impl Proxy {
     pub fn serves(&self) -> bool {
         self.phase == Phase::Serving
     }
+
+    pub fn leader(&self) -> usize {
+        World::index(&self.set.leader)
+    }
 }
 
 /// A person's promotion between its two steps.
@@ -157,6 +167,8 @@ pub struct Budget {
     pub recoveries: u8,
     pub promotions: u8,
     pub failures: u8,
+    /// Of the leader's PostgreSQL, under a living proxy.
+    pub losses: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -177,6 +189,8 @@ pub struct World {
     pub is_overridden: bool,
     pub promoted: bool,
     pub rejoined: bool,
+    /// A proxy serves with another leader than its own node.
+    pub taken_over: bool,
     /// The invariant that was broken.
     pub fault: Option<&'static str>,
 }
@@ -226,6 +240,7 @@ impl World {
             is_overridden: false,
             promoted: false,
             rejoined: false,
+            taken_over: false,
             fault: None,
         }
     }

@@ -65,6 +65,7 @@ impl Site {
                 threads: 0,
                 gate_ms_max: 1000,
                 follower_ms_max: 1000,
+                leader_ms_max: 1000,
                 effects_disk_max: 1 << 20,
                 backlog_bytes_max: 1 << 20,
                 unproven: pgtandem::config::Unproven::default(),
