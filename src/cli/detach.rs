@@ -144,6 +144,16 @@ fn plan(node: &str, found: &[Found]) -> Result<Option<Plan>, Explained> {
             hint: "start the agents of the members first: pgtandem agent --node NAME on each host".into(),
         });
     };
+    if members::contains(&set, node) && set.proxy == node && set.leader != node {
+        // The next proxy would have to start there.
+        return Err(Explained {
+            what: format!("{node} can not be detached: the cluster's proxy is on its host"),
+            hint: format!(
+                "if its host is lost, on the host of {}: pgtandem promote; else start the proxy there: pgtandem proxy",
+                set.leader
+            ),
+        });
+    }
     let is_behind = |name: &String| {
         let found = found.iter().find(|found| found.node == *name).and_then(|found| found.answer.as_ref().ok());
         found.is_some_and(|status| status.record.members.as_ref() != Some(&set))

@@ -58,6 +58,21 @@ fn the_leader_and_unknown_nodes_are_refused_and_a_non_member_is_nothing_to_do() 
 }
 
 #[test]
+fn the_node_on_whose_host_the_proxy_was_is_left_by_promoting_another_one() {
+    // The leader's PostgreSQL was lost, b leads, and a was filled again.
+    let set = MemberSet { leader: "b".into(), ..three() };
+    let all = [
+        found("a", Err("no answer")),
+        found("b", Ok((NodeState::InSync, 4, &set))),
+        found("c", Ok((NodeState::InSync, 4, &set))),
+    ];
+    let refused = plan("a", &all).unwrap_err();
+    assert!(refused.hint.contains("on the host of b: pgtandem promote"), "{}", refused.hint);
+    assert!(plan("b", &all).unwrap_err().hint.contains("pgtandem promote"));
+    assert_eq!(plan("c", &all).unwrap_err().what, "the member a, which would remain, can not be asked: no answer");
+}
+
+#[test]
 fn an_override_that_was_interrupted_is_gone_on_with() {
     let old = three();
     let new = members::in_epoch(&members::without(&old, "b").unwrap(), 7, "a").unwrap();

@@ -127,7 +127,8 @@ pub fn judge(own: &str, found: &[Found<'_>]) -> Judgement {
         (true, true) => Case::Safe,
     };
     let plan = plan(own, record, newest, &answers, found.iter().map(|found| found.node), is_current);
-    let evidence = evidence(own, record, newest, &silent, case, &plan);
+    let proxy_is_silent = newest.proxy != own && said(&newest.proxy).is_none();
+    let evidence = evidence(own, record, newest, (&silent, proxy_is_silent), case, &plan);
     Judgement { case, evidence, silent, plan: Some(plan), hint: String::new() }
 }
 
@@ -213,13 +214,22 @@ fn plan<'a>(
     }
 }
 
-fn evidence(own: &str, record: &Record, newest: &MemberSet, silent: &[String], case: Case, plan: &Plan) -> Vec<String> {
+/// `silent`: members that do not answer, and whether the host of the proxy does not.
+fn evidence(
+    own: &str,
+    record: &Record,
+    newest: &MemberSet,
+    (silent, proxy_is_silent): (&[String], bool),
+    case: Case,
+    plan: &Plan,
+) -> Vec<String> {
     let number = format!("epoch {}, version {}", newest.epoch, newest.version);
-    let mut said = vec![format!(
-        "the newest member set that is known ({number}) is {}, led by {}",
-        newest.nodes.join(", "),
-        newest.leader
-    )];
+    let (nodes, leader, proxy) = (newest.nodes.join(", "), &newest.leader, &newest.proxy);
+    let mut under = String::new();
+    if leader != proxy {
+        under = format!(", through the proxy of {proxy}");
+    }
+    let mut said = vec![format!("the newest member set that is known ({number}) is {nodes}, led by {leader}{under}")];
     let contact =
         record.last_contact.map_or_else(|| "at last contact".into(), |at| format!("at last contact, {}", utc(at)));
     match case {
@@ -230,6 +240,13 @@ fn evidence(own: &str, record: &Record, newest: &MemberSet, silent: &[String], c
                 said.push(format!(
                     "every other member answers ({}) and will obey the new epoch: nothing acknowledged is lost",
                     others.join(", ")
+                ));
+            }
+            if proxy_is_silent {
+                // It is no member, or this would not be safe.
+                said.push(format!(
+                    "{proxy} can not be asked; should its proxy live, it can acknowledge nothing without the members, and \
+                     they obey it no more"
                 ));
             }
         }

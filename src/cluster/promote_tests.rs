@@ -73,6 +73,32 @@ fn a_node_that_was_left_behind_can_only_be_promoted_at_a_loss() {
     assert_eq!(judgement.plan.unwrap().leaving, [("a".to_owned(), NodeState::Forked)]);
 }
 
+/// The leader's PostgreSQL was lost, b leads through the proxy of a, and then that host is lost, too.
+#[test]
+fn a_node_that_leads_through_the_proxy_of_another_host_takes_over_the_proxy() {
+    let led = |version, nodes: &[&str]| MemberSet { proxy: "a".into(), ..set(3, version, nodes, "b") };
+    // It leads alone: nobody else can have gone on.
+    let b = of("b", NodeState::InSync, led(3, &["b"]), &["g2", "g1"]);
+    let judgement = promote("b", &[("a", None), ("b", Some(&b))]);
+    assert_eq!((judgement.case, judgement.silent.len()), (Case::Safe, 0));
+    assert!(judgement.evidence.iter().any(|line| line.contains("led by b, through the proxy of a")));
+    assert!(judgement.evidence.iter().any(|line| line.starts_with("a can not be asked; should its proxy live")));
+    assert_eq!(judgement.plan.unwrap().set, set(5, 1, &["b"], "b"));
+    // a follows again: its proxy may have made it the leader once more.
+    let b = of("b", NodeState::InSync, led(4, &["a", "b"]), &["g2", "g1"]);
+    let judgement = promote("b", &[("a", None), ("b", Some(&b))]);
+    assert_eq!(
+        (judgement.case, judgement.missing(&Stated::default())),
+        (Case::Assert, vec!["--peer-is-dead a".into()])
+    );
+    // The proxy alone is lost.
+    let a = of("a", NodeState::InSync, led(4, &["a", "b"]), &["g2", "g1"]);
+    let judgement = promote("b", &[("a", Some(&a)), ("b", Some(&b))]);
+    assert_eq!((judgement.case, judgement.plan.unwrap().staying), (Case::Safe, vec!["a".to_owned()]));
+    // The leader's host is lost, while the proxy's waits for it.
+    assert_eq!(promote("a", &[("a", Some(&a)), ("b", None)]).missing(&Stated::default()), ["--peer-is-dead b"]);
+}
+
 #[test]
 fn what_has_changed_meanwhile_is_not_written() {
     let b = of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]);

@@ -42,6 +42,8 @@ pub enum Refusal {
     Elsewhere { node: String, proxy: String },
     #[error("node {node} is a member, but its agent does not answer, and what it knows is not known here")]
     Silent { node: String },
+    #[error("node {node} leads, but its agent does not answer, and what it knows is not known here")]
+    SilentLeader { node: String },
     #[error(
         "node {node} knows a newer member set (epoch {epoch}, version {version}), whose proxy runs on {proxy}: this host was \
          left behind"
@@ -69,6 +71,12 @@ impl Refusal {
             Self::Silent { node } => format!(
                 "start it, on its host: pgtandem agent --node {node}; or, if that host is lost: pgtandem detach {node} --yes"
             ),
+            // Who leads is not detached: another one has to be made the leader.
+            Self::SilentLeader { node } => {
+                format!(
+                    "start it, on its host: pgtandem agent --node {node}; or, if that host is lost: pgtandem promote"
+                )
+            }
             Self::Newer { proxy, .. } => format!("on {proxy}: pgtandem status"),
             Self::TwoSets { .. } => {
                 "look at the data of both before anything is started; pgtandem status --json".into()
@@ -136,7 +144,7 @@ pub fn judge(record: &Record, others: &[Other<'_>], occasion: Occasion<'_>) -> R
     match record_of(&set.leader) {
         Some(leader) if leader.state == NodeState::InSync => {}
         Some(leader) => return Err(Refusal::State { node: set.leader.clone(), state: leader.state }),
-        None => return Err(Refusal::Silent { node: set.leader.clone() }),
+        None => return Err(Refusal::SilentLeader { node: set.leader.clone() }),
     }
     let nobody_else_served = matches!(occasion, Occasion::LeaderBack { epoch, .. } if epoch == record.promised)
         && set.epoch == record.promised;
@@ -282,13 +290,17 @@ mod tests {
         let b = of("b", NodeState::InSync, alone.clone());
         let started = start(&a, &[("b", Some(&b))]).unwrap();
         assert_eq!((started.set.leader.as_str(), started.followers), ("b", vec![]));
-        assert_eq!(start(&a, &[("b", None)]), Err(Refusal::Silent { node: "b".into() }));
+        assert_eq!(start(&a, &[("b", None)]), Err(Refusal::SilentLeader { node: "b".into() }));
         // Its own record was not told.
         let untold = of("a", NodeState::InSync, two.clone());
         assert_eq!(start(&untold, &[("b", Some(&b))]).unwrap().set, alone);
         let silent = [Other { node: "b", record: None }];
         let back = judge(&untold, &silent, Occasion::LeaderBack { epoch: 3, set: &alone });
-        assert_eq!(back, Err(Refusal::Silent { node: "b".into() }), "the proxy knows more than its node's record");
+        assert_eq!(
+            back,
+            Err(Refusal::SilentLeader { node: "b".into() }),
+            "the proxy knows more than its node's record"
+        );
         // Filled again, it follows.
         let both = led(4, &["a", "b"], "b");
         let (a, b) = (of("a", NodeState::InSync, both.clone()), of("b", NodeState::InSync, both));

@@ -47,6 +47,37 @@ pub struct Stage {
     older: i64,
 }
 
+/// Who does what when the fault comes. After an earlier round has cost the leader its PostgreSQL, and not its proxy, these are two hosts.
+#[derive(Clone, Copy)]
+struct Parts {
+    leader: usize,
+    /// Where the proxy that serves is.
+    proxy: usize,
+    hosts: usize,
+}
+
+impl Parts {
+    fn of(self, place: &Place) -> usize {
+        match place {
+            Place::Leader => self.leader,
+            Place::Follower(number) => (self.leader + 1 + number) % self.hosts,
+        }
+    }
+
+    /// Where a process is found that belongs to the leader's part: the proxy is the one that serves.
+    fn with(self, place: &Place, process: Process) -> usize {
+        match (place, process) {
+            (Place::Leader, Process::Proxy) => self.proxy,
+            _ => self.of(place),
+        }
+    }
+
+    /// Who takes over from the proxy: whoever comes after its host.
+    fn next(self) -> usize {
+        (self.proxy + 1) % self.hosts
+    }
+}
+
 /// What is to be undone when the fault has lasted.
 enum Undo {
     Nothing,
@@ -117,55 +148,51 @@ impl Stage {
         client.batch_execute(&counters).await.map_err(|error| format!("{error:?}"))
     }
 
-    /// Numbers of the hosts, the leader's first.
-    fn order(&mut self) -> Result<Vec<usize>, String> {
+    fn parts(&mut self) -> Result<Parts, String> {
         let seen = self.site.look();
-        let (_, status) = person::serving(&seen).ok_or("nobody served when the fault was to come")?;
+        let (proxy, status) = person::serving(&seen).ok_or("nobody served when the fault was to come")?;
         let leader = status.leader.as_deref().ok_or("nobody led when the fault was to come")?;
-        let (leader, hosts) = (self.site.index(leader), self.site.hosts.len());
-        Ok((0..hosts).map(|step| (leader + step) % hosts).collect())
+        Ok(Parts { leader: self.site.index(leader), proxy, hosts: self.site.hosts.len() })
     }
 
     /// Makes the fault and undoes it; when this returns only a person is missing.
     async fn fault(&mut self, round: &Round, load: &Load, typed: &mut Vec<String>) -> Result<(), String> {
-        let order = self.order()?;
-        let at = |place: &Place| match place {
-            Place::Leader => order[0],
-            Place::Follower(number) => order[number + 1],
-        };
-        let (leader, first) = (order[0], order[1]);
+        let parts = self.parts()?;
+        let at = |place: &Place| parts.of(place);
+        // With the leader's PostgreSQL alone the proxy copes: a person is needed where the proxy is lost.
+        let (lost, first) = (parts.proxy, parts.next());
         let (undo, ms) = match &round.fault {
             Fault::Kill(victims) => {
                 for (place, process) in victims {
-                    self.site.kill(at(place), *process);
+                    self.site.kill(parts.with(place, *process), *process);
                 }
                 (Undo::Nothing, 0)
             }
             Fault::LoseLeadersHost => {
-                self.cut(leader, Way::Both, 0);
+                self.cut(lost, Way::Both, 0);
                 for process in [Process::Proxy, Process::Agent, Process::Postgres] {
-                    self.site.kill(leader, process);
+                    self.site.kill(lost, process);
                 }
-                let dead = format!("--peer-is-dead {}", self.site.hosts[leader].name);
+                let dead = format!("--peer-is-dead {}", self.site.hosts[lost].name);
                 self.take_over(first, &dead, typed).await?;
                 (Undo::Heal, 0)
             }
             Fault::Hang { place, process, ms } => {
-                (Undo::Continue(self.site.signal(at(place), *process, Signal::STOP)), *ms)
+                (Undo::Continue(self.site.signal(parts.with(place, *process), *process, Signal::STOP)), *ms)
             }
             Fault::HangThroughTakeover => {
-                let hung = self.site.signal(leader, Process::Proxy, Signal::STOP);
+                let hung = self.site.signal(lost, Process::Proxy, Signal::STOP);
                 let taken = self.take_over(first, "", typed).await;
                 send(&hung, Signal::CONT);
                 taken?;
                 (Undo::Nothing, 0)
             }
             Fault::FalseStatement => {
-                load.give_up(self.site.hosts[leader].port);
-                self.cut(leader, Way::Both, 0);
-                // By then it goes on alone.
+                load.give_up(self.site.hosts[lost].port);
+                self.cut(lost, Way::Both, 0);
+                // By then it goes on alone; if another host led, its own PostgreSQL has taken over.
                 writes(load, round.before).await?;
-                let dead = format!("--peer-is-dead {}", self.site.hosts[leader].name);
+                let dead = format!("--peer-is-dead {}", self.site.hosts[lost].name);
                 self.take_over(first, &dead, typed).await?;
                 (Undo::Heal, 0)
             }
@@ -193,7 +220,7 @@ impl Stage {
             }
             Fault::Switch { to } => {
                 let words = ["switch", &self.site.hosts[at(to)].name].map(str::to_owned);
-                self.type_until_done(leader, &words, typed).await?;
+                self.type_until_done(lost, &words, typed).await?;
                 (Undo::Nothing, 0)
             }
         };

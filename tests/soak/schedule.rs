@@ -71,7 +71,7 @@ pub enum Way {
 pub enum Fault {
     /// kill -9, at once. A person starts them again.
     Kill(Vec<(Place, Process)>),
-    /// The leader's host is gone; a person makes the first follower the leader; then the host comes back.
+    /// The host of the proxy that serves is gone; a person makes the next host's node the leader; then the host comes back.
     LoseLeadersHost,
     /// SIGSTOP, and SIGCONT later; of PostgreSQL every process.
     Hang {
@@ -79,9 +79,9 @@ pub enum Fault {
         process: Process,
         ms: u64,
     },
-    /// The leader's proxy hangs until a person has made the first follower the leader.
+    /// The proxy that serves hangs until a person has made the next host's node the leader.
     HangThroughTakeover,
-    /// The leader's host is cut off and goes on alone; a person states that it is dead, and makes the first follower the leader.
+    /// The host of the proxy is cut off and goes on alone; a person states that it is dead, and makes the next host's node the leader.
     FalseStatement,
     /// `pg_ctl restart`, typed by a person who does not know better.
     RestartPostgres {
