@@ -1,7 +1,11 @@
 //! The `once` lane: statements whose writes are not in their text, because they call code or fire it.
 
+use serde_json::Value;
+
 use super::classify::{Context, read};
 use super::expressions::look;
+use super::needs::relation_name;
+use super::parse::walk;
 use super::plan::{EffectPlan, Lane, Once, Proof, RowsInstead, Write};
 use super::refuse::{not_yet, own_schema, refused};
 use super::rows::RowTexts;
@@ -17,6 +21,10 @@ pub(super) fn once(context: &Context<'_>, single: bool) -> Lane {
     if let Some(setting) = &found.refused_setting {
         return refused(format!("set_config() of {setting} is not supported"), "Use SET, which says what is possible.");
     }
+    // The server's guard lets temporary tables be written, which are the leader's alone.
+    if writes_temporary_alone(context) {
+        return read(true);
+    }
     // The leader says what is missing.
     if found.missing {
         return read(true);
@@ -28,6 +36,20 @@ pub(super) fn once(context: &Context<'_>, single: bool) -> Lane {
         }
         None => not_yet("this statement"),
     }
+}
+
+/// All tables that the statement itself writes are temporary, and there are some.
+fn writes_temporary_alone(context: &Context<'_>) -> bool {
+    let (mut some, mut all) = (false, true);
+    walk(&context.tree, &mut |kind, fields| {
+        if matches!(kind, "InsertStmt" | "UpdateStmt" | "DeleteStmt" | "MergeStmt") {
+            let name = fields.get("relation").and_then(Value::as_object).and_then(relation_name);
+            let relation = name.and_then(|name| context.facts.relations.get(&name));
+            some = true;
+            all &= relation.is_some_and(|relation| relation.is_temporary() && !relation.deferrable);
+        }
+    });
+    some && all
 }
 
 /// A statement on a table with triggers: if their code changes nothing but its own rows, it is `write` instead, whose rows followers

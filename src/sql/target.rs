@@ -4,7 +4,7 @@ use pg_query::protobuf::RangeVar;
 
 use super::classify::Context;
 use super::expressions::OWN_SCHEMA;
-use super::facts::Relation;
+use super::facts::{DefaultKind, Relation};
 use super::functions::{self, Effect};
 use super::needs::Name;
 use super::plan::Lane;
@@ -39,13 +39,33 @@ pub(super) fn target<'a>(relation: Option<&RangeVar>, events: u32, context: &Con
         return missing();
     };
     if relation.is_temporary() {
-        return Target::Temporary;
+        return temporary(relation, events);
     }
     match (refuse_table(relation, events), runs_code(relation, events)) {
         (Some(lane), _) => Target::Decided(lane),
         (None, Some(why)) => Target::Once(why),
         (None, None) => Target::Table(relation),
     }
+}
+
+/// The leader's alone, unless code that it runs writes elsewhere: then the server's read-only guard, which lets temporary tables
+/// be written, says so.
+fn temporary(relation: &Relation, events: u32) -> Target<'static> {
+    let default = relation.columns.iter().any(|column| column.default == DefaultKind::Opaque);
+    if runs_code(relation, events).is_none() && !default {
+        return Target::Temporary;
+    }
+    if relation.triggers & events != 0 && relation.deferrable {
+        return Target::Decided(refused(
+            format!(
+                "writing to the temporary table {} is not supported: a deferrable trigger of it runs as late as COMMIT, where nobody sees \
+                 what it writes",
+                relation.name
+            ),
+            "Make the trigger not deferrable.",
+        ));
+    }
+    Target::Decided(super::classify::read(true))
 }
 
 fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {

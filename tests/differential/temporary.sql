@@ -55,3 +55,22 @@ do $$ begin raise exception 'goodbye'; end $$;
 discard temp;
 select * from scratch;
 select * from kept order by id;
+-- code on temporary tables that writes nothing but them
+create temp table coded (id serial, v int default 1 check (v > 0), note text);
+create temp table seen (id int);
+create function mark_seen() returns trigger language plpgsql as $$ begin insert into pg_temp.seen values (new.id); new.note := 'x' || new.id; return new; end $$;
+create trigger mark before insert or update on coded for each row execute function mark_seen();
+insert into coded (v) values (5), (6) returning *;
+update coded set v = v + 1;
+copy coded (v) from stdin;
+7
+8
+\.
+insert into coded (v) values (0);
+create temp view shown as select id, v from coded where v > 6;
+insert into shown (v) values (50);
+update shown set v = 51 where v = 50;
+with gone as (delete from coded where id < 3 returning *), kept as (insert into seen select id + 100 from gone returning id)
+  select g.id, k.id from gone g left join kept k on k.id = g.id + 100 order by 1;
+select id, v, note from coded order by id;
+select count(*) from seen;
