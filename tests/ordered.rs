@@ -145,3 +145,25 @@ async fn two_that_wrote_before_do_not_wait_for_each_other_for_ever() {
     cluster.wait_well().await;
     cluster.assert_identical().await;
 }
+
+/// Which of several rows gives the values is each server's own choice; whether there are several is asked when the tables are locked.
+#[tokio::test]
+async fn update_from_needs_one_row_for_each() {
+    let (cluster, client) = prepared().await;
+    let from =
+        "update loose set n = s.n from (select id % 5 as id, n from source where id < $1) s where loose.id = s.id";
+    let of = |limit: i32| from.replace("$1", &limit.to_string());
+    assert_eq!(client.execute(&of(20), &[]).await.unwrap(), 20);
+    cluster.assert_identical().await;
+    for limit in [21, 25] {
+        let error = client.execute(&of(limit), &[]).await.unwrap_err();
+        assert_eq!(error.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED), "{error:?}");
+        let told = error.as_db_error().map_or("", |error| error.message());
+        assert!(told.contains("joined with several others"), "{told}");
+    }
+    // Parameters are not asked about.
+    assert_eq!(client.execute(from, &[&20_i32]).await.unwrap_err().code(), Some(&SqlState::FEATURE_NOT_SUPPORTED));
+    let own = "update loose set n = loose.n + $1 from source s where loose.id = s.id % 5";
+    assert_eq!(client.execute(own, &[&1_i32]).await.unwrap(), 20);
+    cluster.assert_identical().await;
+}

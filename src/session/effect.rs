@@ -11,10 +11,12 @@ use crate::replicate::effects::{Effect, EffectRole, EffectsError, Range, Stateme
 use crate::replicate::schema::Context;
 use crate::session::parameters;
 use crate::session::run::Session;
+use crate::session::simple::refused;
 use crate::session::wire::{End, Until};
 use crate::sql::conditional::Depends;
 use crate::sql::encoding;
 use crate::sql::plan::{EffectPlan, Role, Write};
+use crate::sql::refuse::several_matches;
 use crate::sql::rows::{Many, WHOLE_BYTES_MAX};
 use crate::sql::shape::Shape;
 
@@ -51,11 +53,24 @@ impl Session {
         text: &str,
         parameters: &[u8],
     ) -> Result<Result<(), ClientError>, End> {
+        if let Some(name) = &write.edits.executes {
+            return self.only_reads(name).await;
+        }
         match &write.effect {
             EffectPlan::LargeObject(call) => self.before_large_object(*call, text, parameters).await,
             EffectPlan::CopiedRows(rows) => self.before_copied_rows(rows).await,
+            EffectPlan::Text { .. } if write.edits.ask_matches => self.ask_matches(text).await,
             _ => Ok(Ok(())),
         }
+    }
+
+    /// Whether a row would get its new values from one of several others. The tables are locked, so it stays as it is.
+    async fn ask_matches(&mut self, text: &str) -> Result<Result<(), ClientError>, End> {
+        let several = match crate::sql::matches::question(text) {
+            Some(question) => self.ask_leader(&question, &[]).await?,
+            None => Ok(vec![String::new()]),
+        };
+        Ok(several.and_then(|rows| if rows.is_empty() { Ok(()) } else { Err(refused(&several_matches())) }))
     }
 
     /// Takes the answer of a write, for both protocols, and keeps its effect; its command tag is held, in the results. If the server

@@ -247,7 +247,10 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
-        if matches!(write.effect, EffectPlan::LargeObject(_) | EffectPlan::CopiedRows(_)) {
+        if matches!(write.effect, EffectPlan::LargeObject(_) | EffectPlan::CopiedRows(_))
+            || write.edits.ask_matches
+            || write.edits.executes.is_some()
+        {
             self.catch_up().await?;
             if self.wire.is_skipping() {
                 return Ok(());

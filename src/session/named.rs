@@ -219,6 +219,28 @@ impl Session {
         Ok(Ok(Some(known)))
     }
 
+    /// Whether what is prepared under this name may be part of a statement whose rows are carried: it must not write.
+    ///
+    /// # Errors
+    /// If the connection to the leader ends.
+    pub(super) async fn only_reads(&mut self, name: &str) -> Result<Result<(), ClientError>, End> {
+        Ok(match self.resolve(name).await? {
+            Ok(Some(prepared)) => match &prepared.plan.lane {
+                Lane::Read { guard: false, .. } => Ok(()),
+                // The leader says that it is no query.
+                Lane::Write(write) if !matches!(write.effect, EffectPlan::LargeObject(_)) => Ok(()),
+                _ => Err(ClientError::error(
+                    "0A000",
+                    "CREATE TABLE AS EXECUTE of a query that calls a function which may write is not supported",
+                    "Call the function first, then use its result.",
+                )),
+            },
+            Ok(None) => Err(ClientError::error("26000", format!("prepared statement \"{name}\" does not exist"), "")),
+            Err(Failure::Ours(error)) => Err(error),
+            Err(_) => Err(schema_changed()),
+        })
+    }
+
     fn after_named(&mut self, prepared: Option<&Prepared>, ok: bool) {
         match prepared {
             Some(prepared) => self.after(&prepared.plan, &prepared.text, ok),

@@ -48,14 +48,15 @@ fn functions_write(what: &str) -> Lane {
 
 /// CREATE TABLE AS and CREATE MATERIALIZED VIEW.
 pub(super) fn create_table_as(statement: &CreateTableAsStmt, context: &Context<'_>) -> Lane {
-    if matches!(statement.query.as_ref().and_then(|query| query.node.as_ref()), Some(NodeEnum::ExecuteStmt(_))) {
-        return refused(
-            "CREATE TABLE AS EXECUTE is not supported: what the prepared statement does is not known there",
-            "Use CREATE TABLE AS with the query itself.",
-        );
+    let view = statement.objtype == ObjectType::ObjectMatview as i32;
+    if let Some(NodeEnum::ExecuteStmt(execute)) = statement.query.as_ref().and_then(|query| query.node.as_ref()) {
+        let mut lane = new_relation(statement.into.as_deref(), view, &context.look(&execute.params));
+        if let Lane::Write(write) = &mut lane {
+            write.edits.executes = Some(execute.name.clone());
+        }
+        return lane;
     }
     let found = context.look(&statement.query);
-    let view = statement.objtype == ObjectType::ObjectMatview as i32;
     let temporary = statement.into.as_ref().and_then(|into| into.rel.as_ref()).is_some_and(is_temporary_name);
     match new_relation(statement.into.as_deref(), view, &found) {
         Lane::Write(_) if temporary => read(false),

@@ -456,6 +456,8 @@ const LANES: &[(&str, &[&str])] = &[
     (
         "ordered",
         &[
+            "UPDATE keyless SET v = k.v FROM keyless k WHERE k.v = keyless.v",
+            "UPDATE keyless SET v = keyless.v + 1 FROM keyless k WHERE k.v = $1",
             "MERGE INTO t USING keyless k ON t.v = k.v WHEN MATCHED THEN UPDATE SET at = now() WHEN NOT MATCHED THEN INSERT (id, v) VALUES (k.v, 1)",
             "UPDATE t SET id = 2 WHERE id = 1",
             "DELETE FROM keyless",
@@ -556,6 +558,7 @@ const LANES: &[(&str, &[&str])] = &[
     (
         "carried",
         &[
+            "CREATE TABLE x AS EXECUTE p",
             "SELECT * INTO x FROM t",
             "CREATE TABLE x AS SELECT 1",
             "CREATE MATERIALIZED VIEW x AS SELECT 1",
@@ -608,7 +611,7 @@ const LANES: &[(&str, &[&str])] = &[
             "UPDATE keyless SET v = random()",
             "DELETE FROM keyless WHERE v IN (SELECT v FROM keyless LIMIT 1)",
             "DELETE FROM keyless WHERE v IN (SELECT v FROM scratch)",
-            "UPDATE keyless SET v = k.v FROM keyless k WHERE k.v = keyless.v",
+            "UPDATE keyless SET v = k.v FROM keyless k WHERE k.v = $1",
             "UPDATE t SET id = id + 1",
             "UPDATE t SET id = v WHERE v > 1",
             "UPDATE t SET id = random() WHERE id = 1",
@@ -631,7 +634,6 @@ const LANES: &[(&str, &[&str])] = &[
             "ALTER TABLE parts DETACH PARTITION x CONCURRENTLY",
             "CREATE TEMP TABLE x AS SELECT mine()",
             "CREATE TABLE x AS SELECT mine()",
-            "CREATE TABLE x AS EXECUTE p",
             "CREATE UNLOGGED TABLE x AS SELECT 1",
             "CREATE TABLE x TABLESPACE y AS SELECT 1",
             "ALTER TABLE t SET UNLOGGED",

@@ -22,6 +22,7 @@ mod functions;
 mod insert;
 pub mod large_objects;
 pub mod lex;
+pub mod matches;
 mod merge;
 mod modify;
 pub mod named;

@@ -11,6 +11,7 @@ use super::conditional::Depends;
 use super::expressions::Look;
 use super::facts::{DefaultKind, Relation};
 use super::insert::may_write;
+use super::matches;
 use super::needs::Name;
 use super::once::{once, or_rows};
 use super::parse::{node_names, tree, walk};
@@ -139,7 +140,10 @@ fn ordered(
         });
     }
     let tables = tables_to_lock(modify, inner, relation, why, context)?;
-    Ok(text(modify, inner, relation, Some(tables), context))
+    Ok(text(modify, inner, relation, Some(tables), context).map(|mut write| {
+        write.edits.ask_matches = may_match_several(modify, relation, context);
+        write
+    }))
 }
 
 /// The statement's own text, for one row or with the tables to be locked.
@@ -277,7 +281,7 @@ fn depends_on_row_order<'m>(modify: &Modify<'m>, relation: &Relation) -> Option<
     let moved = |set: &'m Node| match set.node.as_ref() {
         Some(NodeEnum::ResTarget(set)) => {
             let is_unique = relation.key.iter().chain(&relation.unique_columns).any(|column| *column == set.name);
-            (is_unique && !set.val.as_deref().is_some_and(is_constant)).then_some(set.name.as_str())
+            (is_unique && !set.val.as_deref().is_some_and(is_value)).then_some(set.name.as_str())
         }
         _ => None,
     };
@@ -335,6 +339,14 @@ fn is_constant(node: &Node) -> bool {
     }
 }
 
+/// The same of whatever type: a value that is the same for every row.
+fn is_value(node: &Node) -> bool {
+    match node.node.as_ref() {
+        Some(NodeEnum::TypeCast(cast)) => cast.arg.as_deref().is_some_and(is_value),
+        _ => is_constant(node),
+    }
+}
+
 /// All tables that the statement reads or writes, for their locks; or why the ordered lane does not carry it.
 fn tables_to_lock(
     modify: &Modify<'_>,
@@ -358,12 +370,20 @@ fn tables_to_lock(
         };
         return Err(super::rows::refuse(&format!("{} that reads {name}, which {reason},", modify.verb), why));
     }
-    if !modify.sets.is_empty() && !modify.sources.is_empty() && !matches_once(modify, relation, context) {
+    if may_match_several(modify, relation, context) && !inner.parameters.is_empty() {
         return Err(super::rows::refuse("UPDATE ... FROM where a row may match more than once", why));
     }
     tables.sort_unstable();
     tables.dedup();
     Ok(tables)
+}
+
+/// UPDATE ... FROM that may find several rows whose values a row could get.
+fn may_match_several(modify: &Modify<'_>, relation: &Relation, context: &Context<'_>) -> bool {
+    !modify.sets.is_empty()
+        && !modify.sources.is_empty()
+        && !matches_once(modify, relation, context)
+        && !matches::values_are_the_rows_own(modify, relation)
 }
 
 /// The one table in FROM is bound by its primary key to the updated row.

@@ -88,3 +88,13 @@ pub(super) fn data_modifying_with(what: &str) -> Lane {
         "Send it as a statement of its own, in the same transaction.",
     )
 }
+
+/// UPDATE ... FROM on a table whose rows can not be named, where a row is joined with several others.
+#[must_use]
+pub fn several_matches() -> Refusal {
+    refusal(
+        "UPDATE ... FROM is not replicated by this version of pgtandem on a table without a primary key if a row is joined with several \
+         others: each server takes the values of the one that it finds first",
+        "Join each row with one, or give the table a primary key.",
+    )
+}

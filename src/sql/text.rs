@@ -32,6 +32,10 @@ pub struct Edits {
     pub asked: Vec<String>,
     /// The number of rows is compared by its command tag.
     pub compare_count: bool,
+    /// The leader is asked first whether a row would get its new values from one of several: [`super::matches::question`].
+    pub ask_matches: bool,
+    /// It executes this prepared statement, of which only the session knows what it does.
+    pub executes: Option<String>,
     /// A literal that is not masked, so the same in all texts of the shape, depends on the clock.
     pub clock: bool,
 }
