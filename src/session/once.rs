@@ -213,9 +213,10 @@ impl Session {
         if let Some(error) = self.refuses_session(facts) {
             return Some(Ended::Refused(error));
         }
-        if self.has_temp_objects {
+        // Code that was read in whole names none of them: the plan is this session's own.
+        if self.has_temp_objects && call.once.proof.unproven.is_some() {
             return Some(refused(
-                "code is not called or fired in a session that has made temporary objects, which followers do not have",
+                "code that is not proven is not called or fired in a session that has made temporary objects, which followers do not have",
                 "Use another connection for it.",
             ));
         }

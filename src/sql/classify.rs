@@ -5,8 +5,8 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    CopyStmt, DeclareCursorStmt, ExplainStmt, RangeVar, SelectStmt, TransactionStmt, TransactionStmtKind, VacuumStmt,
-    VariableSetKind, VariableSetStmt,
+    CallStmt, CopyStmt, DeclareCursorStmt, ExplainStmt, RangeVar, SelectStmt, TransactionStmt, TransactionStmtKind,
+    VacuumStmt, VariableSetKind, VariableSetStmt,
 };
 use serde_json::Value;
 
@@ -183,6 +183,7 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         NodeEnum::UpdateStmt(statement) => modify::update(statement, context),
         NodeEnum::DeleteStmt(statement) => modify::delete(statement, context),
         NodeEnum::MergeStmt(statement) => merge::lane(statement, context),
+        NodeEnum::CallStmt(statement) if calls_no_procedure(statement, context) => read(true),
         NodeEnum::DoStmt(_) | NodeEnum::CallStmt(_) => once(context, true),
         NodeEnum::CopyStmt(statement) => copy_lane(statement, context),
         NodeEnum::TransactionStmt(statement) => transaction(statement),
@@ -208,6 +209,13 @@ fn lane(node: &NodeEnum, context: &Context<'_>) -> Lane {
         ),
         other => ddl::lane(other, context),
     }
+}
+
+/// CALL of what is a function: the leader says so.
+fn calls_no_procedure(statement: &CallStmt, context: &Context<'_>) -> bool {
+    let called = statement.funccall.as_ref().and_then(|call| Name::of_parts(&super::parse::node_names(&call.funcname)));
+    let found = called.and_then(|name| context.facts.functions.get(&name));
+    found.is_some_and(|candidates| candidates.iter().all(|candidate| candidate.kind != "p"))
 }
 
 /// `SELECT pg_reload_conf()`: every server reads its configuration again.
@@ -303,10 +311,9 @@ fn select(part: &Value, facts: &Facts) -> Lane {
             format!("{what} writes, and that is not replicated by this version of pgtandem"),
             "Large objects: call lo_create, lo_put and the like in a SELECT of their own.",
         )
-    } else if found.into {
-        refused("SELECT ... INTO inside another statement is not supported", "Send it as a statement of its own.")
     } else {
-        read(found.needs_guard())
+        // The leader says that INTO can not be in COPY, a cursor, PREPARE or a part of a query.
+        read(found.needs_guard() || found.into)
     }
 }
 
@@ -329,7 +336,8 @@ fn look_through_views(part: &Value, facts: &Facts) -> Look {
 
 fn explain(statement: &ExplainStmt, context: &Context<'_>) -> Lane {
     let Some(query) = statement.query.as_ref().and_then(|query| query.node.as_ref()) else { return read(true) };
-    if let NodeEnum::SelectStmt(_) = query {
+    let is_query = matches!(query, NodeEnum::SelectStmt(select) if select.into_clause.is_none());
+    if is_query {
         return select(&context.tree, context.facts);
     }
     let options = statement.options.iter().filter_map(|option| match option.node.as_ref() {

@@ -290,7 +290,7 @@ fn reindex(statement: &ReindexStmt, context: &Context<'_>) -> Lane {
         Ok(ReindexObjectType::ReindexObjectIndex | ReindexObjectType::ReindexObjectTable)
     );
     let table = fact(statement.relation.as_ref(), context);
-    if !one || table.is_some_and(|table| table.kind == "p") {
+    if !one || table.is_some_and(|table| matches!(table.kind.as_str(), "p" | "I")) {
         return Lane::Maintenance { exclusive: true };
     }
     if table.is_some_and(Relation::is_temporary) { read(false) } else { ordered(true) }

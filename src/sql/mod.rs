@@ -34,6 +34,7 @@ mod pinned;
 pub mod plan;
 pub mod reach;
 mod reach_answer;
+mod reach_lists;
 mod reach_query;
 pub mod refuse;
 mod roles;

@@ -77,6 +77,10 @@ impl Needs {
         }
         match kind {
             "FuncCall" => self.functions.extend(Name::of_parts(&names(fields.get("funcname")))),
+            // what CALL calls
+            "" if fields.contains_key("funcname") => {
+                self.functions.extend(Name::of_parts(&names(fields.get("funcname"))));
+            }
             "AExpr" => self.operators.extend(Name::of_parts(&names(fields.get("name")))),
             "SubLink" => self.operators.extend(Name::of_parts(&names(fields.get("oper_name")))),
             "SortBy" => self.operators.extend(Name::of_parts(&names(fields.get("use_op")))),

@@ -17,6 +17,7 @@ use super::parse::{Statement, node_names};
 use super::plan::{Proof, Refusal};
 pub use super::reach_answer::Answer;
 use super::reach_answer::{FunctionFact, RelationFact};
+use super::reach_lists::{IMPLIED_OPERATORS, SAME_IN_A_HALF, SAME_SETTINGS};
 use super::reach_query::{FUNCTION, TEMPLATE};
 use super::scan::{Code, Columns, Insert, scan};
 use pg_query::NodeEnum;
@@ -73,33 +74,11 @@ pub struct Reach {
     takes_values: bool,
     odd_somewhere: bool,
     has_parameters: bool,
+    /// What would make the statement's own output unproven, which matters if a function gets it.
+    output: Option<String>,
+    /// A function of users is called that may do something.
+    calls_code: bool,
 }
-
-/// Functions of PostgreSQL that are not known to be the same everywhere by their class, and that do the same in a half.
-const SAME_IN_A_HALF: &[&str] = &[
-    "current_schemas",
-    "current_setting",
-    "has_any_column_privilege",
-    "has_column_privilege",
-    "has_database_privilege",
-    "has_function_privilege",
-    "has_schema_privilege",
-    "has_sequence_privilege",
-    "has_table_privilege",
-    "pg_advisory_xact_lock",
-    "pg_advisory_xact_lock_shared",
-    "pg_has_role",
-    "pg_sleep",
-    "pg_trigger_depth",
-    "pg_typeof",
-    "row_security_active",
-    "tsvector_update_trigger",
-    "tsvector_update_trigger_column",
-    "set_config",
-];
-
-/// Operators that a text may mean without their signs: IN, BETWEEN, CASE, LIKE, ORDER BY, USING and the like.
-const IMPLIED_OPERATORS: &[&str] = &["=", "<>", "<", "<=", ">", ">=", "~~", "!~~", "~~*", "!~~*", "~", "!~"];
 
 impl Reach {
     /// Begins with a statement. `single`: it is known to be about one row.
@@ -144,6 +123,7 @@ impl Reach {
             code.written_many.insert(table.clone());
             code.written.insert(table);
         }
+        reach.output.clone_from(&code.output);
         reach.code(&code, "the statement");
         // Its own reading is done once; only what it calls and fires is done for each row.
         reach.reads = None;
@@ -316,6 +296,9 @@ impl Reach {
         for relation in answer.relations.unwrap_or_default() {
             self.relation(&relation);
         }
+        if let Some(name) = answer.temporary {
+            self.varies(format!("{name} is a temporary type, which followers do not have"));
+        }
         self.odd_somewhere |= answer.odd_somewhere;
         if let Some(name) = answer.odd {
             self.odd_type(&format!("the type {name} is met"));
@@ -385,6 +368,7 @@ impl Reach {
         if function.volatility == "i" && function.kind == "f" {
             return;
         }
+        self.calls_code |= fired_by.is_none();
         if !matches!(function.kind.as_str(), "f" | "p") {
             self.beside(format!("{name} is an aggregate of users"));
             return self.open(format!("{name} is an aggregate of users"));
@@ -448,10 +432,10 @@ impl Reach {
         self.has_floats |= fact.floats;
         if self.seen_relations.insert(fact.oid) {
             if let Some(view) = &fact.view {
-                self.called(&scan(view, false), &format!("the view {name}"));
+                self.called(&part_of_query(view), &format!("the view {name}"));
             }
             for policy in fact.policies.iter().flatten() {
-                self.called(&scan(policy, false), &format!("a policy of {name}"));
+                self.called(&part_of_query(policy), &format!("a policy of {name}"));
             }
         }
         if fact.written {
@@ -482,7 +466,7 @@ impl Reach {
             let action = rule.find(" DO ").and_then(|at| rule.get(at + 4..)).unwrap_or(rule);
             self.beside(format!("{name} has a rule"));
             let action = action.trim_start_matches("INSTEAD").trim_start_matches("ALSO");
-            self.code(&scan(action, false), &format!("a rule of {name}"));
+            self.code(&part_of_query(action), &format!("a rule of {name}"));
         }
         let many = fact.cascade
             || self.written_many.iter().any(|table| {
@@ -545,10 +529,15 @@ impl Reach {
         if let (Some(many), Some(reads)) = (self.many.take(), self.reads.take()) {
             self.open(format!("{many}, and {reads} reads what the rows before may have changed"));
         }
+        if let (true, Some(why)) = (self.calls_code, self.output.take()) {
+            self.open(format!("the statement: {why}"));
+        }
         let mut settings = Vec::new();
         for setting in std::mem::take(&mut self.settings) {
             if setting.contains('.') {
                 settings.push(setting);
+            } else if SAME_SETTINGS.contains(&setting.to_ascii_lowercase().as_str()) {
+                // A follower is a copy of its leader's files.
             } else if !MIRRORED_SETTINGS.iter().any(|known| known.eq_ignore_ascii_case(&setting)) {
                 self.varies(format!("it reads the setting {setting}, which is each server's own"));
             }
@@ -569,12 +558,21 @@ impl Reach {
     }
 }
 
-/// The statements of a function in SQL, also of one with BEGIN ATOMIC or RETURN, which the catalog gives with its head.
+/// Views, policies and rules become parts of a query: what they read they read once, with its snapshot, and not for one row after the
+/// other. What they call is.
+fn part_of_query(text: &str) -> Code {
+    let mut code = scan(text, false);
+    code.reads = false;
+    code
+}
+
+/// The statements of a function in SQL, also of one with BEGIN ATOMIC or RETURN, which the catalog gives with its head. An empty body is
+/// given so, too.
 fn sql_body(body: &str) -> &str {
     if !body.starts_with("CREATE OR REPLACE") {
         return body;
     }
-    ["\nBEGIN ATOMIC", "\nRETURN "].iter().find_map(|head| body.split_once(head)).map_or(body, |(_, rest)| rest)
+    ["\nBEGIN ATOMIC", "\nRETURN "].iter().find_map(|head| body.split_once(head)).map_or("", |(_, rest)| rest)
 }
 
 /// Whether a query may give several rows, of which a function would take the first.

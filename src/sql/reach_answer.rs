@@ -11,6 +11,8 @@ pub struct Answer {
     pub(super) relations: Option<Vec<RelationFact>>,
     /// Operators of users that are not immutable.
     pub(super) operators: Option<Vec<String>>,
+    /// A temporary type that is named.
+    pub(super) temporary: Option<String>,
     /// A type that was met here, for a person: a cast of it, or the check of a domain in it, calls a function that is not immutable.
     pub(super) odd: Option<String>,
     /// Operators of users that take or give such a type.

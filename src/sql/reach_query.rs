@@ -86,6 +86,8 @@ SELECT json_build_object(
   FROM found f JOIN pg_catalog.pg_class c ON c.oid = f.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace),
 'operators', (SELECT json_agg(DISTINCT o.oprname::text) FROM pg_catalog.pg_operator o JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::oid
   WHERE o.oid >= 16384::oid AND p.provolatile <> 'i'),
+'temporary', (SELECT pg_catalog.min(t.typname::text) FROM pg_catalog.pg_type t
+  WHERE t.typname = ANY (ARRAY[$relations]::name[]) AND t.typnamespace = pg_my_temp_schema()),
 'odd_operators', (SELECT json_agg(DISTINCT o.oprname::text) FROM odd_types t JOIN pg_catalog.pg_operator o
   ON o.oprleft = t.oid OR o.oprright = t.oid OR o.oprresult = t.oid),
 'odd_somewhere', EXISTS (SELECT 1 FROM odd_types),

@@ -51,6 +51,8 @@ pub struct Code {
     pub varies: Option<String>,
     /// Why it may do something else there.
     pub unproven: Option<String>,
+    /// The same of what only its client sees: it comes behind the RETURNING of the one thing that is written.
+    pub output: Option<String>,
     /// It may do something that no name in it tells.
     pub acts: Option<String>,
     /// Columns that it gives the row of a trigger, as `NEW.a := ...`.
@@ -188,8 +190,14 @@ pub fn scan(text: &str, outer: bool) -> Code {
         code.unproven = Some("its text can not be read".to_owned());
         return code;
     };
+    let output = if outer { output(&words) } else { None };
     for at in 0..words.len() {
+        let kept = code.unproven.clone();
         code.visit(&words, at, outer);
+        if output.is_some_and(|output| at > output) && code.unproven != kept {
+            let found = std::mem::replace(&mut code.unproven, kept);
+            code.output = code.output.or(found);
+        }
     }
     for statement in words.split(|word| *word == Word::Symbol(b';')) {
         code.statement(statement);
@@ -198,6 +206,21 @@ pub fn scan(text: &str, outer: bool) -> Code {
         code.float_sum();
     }
     code
+}
+
+/// Where the part of a client's statement begins that nothing written depends on. With RECURSIVE what is written may read what comes later.
+fn output(words: &[Word]) -> Option<usize> {
+    let is = |at: usize, list: &[&str]| words.get(at).is_some_and(|word| word.is(list));
+    let writes = (0..words.len()).filter(|at| match words[*at].plain() {
+        Some("insert" | "merge") => is(at + 1, &["into"]),
+        Some("delete") => is(at + 1, &["from"]),
+        Some("update") => !at.checked_sub(1).is_some_and(|before| is(before, &["for", "key", "do", "on", "or"])),
+        _ => false,
+    });
+    let write = writes.collect::<Vec<_>>();
+    let returning = words.iter().position(|word| word.is(&["returning"]))?;
+    let recursive = words.iter().any(|word| word.is(&["recursive"]));
+    (write.len() == 1 && write.first()? < &returning && !recursive).then_some(returning)
 }
 
 /// The string that a literal stands for, if it is a plain one.

@@ -121,3 +121,28 @@ fn what_acts_without_a_name_is_found() {
         None
     );
 }
+
+#[test]
+fn what_only_the_client_sees_needs_no_proof() {
+    let outer = |text: &str| {
+        let code = scan(text, true);
+        (code.unproven.is_some(), code.output.is_some())
+    };
+    for text in [
+        "with i as (insert into t select 1 returning tableoid::regclass, *) select a, count(*) from i group by 1 order by 1 limit 3",
+        "update t set v = 1 returning ctid",
+        "insert into t values (1) on conflict (id) do update set v = 2 returning xmin",
+        "with d as (delete from t returning *) select rank() over (order by v) from d",
+    ] {
+        assert_eq!(outer(text), (false, true), "{text}");
+    }
+    for text in [
+        "insert into t select v from u limit 1 returning *",
+        "with i as (insert into t values (1) returning ctid) insert into u select ctid::text from i",
+        "with recursive i as (insert into t select * from u returning *), u as (select 1 limit 1) select * from i",
+        "delete from t where ctid = '(0,1)' returning *",
+    ] {
+        assert!(outer(text).0, "{text}");
+    }
+    assert!(scan("update t set v = 1 returning ctid", false).unproven.is_some(), "a function may keep it");
+}
