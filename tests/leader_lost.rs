@@ -293,6 +293,74 @@ async fn sessions_keep_what_they_had() {
     cluster.assert_identical().await;
 }
 
+/// What code has set for a whole session, or locked, is in the server that was lost: such a session ends, and no other.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_code_has_set_is_not_lost_without_a_word() {
+    let cluster = common::cluster();
+    let admin = cluster.connect("postgres").await;
+    admin
+        .batch_execute(
+            "create table t (id int primary key, v int, note text); create table marked (id int primary key);
+             create table noted (id int primary key, note text);
+             create function tenant(t text) returns void language plpgsql as $$ begin perform set_config('app.tenant', t, false); end $$;
+             create function inside(t text) returns text language plpgsql as $$ begin perform tenant(t); return t; end $$;
+             create function briefly(t text) returns text language plpgsql as $$
+               begin perform set_config('app.tenant', t, true); return current_setting('app.tenant'); end $$;
+             create function locks() returns text language sql as 'select pg_advisory_lock_shared(5)::text';
+             create function counts() returns bigint language plpgsql as 'begin return (select count(*) from t); end';
+             create view tenants as select inside('red') as name;
+             create function mark() returns trigger language plpgsql as $$ begin set app.marked = 'yes'; return new; end $$;
+             create trigger mark before insert on marked for each row execute function mark();
+             create function note() returns trigger language plpgsql as $$ begin new.note := upper(new.note); return new; end $$;
+             create trigger note before insert on noted for each row execute function note()",
+        )
+        .await
+        .unwrap();
+    let stay = [
+        "select briefly('blue')",
+        "select counts()",
+        "insert into noted values (1, 'a')",
+        "select set_config('app.tenant', 'blue', true)",
+        "insert into t values (1, 1, current_setting('app.tenant', true))",
+    ];
+    let end = [
+        "select tenant('blue')",
+        "select * from tenants",
+        "select locks()",
+        "insert into marked values (1)",
+        "do $$ begin perform set_config('app.done', 'yes', false); end $$",
+        "insert into t select 2, 2, set_config('app.tenant', 'blue', false)",
+        "select count(pg_advisory_lock(6)), 1 / 0",
+        "begin; select tenant('blue'); rollback",
+        "prepare p as select $1::text; execute p(inside('blue'))",
+        "alter table noted add check (counts() < 1000)",
+    ];
+    let mut sessions = Vec::new();
+    for (sql, stays) in stay.iter().map(|sql| (sql, true)).chain(end.iter().map(|sql| (sql, false))) {
+        let (client, messages) = session(&cluster, "postgres", "").await;
+        let done = client.batch_execute(sql).await;
+        assert_eq!(done.is_err(), sql.contains("/ 0"), "{sql}: {done:?}");
+        sessions.push((format!("{sql}, as text"), client, messages, stays));
+    }
+    for (sql, stays) in [(stay[0], true), (stay[1], true), (end[0], false), (end[1], false), (end[2], false)] {
+        let (client, messages) = session(&cluster, "postgres", "").await;
+        client.query(sql, &[]).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
+        sessions.push((format!("{sql}, prepared"), client, messages, stays));
+    }
+    cluster.kill_postgres(0);
+    wait_leader(&cluster, 1).await;
+    for (sql, client, _messages, stays) in &sessions {
+        match client.batch_execute("select 1").await {
+            Ok(()) => assert!(stays, "{sql}: it has lost something"),
+            Err(error) => {
+                assert!(!stays && (client.is_closed() || state(&error) == "57P01"), "{sql}: {error:?}");
+            }
+        }
+    }
+    cluster.recover(0);
+    cluster.assert_identical().await;
+}
+
 /// The leader is lost while a COMMIT is at this message of server 0, the leader, or 1: what is told is what the new leader has.
 async fn lost_at(isolation: &str, (server, towards, tag, part): (usize, Towards, u8, &str), is_prepared: bool) {
     let what = format!("{isolation}, {towards:?} {server}: {part}");

@@ -279,6 +279,7 @@ impl Session {
             }
             // A cursor of SQL, or nothing that we know: whatever it is, it must not write.
             self.facts = None;
+            self.note_unknown();
             return self.execute_guarded(frame, None).await;
         };
         if portal.rest.is_some() {
@@ -318,6 +319,7 @@ impl Session {
             }
             Lane::Named(named) => {
                 let formats = portal.result_formats.clone();
+                self.note_stays(&plan, &prepared.text, true);
                 self.named_extended(frame, named, &prepared, &formats, rows_max).await
             }
             Lane::Maintenance { exclusive } => {
@@ -355,7 +357,10 @@ impl Session {
                 done
             }
             Lane::Refused(refusal) => self.refuse_extended(&refused(refusal)).await,
-            Lane::Write(write) => self.execute_write(frame, write, &prepared, &parameters, rows_max).await,
+            Lane::Write(write) => {
+                self.note_stays(&plan, &prepared.text, true);
+                self.execute_write(frame, write, &prepared, &parameters, rows_max).await
+            }
         }
     }
 

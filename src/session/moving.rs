@@ -79,9 +79,15 @@ impl Session {
     pub(super) fn note_stays(&mut self, plan: &Plan, text: &str, ok: bool) {
         self.only_begun &= matches!(plan.lane, Lane::Control(Control::Begin { .. }));
         self.has_temp_objects &= !(ok && plan.stays == Stays::All);
-        if ok && plan.stays != Stays::Nothing {
+        // A lock that was taken stays when the statement fails later.
+        if plan.stays != Stays::Nothing && (ok || matches!(plan.stays, Stays::Unmovable(_))) {
             self.carried.note(&plan.stays, text, self.open_savepoints());
         }
+    }
+
+    /// The server runs something of which nothing is known.
+    pub(super) fn note_unknown(&mut self) {
+        self.carried.note(&Stays::CODE, "", self.open_savepoints());
     }
 
     /// Called when the connection to the leader has ended. `Ok`: the session goes on at another server.

@@ -22,7 +22,7 @@ use crate::session::simple::refused;
 use crate::session::statements::Prepared;
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::named::{Arguments, Named};
-use crate::sql::plan::{EffectPlan, Lane, Write};
+use crate::sql::plan::{EffectPlan, Lane, Plan, Write};
 use crate::sql::shape::Shape;
 
 /// What stands before the arguments in the text that evaluates them.
@@ -41,7 +41,16 @@ struct Call<'a> {
 
 impl Session {
     /// As the only statement of a text. `own`: outside a block.
-    pub async fn named_alone(&mut self, named: &Named, shape: &Shape, text: &str, own: bool) -> Result<(), End> {
+    pub async fn named_alone(
+        &mut self,
+        plan: &Plan,
+        named: &Named,
+        shape: &Shape,
+        text: &str,
+        own: bool,
+    ) -> Result<(), End> {
+        self.touched.begin(&plan.sequences);
+        self.note_stays(plan, text, true);
         let ok = self.named_simple(named, shape, text, own).await?;
         self.end_simple(own, ok).await
     }
@@ -85,6 +94,7 @@ impl Session {
             && let Lane::Write(write) = &prepared.plan.lane
         {
             if arguments.missing {
+                self.note_unknown();
                 let told = self.guarded_simple(text, alone).await?;
                 return Ok(if told { Ok(()) } else { Err(Failure::Told) });
             }
@@ -179,6 +189,7 @@ impl Session {
                 return Ok(Err(Failure::Told));
             }
             if call.arguments.missing {
+                self.note_unknown();
                 return self.execute_guarded(frame, None).await.map(Ok);
             }
             self.open_block_in_batch();
@@ -247,6 +258,7 @@ impl Session {
             None => {
                 self.facts = None;
                 self.settings_touched = true;
+                self.note_unknown();
             }
         }
     }
@@ -313,6 +325,7 @@ impl Session {
         if let Some(refusal) = self.refuses_write(write) {
             return Ok(Err(Failure::Ours(refusal)));
         }
+        self.note_stays(&prepared.plan, &prepared.text, true);
         if call.arguments.guard {
             return Ok(Err(Failure::Ours(ClientError::error(
                 "0A000",

@@ -22,11 +22,13 @@ use crate::session::simple::{error_frame, refused};
 use crate::session::wire::{End, Expect, Mode, Until};
 use crate::sql::facts::{Facts, FactsError};
 use crate::sql::lex::{Kind, Lexer};
+use crate::sql::named::{Arguments, Named};
 use crate::sql::parse::Statement;
 use crate::sql::plan::{EffectPlan, Lane, Once, Plan, Proof, Write};
 use crate::sql::reach::{Answer, Reach, Verdict};
 use crate::sql::sequences::SequenceUse;
 use crate::sql::shape::{self, Shape};
+use crate::sql::stays::Stays;
 use crate::sql::{catalog, classify, encoding, needs::Needs, parse};
 
 /// Plans that one thread keeps; past that it starts anew.
@@ -252,11 +254,22 @@ impl Session {
         Ok(Planned::One { plan, shape, text: text.into() })
     }
 
-    /// Looks at all that a statement of the `once` lane can reach.
+    /// Looks at all that a statement that calls or fires code can reach: whether it does the same on every server, if it may write, and
+    /// whether something may stay in the session.
     async fn prove(&mut self, plan: Plan, statement: &Statement, text: &str) -> Result<Result<Plan, NoAnswer>, End> {
-        let Lane::Once(once) = plan.lane else { return Ok(Ok(plan)) };
-        let mut reach = Reach::of(statement, text, once.single);
-        if once.rows.is_some() {
+        let calls_code = match &plan.lane {
+            Lane::Once(_) => true,
+            // In a failed block nothing is called.
+            Lane::Read { guard: true, .. }
+            | Lane::Named(Named::Execute { arguments: Arguments { guard: true, .. }, .. }) => self.wire.status != b'E',
+            _ => false,
+        };
+        if !calls_code {
+            return Ok(Ok(plan));
+        }
+        let single = matches!(&plan.lane, Lane::Once(once) if once.single);
+        let mut reach = Reach::of(statement, text, single).wanting_stays();
+        if matches!(&plan.lane, Lane::Once(once) if once.rows.is_some()) {
             reach = reach.wanting_rows();
         }
         while let Some(query) = reach.query() {
@@ -265,6 +278,8 @@ impl Session {
                 Err(why) => return Ok(Err(why)),
             }
         }
+        let plan = if reach.stays() { Plan { stays: Stays::CODE, ..plan } } else { plan };
+        let Lane::Once(once) = plan.lane else { return Ok(Ok(plan)) };
         if let Some(rows) = &once.rows
             && reach.only_rows(&rows.fixed)
         {

@@ -95,10 +95,7 @@ impl Session {
                 self.after(plan, text, self.wire.results.error.is_none());
                 Ok(())
             }
-            Lane::Named(named) => {
-                self.touched.begin(&plan.sequences);
-                self.named_alone(named, shape, text, !was_block).await
-            }
+            Lane::Named(named) => self.named_alone(plan, named, shape, text, !was_block).await,
             Lane::Maintenance { exclusive } => {
                 self.forward(frame).await?;
                 if self.wire.results.error.is_none() {

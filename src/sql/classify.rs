@@ -11,7 +11,7 @@ use pg_query::protobuf::{
 use serde_json::Value;
 
 use super::expressions::{Look, OWN_SCHEMA, look};
-use super::facts::{Facts, Relation};
+use super::facts::{Facts, Function, Relation};
 use super::functions::{self, Effect};
 use super::large_objects;
 use super::lex::{Kind, Lexer};
@@ -121,14 +121,8 @@ pub fn classify(statement: &Statement, text: &str, shape: &Shape, facts: &Facts)
                 (NodeEnum::SelectStmt(select), Lane::Read { guard: false, .. }) => one_row(select, &context),
                 _ => None,
             };
-            Plan {
-                changes_settings,
-                sequences,
-                one_row,
-                locks: locks(node, &context),
-                stays: stays(node, &needs),
-                ..plan(lane)
-            }
+            let stays = if defines_by_code(&lane, facts) { Stays::CODE } else { stays(node, &needs) };
+            Plan { changes_settings, sequences, one_row, locks: locks(node, &context), stays, ..plan(lane) }
         }
     }
 }
@@ -140,7 +134,8 @@ pub fn unknown_query(statement: &Statement, text: &str, shape: &Shape) -> Option
     let plan = classify(statement, text, shape, &Facts::default());
     let reads = matches!(plan.lane, Lane::Read { copy_in: false, .. });
     let is_guarded = !Needs::of(statement).functions.iter().any(|name| functions::passes_the_guard(&name.name));
-    (is_mere && reads && is_guarded).then(|| Plan { lane: read(true), changes_settings: true, one_row: None, ..plan })
+    let plan = Plan { lane: read(true), changes_settings: true, one_row: None, stays: Stays::CODE, ..plan };
+    (is_mere && reads && is_guarded).then_some(plan)
 }
 
 /// Whether SQL names a statement that the proxy has prepared for itself.
@@ -293,7 +288,16 @@ pub fn writing(statement: &Statement, text: &str, shape: &Shape, facts: &Facts) 
             "Call the function by SELECT.",
         ),
     };
-    Plan { changes_settings: true, ..plan(lane) }
+    Plan { changes_settings: true, stays: stays(&statement.node, &Needs::of(statement)), ..plan(lane) }
+}
+
+/// Whether a definition may run code of which nothing is proven: a default that it gives to rows, a check that they have to pass.
+fn defines_by_code(lane: &Lane, facts: &Facts) -> bool {
+    let is_unknown = |functions: &[Function]| functions::effect(functions, Some(2)) >= Some(Effect::Unknown);
+    matches!(lane, Lane::Write(write) if write.ddl)
+        && (facts.functions.values().chain(facts.operators.values()).any(|functions| is_unknown(functions))
+            || facts.types.values().any(|known| is_unknown(&known.check_functions))
+            || facts.relations.values().any(|relation| is_unknown(&relation.check_functions)))
 }
 
 /// Judges a query that only reads: SELECT, VALUES, TABLE, WITH, or what EXPLAIN, DECLARE and PREPARE hold.

@@ -341,6 +341,19 @@ const WRITERS: &[&str] = &[
 const WRITES_ALTHOUGH_STABLE: &[&str] =
     &["cursor_to_xml", "query_to_xml", "query_to_xmlschema", "query_to_xml_and_xmlschema", "ts_stat", "ts_rewrite"];
 
+/// What a function of PostgreSQL with this name leaves in the session when the transaction has ended. `set_config()` depends on how it is called.
+#[must_use]
+pub fn stays(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "pg_advisory_lock" | "pg_advisory_lock_shared" | "pg_try_advisory_lock" | "pg_try_advisory_lock_shared" => {
+            "it has taken an advisory lock for the whole session"
+        }
+        "setseed" => "it has used setseed()",
+        _ if WRITES_ALTHOUGH_STABLE.contains(&name) => "it has run a query that was given as text",
+        _ => return None,
+    })
+}
+
 /// Whether a function of this name may be one that the guard does not stop on every server.
 #[must_use]
 pub fn passes_the_guard(name: &str) -> bool {

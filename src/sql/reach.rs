@@ -8,6 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
+use pg_query::NodeEnum;
+
 use super::catalog::MIRRORED_SETTINGS;
 use super::facts::{Function, quote_literal};
 use super::functions::{self, Effect};
@@ -20,7 +22,6 @@ use super::reach_answer::{FunctionFact, RelationFact};
 use super::reach_lists::{IMPLIED_OPERATORS, SAME_IN_A_HALF, SAME_SETTINGS};
 use super::reach_query::{FUNCTION, TEMPLATE};
 use super::scan::{Code, Columns, Insert, scan};
-use pg_query::NodeEnum;
 
 /// Rounds of questions to the catalog; what is reached by more steps is not proven.
 const ROUNDS_MAX: usize = 12;
@@ -78,6 +79,9 @@ pub struct Reach {
     output: Option<String>,
     /// A function of users is called that may do something.
     calls_code: bool,
+    /// All is looked at until it is known whether something may stay in the session, and why it may.
+    wants_stays: bool,
+    stays: bool,
 }
 
 impl Reach {
@@ -104,7 +108,10 @@ impl Reach {
             }
             match body {
                 Some(body) if language == "plpgsql" => reach.code(&scan(&body, false), "the code"),
-                _ => reach.open(format!("the code is in {language}")),
+                _ => {
+                    reach.stays = true;
+                    reach.open(format!("the code is in {language}"));
+                }
             }
             return reach;
         }
@@ -147,6 +154,19 @@ impl Reach {
     #[must_use]
     pub fn wanting_rows(self) -> Self {
         Self { wants_rows: true, ..self }
+    }
+
+    /// Looks for whether something may stay in the session, whatever else is found: see [`Self::stays`].
+    #[must_use]
+    pub fn wanting_stays(self) -> Self {
+        Self { wants_stays: true, ..self }
+    }
+
+    /// Whether the code that the statement calls and fires, known by now, may leave something in the session. Functions that their owners call
+    /// immutable are believed.
+    #[must_use]
+    pub fn stays(&self) -> bool {
+        self.stays
     }
 
     /// Whether the code that the statement calls and fires, known by now, changes nothing but the rows of the statement, and of those
@@ -194,6 +214,7 @@ impl Reach {
 
     /// Takes in a piece of code; `place` names it for a person.
     fn code(&mut self, code: &Code, place: &str) {
+        self.stays |= code.stays.is_some();
         if let Some(why) = &code.varies {
             self.varies(format!("{place}: {why}"));
         }
@@ -258,7 +279,9 @@ impl Reach {
     #[must_use]
     pub fn query(&mut self) -> Option<String> {
         let nothing = self.new_functions.is_empty() && self.new_relations.is_empty() && self.new_written.is_empty();
-        if nothing || (self.varies.is_some() && (!self.wants_rows || self.beside.is_some())) {
+        let is_known =
+            self.varies.is_some() && (!self.wants_rows || self.beside.is_some()) && (!self.wants_stays || self.stays);
+        if nothing || is_known {
             return None;
         }
         self.rounds += 1;
@@ -266,6 +289,7 @@ impl Reach {
             let why = "it reaches more functions and tables than pgtandem looks at";
             self.open(why.to_owned());
             self.beside(why);
+            self.stays = true;
             return None;
         }
         let texts = |names: BTreeSet<String>| {
@@ -313,6 +337,7 @@ impl Reach {
         for operator in answer.operators.unwrap_or_default() {
             // Runs of operators are not cut apart here: `a<-b` may be `<` and `-`.
             if self.operators.iter().any(|run| run.contains(&operator)) {
+                self.stays = true;
                 self.beside(format!("the operator {operator} calls a function of users"));
                 self.open(format!("the operator {operator} calls a function of users"));
             }
@@ -322,6 +347,7 @@ impl Reach {
     /// Nothing in a text says that a value is cast or that the check of a domain looks at it, so the types alone are judged.
     fn odd_type(&mut self, met: &str) {
         let why = format!("{met}, and a cast or a domain's check of it calls a function that is not immutable");
+        self.stays = true;
         self.beside(why.clone());
         self.open(why);
     }
@@ -348,6 +374,7 @@ impl Reach {
             None => format!("the function {name}"),
         };
         if fact.temporary {
+            self.stays = true;
             self.beside(format!("{place} is temporary"));
             return self.varies(format!("{place} is temporary, which followers do not have"));
         }
@@ -356,6 +383,7 @@ impl Reach {
                 .iter()
                 .any(|closed| config.contains(closed))
         }) {
+            self.stays = true;
             self.beside(format!("{place}: it changes a setting"));
             return self.varies(format!("{place}: it changes a setting that followers must keep"));
         }
@@ -370,6 +398,7 @@ impl Reach {
         }
         self.calls_code |= fired_by.is_none();
         if !matches!(function.kind.as_str(), "f" | "p") {
+            self.stays = true;
             self.beside(format!("{name} is an aggregate of users"));
             return self.open(format!("{name} is an aggregate of users"));
         }
@@ -387,6 +416,8 @@ impl Reach {
             }
             (Some(body), "plpgsql") => self.called(&scan(body, false), &place),
             (_, language) => {
+                // What C functions do is not seen; those that their owner calls stable are believed.
+                self.stays |= language != "c" || function.volatility == "v";
                 self.beside(format!("{place} is written in {language}"));
                 self.open(format!("{place} is written in {language}"));
             }
@@ -395,6 +426,8 @@ impl Reach {
 
     fn builtin(&mut self, function: &Function) {
         let (name, one) = (&function.name, std::slice::from_ref(function));
+        // set_config() is judged where it is called.
+        self.stays |= functions::stays(name).is_some();
         let effect = functions::effect(one, Some(2));
         if effect >= Some(Effect::Unknown) && name != "pg_notify" {
             self.beside(format!("{name}() may write"));

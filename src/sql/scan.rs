@@ -55,6 +55,8 @@ pub struct Code {
     pub output: Option<String>,
     /// It may do something that no name in it tells.
     pub acts: Option<String>,
+    /// It may leave something in the session when its transaction has ended. Of code alone: of the client's own statement the tree tells.
+    pub stays: Option<&'static str>,
     /// Columns that it gives the row of a trigger, as `NEW.a := ...`.
     pub assigned: BTreeSet<String>,
     /// It may give the row of a trigger any columns, as `NEW := ...` or `RETURN other`.
@@ -187,7 +189,8 @@ fn tokens(text: &str) -> Option<Vec<Word>> {
 pub fn scan(text: &str, outer: bool) -> Code {
     let mut code = Code::default();
     let Some(words) = tokens(text) else {
-        code.unproven = Some("its text can not be read".to_owned());
+        let why = "its text can not be read";
+        (code.unproven, code.stays) = (Some(why.to_owned()), Some(why));
         return code;
     };
     let output = if outer { output(&words) } else { None };
@@ -197,6 +200,9 @@ pub fn scan(text: &str, outer: bool) -> Code {
         if output.is_some_and(|output| at > output) && code.unproven != kept {
             let found = std::mem::replace(&mut code.unproven, kept);
             code.output = code.output.or(found);
+        }
+        if !outer {
+            code.stays = code.stays.or_else(|| stays(&words, at));
         }
     }
     for statement in words.split(|word| *word == Word::Symbol(b';')) {
@@ -303,6 +309,7 @@ impl Code {
             self.fields.insert(name.to_owned());
         }
         let Some(word) = word.plain().filter(|_| !dotted) else { return };
+        let starts = starts_statement(before);
         if CLOCK.contains(&word) && !outer {
             self.varies(format!("it reads the clock ({word})"));
         }
@@ -312,11 +319,6 @@ impl Code {
         if matches!(word, "float" | "float4" | "float8" | "real" | "double") {
             self.floats = true;
         }
-        let starts = match before {
-            None => true,
-            Some(Word::Symbol(symbol)) => matches!(symbol, b';' | b'>'),
-            Some(before) => before.is(&["begin", "then", "else", "loop"]),
-        };
         if let Some((_, why)) = FORBIDDEN.iter().find(|(known, _)| *known == word).filter(|_| starts && !outer) {
             self.varies(*why);
             self.acts(*why);
@@ -471,6 +473,55 @@ impl Code {
             self.open("SELECT INTO takes the first row that a server finds, unless it is STRICT");
         }
     }
+}
+
+/// Whether a statement may start here.
+fn starts_statement(before: Option<&Word>) -> bool {
+    match before {
+        None => true,
+        Some(Word::Symbol(symbol)) => matches!(symbol, b';' | b'>'),
+        Some(before) => before.is(&["begin", "then", "else", "loop"]),
+    }
+}
+
+/// What the word at this place of code may leave in the session.
+fn stays(words: &[Word], at: usize) -> Option<&'static str> {
+    let after = |n: usize| words.get(at + n);
+    let name = words[at].name()?;
+    if after(1) == Some(&Word::Symbol(b'(')) {
+        return match name {
+            "set_config" if is_local(words, at + 1) => None,
+            "set_config" => Some("it uses set_config() for the whole session"),
+            _ => functions::stays(name),
+        };
+    }
+    let word = words[at].plain()?;
+    match word {
+        "execute" => Some("it runs text that is put together at run time"),
+        "hold" => Some("it declares a cursor WITH HOLD"),
+        _ if !starts_statement(at.checked_sub(1).map(|before| &words[before])) => None,
+        "set" if after(1).is_some_and(|next| next.is(&["local", "constraints", "transaction"])) => None,
+        "set" | "reset" => Some("it uses SET for the whole session"),
+        "prepare" => Some("it prepares a statement"),
+        "do" => Some("it runs code inside of code"),
+        _ => FORBIDDEN.iter().find(|(known, _)| *known == word).map(|(_, why)| *why),
+    }
+}
+
+/// Whether the last argument of a call is a plain `true`; `open`: its parenthesis.
+fn is_local(words: &[Word], open: usize) -> bool {
+    let mut depth = 0_i32;
+    for (at, word) in words.iter().enumerate().skip(open) {
+        match word {
+            Word::Symbol(b'(') => depth += 1,
+            Word::Symbol(b')') => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return words[at - 2] == Word::Symbol(b',') && words[at - 1].is(&["true"]);
+        }
+    }
+    false
 }
 
 /// A table's name, and where it ends.

@@ -47,6 +47,37 @@ fn what_is_another_thing_on_another_server_is_told() {
 }
 
 #[test]
+fn what_may_stay_in_the_session_is_told() {
+    for body in [
+        "BEGIN PERFORM set_config('app.tenant', t, false); END",
+        "SELECT pg_catalog . \"set_config\" ('a.b', f('c', true), $1)",
+        "BEGIN x := set_config(n, v, is_local => true); END",
+        "SET app.tenant = 'blue'",
+        "BEGIN IF a THEN SET SESSION app.tenant TO 'blue'; END IF; END",
+        "BEGIN <<l>> LOOP RESET ALL; END LOOP; END",
+        "BEGIN EXECUTE format('SET %I = 1', n); END",
+        "BEGIN PERFORM pg_try_advisory_lock(1); END",
+        "SELECT setseed(0.5)",
+        "SELECT query_to_xml(q, true, true, '')",
+        "LISTEN news",
+        "DECLARE c CURSOR WITH HOLD FOR SELECT 1",
+        "PREPARE p AS SELECT 1",
+        "SELECT U&\"f\"()",
+    ] {
+        assert!(scan(body, false).stays.is_some(), "{body}");
+    }
+    for body in [
+        "BEGIN PERFORM set_config('app.tenant', t, true), set_config('a.b', (SELECT f(1)), TRUE); END",
+        "BEGIN SET LOCAL app.tenant = 'blue'; SET CONSTRAINTS ALL DEFERRED; UPDATE t SET v = 1; END",
+        "INSERT INTO t VALUES (1) ON CONFLICT (id) DO UPDATE SET v = 2",
+        "BEGIN PERFORM pg_advisory_xact_lock(1); RETURN current_setting('app.tenant'); END",
+    ] {
+        assert_eq!(scan(body, false).stays, None, "{body}");
+    }
+    assert_eq!(scan("SELECT set_config('a.b', 'c', false)", true).stays, None, "its tree tells");
+}
+
+#[test]
 fn what_may_be_is_not_proven() {
     for body in [
         "BEGIN EXECUTE 'DELETE FROM ' || t; END",

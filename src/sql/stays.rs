@@ -3,6 +3,7 @@
 use pg_query::NodeEnum;
 use pg_query::protobuf::{DiscardMode, VariableSetKind};
 
+use super::functions;
 use super::needs::Needs;
 
 /// Option of DECLARE: WITH HOLD (`CURSOR_OPT_HOLD` of `parsenodes.h`).
@@ -28,6 +29,12 @@ pub enum Stays {
     Unmovable(&'static str),
 }
 
+impl Stays {
+    /// It calls or fires code that is not proven to leave nothing.
+    pub const CODE: Self =
+        Self::Unmovable("it has called or fired code that may have set something for the whole session");
+}
+
 /// What this statement leaves behind.
 #[must_use]
 pub fn stays(node: &NodeEnum, needs: &Needs) -> Stays {
@@ -48,19 +55,12 @@ pub fn stays(node: &NodeEnum, needs: &Needs) -> Stays {
         NodeEnum::DeclareCursorStmt(cursor) if cursor.options & CURSOR_OPT_HOLD != 0 => {
             Stays::Unmovable("it has declared a cursor WITH HOLD")
         }
-        _ if needs.functions.iter().any(|name| is_session_lock(&name.name)) => {
-            Stays::Unmovable("it has taken an advisory lock for the whole session")
-        }
-        _ if needs.functions.iter().any(|name| name.name == "set_config") => Stays::SetConfig,
-        _ => Stays::Nothing,
+        _ => match needs.functions.iter().find_map(|name| functions::stays(&name.name)) {
+            Some(why) => Stays::Unmovable(why),
+            None if needs.functions.iter().any(|name| name.name == "set_config") => Stays::SetConfig,
+            None => Stays::Nothing,
+        },
     }
-}
-
-fn is_session_lock(function: &str) -> bool {
-    matches!(
-        function,
-        "pg_advisory_lock" | "pg_advisory_lock_shared" | "pg_try_advisory_lock" | "pg_try_advisory_lock_shared"
-    )
 }
 
 #[cfg(test)]
@@ -94,6 +94,8 @@ mod tests {
         assert!(matches!(of("DECLARE c CURSOR WITH HOLD FOR SELECT 1"), Stays::Unmovable(_)));
         assert_eq!(of("DECLARE c CURSOR FOR SELECT 1"), Stays::Nothing);
         assert!(matches!(of("SELECT 1 WHERE pg_try_advisory_lock(1)"), Stays::Unmovable(_)));
+        assert!(matches!(of("SELECT setseed(0.5)"), Stays::Unmovable(_)));
+        assert!(matches!(of("SELECT query_to_xml('SELECT f()', true, true, '')"), Stays::Unmovable(_)));
         assert_eq!(of("SELECT pg_advisory_xact_lock(1)"), Stays::Nothing);
         assert_eq!(of("SELECT 1"), Stays::Nothing);
     }
