@@ -185,3 +185,43 @@ fn a_foreign_postgresql_is_named_and_left_alone() {
         right.stop(true).await.unwrap();
     });
 }
+
+/// Between the start of a postmaster and the file that names it nobody sees it. A node that is filled would have it among its files.
+#[test]
+fn a_start_that_was_given_up_leaves_no_postgresql_behind() {
+    if !is_postgres_user("a_start_that_was_given_up_leaves_no_postgresql_behind") {
+        return;
+    }
+    runtime().block_on(async {
+        let site = Site::new();
+        site.initdb();
+        let folder = tempfile::tempdir().unwrap();
+        let [begun, go, ended] = ["begun", "go", "ended"].map(|name| folder.path().join(name));
+        let (pg_ctl, real) = (folder.path().join("pg_ctl"), site.node(0).bin_dir.join("pg_ctl"));
+        let script = format!(
+            "#!/bin/sh\ntouch {}; while [ ! -e {} ]; do sleep 0.05; done; {} \"$@\"; touch {}\n",
+            begun.display(),
+            go.display(),
+            real.display(),
+            ended.display()
+        );
+        std::fs::write(&pg_ctl, script).unwrap();
+        std::fs::set_permissions(&pg_ctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let slow = Postgres::new(NodeConfig { bin_dir: folder.path().into(), ..site.node(0).clone() });
+        let start = {
+            let slow = slow.clone();
+            tokio::spawn(async move { slow.start().await.is_ok() })
+        };
+        until("the starter runs", async || begun.exists()).await;
+        start.abort();
+        let _ = start.await;
+        let stop = {
+            let slow = slow.clone();
+            tokio::spawn(async move { slow.stop(true).await })
+        };
+        std::fs::write(&go, "").unwrap();
+        timeout(WAIT, stop).await.expect("it ends").unwrap().unwrap();
+        assert!(ended.exists(), "nothing is started any more");
+        assert_eq!(slow.state(), PostgresState::Stopped);
+    });
+}

@@ -104,6 +104,8 @@ impl PostgresError {
 pub struct Postgres {
     node: Arc<NodeConfig>,
     server: Arc<dyn Server>,
+    /// Held while a starter runs, whether or not anybody waits for it still.
+    starting: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Postgres {
@@ -115,7 +117,7 @@ impl Postgres {
 
     #[must_use]
     pub fn with_server(node: NodeConfig, server: Arc<dyn Server>) -> Postgres {
-        Postgres { node: Arc::new(node), server }
+        Postgres { node: Arc::new(node), server, starting: Arc::default() }
     }
 
     #[must_use]
@@ -194,7 +196,7 @@ impl Postgres {
                 None => {
                     let log_start = self.log_bytes();
                     pidfile::remove_of_zombie(&self.node.pgdata).map_err(|source| self.io("postmaster.pid", source))?;
-                    let started = self.server.start(&self.node).await;
+                    let started = self.run_starter().await;
                     if started.is_ok() || self.postmaster()?.is_some() {
                         continue;
                     }
@@ -214,6 +216,18 @@ impl Postgres {
         }
     }
 
+    async fn run_starter(&self) -> Result<(), String> {
+        let alone = Arc::clone(&self.starting).lock_owned().await;
+        let (node, server) = (Arc::clone(&self.node), Arc::clone(&self.server));
+        // It goes on when nobody waits any more, and whoever stops the server has to know.
+        let starter = tokio::spawn(async move {
+            let started = server.start(&node).await;
+            drop(alone);
+            started
+        });
+        starter.await.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
     /// Returns when the starting server accepts connections or is gone (the caller looks which).
     async fn wait_for_start(&self, began: Instant) -> Result<(), PostgresError> {
         while let Some(postmaster) = self.postmaster()? {
@@ -228,9 +242,19 @@ impl Postgres {
         Ok(())
     }
 
-    /// Stops it; returns when its process is gone. A fast stop that takes too long becomes an immediate one.
-    /// Nothing to do if it does not run.
+    /// Stops it; returns when its process is gone, and none is being started any more. A fast stop that takes too long becomes an
+    /// immediate one. Nothing to do if it does not run.
     pub async fn stop(&self, immediate: bool) -> Result<(), PostgresError> {
+        loop {
+            self.stop_running(immediate).await?;
+            // A postmaster that is just being started has not written its file yet. The starter ends with it, or in its own time.
+            if timeout(Duration::from_millis(10 * POLL_MS), self.starting.lock()).await.is_ok() {
+                return self.stop_running(immediate).await;
+            }
+        }
+    }
+
+    async fn stop_running(&self, immediate: bool) -> Result<(), PostgresError> {
         if !immediate && self.signal_and_wait(Signal::INT, FAST_STOP_SECONDS_MAX).await? {
             return Ok(());
         }
