@@ -347,8 +347,16 @@ async fn what_code_has_set_is_not_lost_without_a_word() {
         client.query(sql, &[]).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
         sessions.push((format!("{sql}, prepared"), client, messages, stays));
     }
+    // Many drivers look so whether the server is there.
+    let (client, messages) = session(&cluster, "postgres", "").await;
+    client.execute("", &[]).await.unwrap();
+    let nothing = client.prepare("-- nothing").await.unwrap();
+    client.execute(&nothing, &[]).await.unwrap();
+    client.batch_execute("slect 1").await.unwrap_err();
+    sessions.push(("nothing".to_owned(), client, messages, true));
     cluster.kill_postgres(0);
     wait_leader(&cluster, 1).await;
+    sessions.last().unwrap().1.execute(&nothing, &[]).await.unwrap();
     for (sql, client, _messages, stays) in &sessions {
         match client.batch_execute("select 1").await {
             Ok(()) => assert!(stays, "{sql}: it has lost something"),

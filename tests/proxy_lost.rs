@@ -51,7 +51,10 @@ async fn a_member_that_leads_alone_takes_over_from_a_lost_proxy_safely() {
     assert!(!refused.status.success() && text(&refused).contains("a proxy serves this cluster"), "{}", text(&refused));
     cluster.lose_host(0);
     let (status, _) = cluster.status();
-    assert!(status.contains("leader node1"), "{status}");
+    assert!(
+        status.contains("leader node1") && status.contains("on the host of a member: pgtandem promote"),
+        "{status}"
+    );
     let promoted = cluster.command(&["promote", "--node", "node1", "--yes"]);
     let said = text(&promoted);
     assert!(promoted.status.success(), "{said}\n{}", cluster.logs());

@@ -158,7 +158,7 @@ pub fn cluster_problems(status: &ClusterStatus) -> Vec<Problem> {
 pub fn not_running() -> Problem {
     problem(
         "the proxy is not running: clients can not connect",
-        "on the proxy's host: systemctl start pgtandem-proxy, or pgtandem proxy",
+        "on the proxy's host: systemctl start pgtandem-proxy, or pgtandem proxy; if that host is lost, on the host of a member: pgtandem promote",
     )
 }
 

@@ -18,7 +18,8 @@ use crate::session::run::Session;
 use crate::session::simple::{error_frame, refused};
 use crate::session::statements::{Portal, Prepared};
 use crate::session::wire::{EXPECTS_MAX, End, Expect, Mode, Until};
-use crate::sql::plan::{Admin, Lane};
+use crate::sql::plan::{Admin, Lane, Plan};
+use crate::sql::{classify, shape};
 
 impl Session {
     pub async fn extended(&mut self, tag: u8, frame: Bytes) -> Result<(), End> {
@@ -134,7 +135,12 @@ impl Session {
         let types: Arc<[u8]> = parse.types.into();
         let (plan, shape, text) = match self.plan(parse.text).await? {
             Planned::One { plan, shape, text } => (plan, shape, text),
-            Planned::Nothing | Planned::Several(_) => {
+            // By which many drivers look whether the server is there.
+            Planned::Nothing => {
+                let plan = Plan { lane: Lane::Read { guard: false, copy_in: false }, ..classify::unparsed() };
+                (Arc::new(plan), shape::mask(""), Arc::from(""))
+            }
+            Planned::Several(_) => {
                 self.pass(frame, Expect::Parse { hidden: false });
                 self.statements.send_statement(name, None);
                 return Ok(());

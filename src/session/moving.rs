@@ -80,7 +80,8 @@ impl Session {
         self.only_begun &= matches!(plan.lane, Lane::Control(Control::Begin { .. }));
         self.has_temp_objects &= !(ok && plan.stays == Stays::All);
         // A lock that was taken stays when the statement fails later.
-        if plan.stays != Stays::Nothing && (ok || matches!(plan.stays, Stays::Unmovable(_))) {
+        let outlives_failure = matches!(plan.stays, Stays::Unmovable(_)) && plan.stays != Stays::UNREAD;
+        if plan.stays != Stays::Nothing && (ok || outlives_failure) {
             self.carried.note(&plan.stays, text, self.open_savepoints());
         }
     }

@@ -60,7 +60,7 @@ pub fn unparsable(error: &ParseError, text: &str) -> Plan {
             "the statement is nested too deeply for pgtandem to see what it does",
             "Split it into several statements, or put long expressions into fewer levels.",
         )),
-        _ => unparsed(),
+        _ => Plan { stays: Stays::UNREAD, ..unparsed() },
     }
 }
 

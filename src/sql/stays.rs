@@ -33,6 +33,8 @@ impl Stays {
     /// It calls or fires code that is not proven to leave nothing.
     pub const CODE: Self =
         Self::Unmovable("it has called or fired code that may have set something for the whole session");
+    /// What it does is not known. If the server can not read it either it does nothing.
+    pub const UNREAD: Self = Self::Unmovable("it has run a statement that pgtandem can not read");
 }
 
 /// What this statement leaves behind.
