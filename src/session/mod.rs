@@ -38,6 +38,7 @@ pub mod rewrite;
 pub mod run;
 pub mod sequences;
 pub mod serializable;
+mod several;
 pub mod simple;
 pub mod start;
 pub mod statements;

@@ -12,7 +12,7 @@ use crate::pg::frame;
 use crate::session::copy_file::FromFile;
 use crate::session::effect::put_tag;
 use crate::session::once::{How, OnceCall};
-use crate::session::planning::{Parts, Planned, mode_of, schema_changed};
+use crate::session::planning::{Planned, mode_of, schema_changed};
 use crate::session::reused::Reused;
 use crate::session::run::Session;
 use crate::session::wire::{End, Expect, Mode, Until};
@@ -220,7 +220,7 @@ impl Session {
     }
 
     /// Runs one write on the leader and keeps its effect. False: it failed, and the client has the error.
-    async fn write_simple(
+    pub(super) async fn write_simple(
         &mut self,
         plan: &Plan,
         write: &Write,
@@ -407,78 +407,8 @@ impl Session {
     }
 
     /// Several statements in one text: one by one, in one transaction unless they say otherwise.
-    async fn several(&mut self, Parts { text, ranges }: &Parts) -> Result<(), End> {
-        let mut own = self.wire.status == b'I';
-        let mut ok = true;
-        for range in ranges {
-            let Some(part) = text.get(range.clone()) else { break };
-            self.wire.position_offset = self.characters(text.get(..range.start).unwrap_or_default());
-            let part = self.encoded(part).into_owned();
-            let step = self.one_of_several(&part, &mut own).await;
-            self.wire.position_offset = 0;
-            ok = step?;
-            if !ok {
-                break;
-            }
-        }
-        let own = own && self.own_block;
-        self.end_simple(own, ok).await
-    }
-
-    async fn one_of_several(&mut self, part: &[u8], own: &mut bool) -> Result<bool, End> {
-        let (plan, shape, text) = match self.plan(part).await? {
-            Planned::One { plan, shape, text } => (plan, shape, text),
-            Planned::Nothing | Planned::Several(_) | Planned::Skipped => return Ok(true),
-            Planned::Refused(error) => return self.refuse_in_text(&error).await.map(|()| false),
-            Planned::Failed(error) => {
-                self.wire.to_client.extend_from_slice(&error_frame(&error));
-                return Ok(false);
-            }
-        };
-        if let Lane::Control(control) = &plan.lane {
-            let done = self.control_in_text(control, &text, own).await?;
-            self.after(&plan, &text, done);
-            return Ok(done);
-        }
-        // What can not run in a transaction gets one, too: the server says so, as it does for a text of several statements.
-        if self.wire.status == b'I' && !self.own_block && !matches!(plan.lane, Lane::Admin(_)) {
-            self.open_own_block();
-            *own = true;
-        }
-        let ok = match &plan.lane {
-            Lane::Write(write) => self.write_simple(&plan, write, &shape, &text, false).await?,
-            Lane::Refused(refusal) => {
-                self.refuse_in_text(&refused(refusal)).await?;
-                false
-            }
-            Lane::Admin(admin) => {
-                self.answer_admin(*admin);
-                true
-            }
-            Lane::Named(named) => {
-                self.touched.begin(&plan.sequences);
-                self.named_simple(named, &shape, &text, false).await?
-            }
-            Lane::Read { guard: true, .. } if self.wire.status != b'E' => self.guarded_simple(&text, false).await?,
-            Lane::Once(once) if self.wire.status != b'E' => {
-                let planned_at = self.planned_at;
-                let how = How::Simple;
-                let call = OnceCall { plan: &plan, once, shape: &shape, text: &text, planned_at, how, hold_tag: false };
-                self.once_simple(&call).await?
-            }
-            Lane::Read { .. }
-            | Lane::Maintenance { .. }
-            | Lane::Nodewise
-            | Lane::Finish(_)
-            | Lane::Control(_)
-            | Lane::Once(_) => self.run_part(&plan, &text).await?,
-        };
-        self.after(&plan, &text, ok);
-        Ok(ok)
-    }
-
     /// A statement that the leader alone runs, without `ReadyForQuery`.
-    async fn run_part(&mut self, plan: &Plan, text: &str) -> Result<bool, End> {
+    pub(super) async fn run_part(&mut self, plan: &Plan, text: &str) -> Result<bool, End> {
         self.touched.begin(&plan.sequences);
         self.wire.clear_results();
         let sent = self.encoded(text);
@@ -498,47 +428,6 @@ impl Session {
     /// Whether the end of the transaction concerns followers.
     pub fn has_to_decide(&self) -> bool {
         !self.log.is_empty() || self.touched.is_used()
-    }
-
-    /// Transaction control inside a text of several statements. BEGIN turns a block of ours into the client's.
-    async fn control_in_text(&mut self, control: &Control, text: &str, own: &mut bool) -> Result<bool, End> {
-        if self.own_block {
-            match control {
-                Control::Begin { with_modes: false } => {
-                    (self.own_block, *own) = (false, false);
-                    build::command_complete(&mut self.wire.to_client, "BEGIN");
-                    return Ok(true);
-                }
-                Control::Begin { with_modes: true } => {
-                    let error = ClientError::error(
-                        "0A000",
-                        "BEGIN with transaction modes after other statements in one message is not supported",
-                        "Send BEGIN first, or in a message of its own.",
-                    );
-                    return self.refuse_in_text(&error).await.map(|()| false);
-                }
-                Control::Prepare { .. } => {
-                    let what = "PREPARE TRANSACTION of a transaction that no BEGIN has opened is not supported";
-                    let error = ClientError::error("0A000", what, "BEGIN first.");
-                    return self.refuse_in_text(&error).await.map(|()| false);
-                }
-                Control::Commit { .. } | Control::Rollback { .. } => {
-                    let warning = "there is no transaction in progress";
-                    build::warning(&mut self.wire.to_client, "25P01", warning);
-                    self.own_block = false;
-                    // The next statement opens a block of ours again.
-                }
-                _ => {}
-            }
-        }
-        self.wire.hold_ready = true;
-        let done = self.control(control, text).await;
-        self.wire.hold_ready = false;
-        let ok = done?;
-        if self.wire.status != b'I' && matches!(control, Control::Begin { .. }) {
-            *own = false;
-        }
-        Ok(ok)
     }
 
     /// A refusal as the whole answer to a message. In a block the server itself raises it, so that the block fails.
@@ -571,7 +460,7 @@ impl Session {
         done
     }
 
-    fn answer_admin(&mut self, admin: Admin) {
+    pub(super) fn answer_admin(&mut self, admin: Admin) {
         match admin {
             Admin::PoolNodes => crate::proxy::admin::pool_nodes(&self.hub, &mut self.wire.to_client),
         }
