@@ -383,7 +383,15 @@ const LANES: &[(&str, &[&str])] = &[
             "UPDATE parent SET v = 1 WHERE id = 1",
         ],
     ),
-    ("barrier", &["DELETE FROM parent WHERE id = 1", "TRUNCATE t, keyless", "TRUNCATE t RESTART IDENTITY CASCADE"]),
+    (
+        "barrier",
+        &[
+            "TRUNCATE secured",
+            "DELETE FROM parent WHERE id = 1",
+            "TRUNCATE t, keyless",
+            "TRUNCATE t RESTART IDENTITY CASCADE",
+        ],
+    ),
     (
         "rows",
         &[
@@ -625,7 +633,6 @@ const LANES: &[(&str, &[&str])] = &[
             "DROP TABLE t, scratch",
             "CREATE TABLE x (LIKE scratch)",
             "TRUNCATE t, scratch",
-            "TRUNCATE secured",
             "CREATE EVENT TRIGGER e ON ddl_command_end EXECUTE FUNCTION mine()",
             "CREATE SUBSCRIPTION s CONNECTION '' PUBLICATION p",
             "ALTER DATABASE x SET session_replication_role = replica",

@@ -36,6 +36,7 @@ pub mod reach;
 mod reach_answer;
 mod reach_lists;
 mod reach_query;
+mod reach_text;
 pub mod refuse;
 mod roles;
 pub mod rows;

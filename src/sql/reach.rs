@@ -21,6 +21,7 @@ pub use super::reach_answer::Answer;
 use super::reach_answer::{FunctionFact, RelationFact};
 use super::reach_lists::{IMPLIED_OPERATORS, SAME_IN_A_HALF, SAME_SETTINGS};
 use super::reach_query::{FUNCTION, TEMPLATE};
+use super::reach_text::{first_row, part_of_query, sql_body};
 use super::scan::{Code, Columns, Insert, scan};
 
 /// Rounds of questions to the catalog; what is reached by more steps is not proven.
@@ -75,6 +76,10 @@ pub struct Reach {
     takes_values: bool,
     odd_somewhere: bool,
     has_parameters: bool,
+    /// Code that reads as the query does which calls it.
+    reads_as_caller: Option<String>,
+    /// There is code whose queries see what the statement has changed.
+    has_queries: bool,
     /// What would make the statement's own output unproven, which matters if a function gets it.
     output: Option<String>,
     /// A function of users is called that may do something.
@@ -402,19 +407,19 @@ impl Reach {
             self.beside(format!("{name} is an aggregate of users"));
             return self.open(format!("{name} is an aggregate of users"));
         }
+        let sees_snapshot = function.volatility == "s" && fired_by.is_none();
         let varies = name.starts_with("uuid_generate") || matches!(name, "gen_salt" | "gen_random_bytes");
         match (&fact.body, fact.language.as_str()) {
             _ if varies => self.varies(format!("{name}() gives another value on another server")),
             (Some(body), "sql") => {
                 let body = sql_body(body);
-                let code = scan(body, false);
-                self.called(&code, &place);
+                self.body(scan(body, false), &place, sees_snapshot);
                 let last = body.trim_end().trim_end_matches(';').rsplit(';').next().unwrap_or_default();
                 if !fact.returns_set && first_row(last) {
                     self.open(format!("{place}: it takes the first row that its last query finds"));
                 }
             }
-            (Some(body), "plpgsql") => self.called(&scan(body, false), &place),
+            (Some(body), "plpgsql") => self.body(scan(body, false), &place, sees_snapshot),
             (_, language) => {
                 // What C functions do is not seen; those that their owner calls stable are believed.
                 self.stays |= language != "c" || function.volatility == "v";
@@ -422,6 +427,16 @@ impl Reach {
                 self.open(format!("{place} is written in {language}"));
             }
         }
+    }
+
+    /// The body of a function. One that is not volatile reads with the snapshot of the query that calls it, so not what that query has
+    /// changed; that query is the statement, if no code is reached that has queries of its own.
+    fn body(&mut self, mut code: Code, place: &str, sees_snapshot: bool) {
+        if sees_snapshot && std::mem::take(&mut code.reads) {
+            self.reads_as_caller.get_or_insert(place.to_owned());
+        }
+        self.has_queries |= !sees_snapshot;
+        self.called(&code, place);
     }
 
     fn builtin(&mut self, function: &Function) {
@@ -559,6 +574,9 @@ impl Reach {
                 "an aggregate over floating point numbers depends on the order in which a server finds rows".into(),
             );
         }
+        if self.has_queries && self.reads.is_none() {
+            self.reads = self.reads_as_caller.take();
+        }
         if let (Some(many), Some(reads)) = (self.many.take(), self.reads.take()) {
             self.open(format!("{many}, and {reads} reads what the rows before may have changed"));
         }
@@ -589,30 +607,4 @@ impl Reach {
             }
         }
     }
-}
-
-/// Views, policies and rules become parts of a query: what they read they read once, with its snapshot, and not for one row after the
-/// other. What they call is.
-fn part_of_query(text: &str) -> Code {
-    let mut code = scan(text, false);
-    code.reads = false;
-    code
-}
-
-/// The statements of a function in SQL, also of one with BEGIN ATOMIC or RETURN, which the catalog gives with its head. An empty body is
-/// given so, too.
-fn sql_body(body: &str) -> &str {
-    if !body.starts_with("CREATE OR REPLACE") {
-        return body;
-    }
-    ["\nBEGIN ATOMIC", "\nRETURN "].iter().find_map(|head| body.split_once(head)).map_or("", |(_, rest)| rest)
-}
-
-/// Whether a query may give several rows, of which a function would take the first.
-fn first_row(query: &str) -> bool {
-    let words: Vec<String> = query.split_whitespace().map(str::to_lowercase).collect();
-    let aggregate = words.get(1).is_some_and(|word| {
-        ["count(", "sum(", "max(", "min(", "exists", "bool_or(", "bool_and("].iter().any(|head| word.starts_with(head))
-    });
-    words.iter().any(|word| word == "from" || word == "returning") && !aggregate
 }

@@ -129,6 +129,9 @@ fn runs_code(relation: &Relation, events: u32) -> Option<&'static str> {
 fn runs_other_code(relation: &Relation, events: u32) -> Option<&'static str> {
     if relation.kind == "v" {
         Some("it is a view")
+    } else if events == ON_TRUNCATE {
+        // which takes no notice of rules, policies and checks
+        None
     } else if relation.rules {
         Some("it has rules, which turn a statement into others")
     } else if relation.rls {

@@ -35,3 +35,12 @@ with ins as (insert into many select i % 2 + 1, i from generate_series(1, 6) i r
   select tableoid::regclass, a, min(b), max(b) from ins group by 1, 2 order by 2 limit 1;
 with gone as (delete from many where b = 3 returning tableoid::regclass::text, b) select * from gone;
 table many order by b;
+-- a function that is not volatile sees the rows as they were before the statement
+create function top_of_base() returns int stable language sql as 'select max(v) from base';
+update plain set v = top_of_base() + 1 where id in (1, 2, 3) and top_of_base() < 900;
+create table owned (id int primary key);
+alter table owned enable row level security;
+insert into owned values (1), (2);
+truncate owned;
+select count(*) from owned;
+table base order by id;
