@@ -222,6 +222,8 @@ async fn what_would_differ_is_refused_with_its_reason() {
          create function first_one() returns int language plpgsql as $$ declare n int; begin select id into n from total; insert into audit (item) values (n); return n; end $$;
          create function tells() returns void language plpgsql as $$ begin notify x; end $$;
          create function marks() returns void language sql as $$ update pgtandem.mark set n = n where id = 1 $$;
+         create function given(a int default (random() * 100)::int) returns int language sql immutable as 'select a';
+         create function given_late(a int default extract(epoch from now())::int) returns void language sql as 'insert into total values (8, a)';
          create function who() returns void language plpgsql as $$ begin insert into item (id, note) values (77, session_user); end $$",
     )
     .await;
@@ -230,6 +232,8 @@ async fn what_would_differ_is_refused_with_its_reason() {
         ("insert into stamped values (1)", "now()"),
         ("insert into stamped values (1, null)", "clock_timestamp"),
         ("do $$ begin insert into item (id, v) values (1, (random() * 10)::int); end $$", "random"),
+        ("insert into total values (9, given())", "random"),
+        ("select given_late()", "now()"),
         ("do $$ begin insert into item (id, note) values (1, txid_current()::text); end $$", "txid_current"),
         ("do $$ begin insert into item (id, note) values (1, gen_random_uuid()::text); end $$", "gen_random_uuid"),
         ("do $$ begin create table x (a int); end $$", "definitions"),

@@ -295,7 +295,11 @@ SELECT json_build_object(
   JOIN pg_catalog.pg_roles r ON r.oid = c.relowner),
 'functions', (SELECT json_agg( json_build_object('schema', a.nsp, 'name', a.name, 'fact', b.fact))
   FROM asked_functions a CROSS JOIN LATERAL (
-    SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
+    SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility',
+      CASE WHEN p.oid >= 16384::oid AND p.pronargdefaults > 0::int4 AND (p.proargdefaults::text ~ '\{(SQLVALUEFUNCTION|NEXTVALUEEXPR)'
+        OR EXISTS (SELECT 1 FROM pg_catalog.regexp_matches(p.proargdefaults::text, ':(?:funcid|opfuncid) ([0-9]+)', 'g') AS m(m)
+          JOIN pg_catalog.pg_proc q ON q.oid = m.m[1]::oid WHERE q.provolatile <> 'i'))
+        THEN 'v' ELSE p.provolatile::text END,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
       'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates) OR u.oid >= 16384::oid),
       'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]),

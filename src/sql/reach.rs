@@ -397,6 +397,10 @@ impl Reach {
         {
             self.many.get_or_insert(format!("{name} is called for one row after the other"));
         }
+        // They are evaluated where it is called.
+        if let Some(defaults) = &fact.defaults {
+            self.called(&scan(defaults, false), &format!("a default of an argument of {name}"));
+        }
         // As everywhere: a function that its owner calls immutable is.
         if function.volatility == "i" && function.kind == "f" {
             return;

@@ -34,6 +34,8 @@ pub(super) struct FunctionFact {
     pub(super) language: String,
     pub(super) config: Option<String>,
     pub(super) body: Option<String>,
+    /// The expressions of its arguments' defaults.
+    pub(super) defaults: Option<String>,
     pub(super) returns_set: bool,
     pub(super) no_arguments: bool,
     pub(super) temporary: bool,

@@ -3,7 +3,7 @@
 /// A function's facts, of `p` in pg_proc.
 pub(super) const FUNCTION: &str = r"json_build_object('oid', p.oid::int8, 'schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
   'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text, 'language', l.lanname, 'config', pg_catalog.array_to_string(p.proconfig, ','),
-  'returns_set', p.proretset, 'no_arguments', p.pronargs = 0::int4, 'temporary', y.nspname ~ '^pg_temp',
+  'defaults', pg_catalog.pg_get_expr(p.proargdefaults, 0::oid), 'returns_set', p.proretset, 'no_arguments', p.pronargs = 0::int4, 'temporary', y.nspname ~ '^pg_temp',
   'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')),
   'body', CASE WHEN l.lanname = ANY ('{sql,plpgsql}'::name[]) AND p.oid >= 16384::oid
     THEN CASE WHEN p.prosrc <> '' THEN p.prosrc ELSE pg_catalog.pg_get_functiondef(p.oid) END END)";
