@@ -32,8 +32,8 @@ pub(super) fn depends(node: &NodeEnum, tree: &Value) -> Depends {
         _ => {
             let mut found = false;
             walk(tree, &mut |_, fields| {
-                let is_set = |name| fields.get(name).and_then(Value::as_bool) == Some(true);
-                found |= is_set("missing_ok") || is_set("if_not_exists");
+                let is_set = |name: &str| fields.get(name).and_then(Value::as_bool) == Some(true);
+                found |= ["missing_ok", "if_not_exists", "skip_if_new_val_exists"].iter().any(|name| is_set(name));
             });
             if found { Depends::OnOne } else { Depends::No }
         }

@@ -201,12 +201,20 @@ impl Shipping {
                 };
                 let hashes: BTreeSet<Hash> = manifest.hashes().collect();
                 match self.extents(&hashes.into_iter().collect::<Vec<_>>()).await {
-                    Err(ShipError::Archive(error)) if is_gone(&error) => continue,
+                    Err(ShipError::Archive(error)) if is_gone(&error) => {
+                        // The peer lets go the extents that came already, as no copy names them.
+                        self.remove(&[path]).await?;
+                        continue;
+                    }
                     sent => sent?,
                 }
             }
             match self.put(path).await {
-                Err(ShipError::Archive(error)) if is_gone(&error) => {}
+                Err(ShipError::Archive(error)) if is_gone(&error) => {
+                    if let ArchivePath::Base(..) = path {
+                        self.remove(&[path]).await?;
+                    }
+                }
                 put => {
                     put?;
                     there.insert(path);
@@ -221,13 +229,21 @@ impl Shipping {
             (self.folder.clone(), node.config.pgdata.clone(), node.keep(), there.clone());
         let goes = blocking(move || Ok(useless(&folder, &pgdata, keep, &extra, &both))).await?;
         for paths in goes.chunks(ARCHIVE_NAMES_MAX) {
-            let request = ArchiveRequest::Remove { paths: paths.iter().map(ToString::to_string).collect() };
-            let ArchiveReply::Removed = self.ask(&request).await? else { return Err(self.unexpected()) };
+            self.remove(paths).await?;
             for path in paths {
                 there.remove(path);
             }
         }
         Ok(listed)
+    }
+
+    /// Has the peer remove files, and with base copies what only they needed.
+    async fn remove(&mut self, paths: &[ArchivePath]) -> Result<(), ShipError> {
+        let request = ArchiveRequest::Remove { paths: paths.iter().map(ToString::to_string).collect() };
+        match self.ask(&request).await? {
+            ArchiveReply::Removed => Ok(()),
+            _ => Err(self.unexpected()),
+        }
     }
 
     async fn extents(&mut self, hashes: &[Hash]) -> Result<(), ShipError> {
