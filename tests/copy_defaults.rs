@@ -73,8 +73,7 @@ async fn left_out_columns_get_the_leaders_values_everywhere() {
     let row = client.query_one("select count(distinct id) = count(*), max(id) = currval('c_id_seq') from c", &[]).await;
     let row = row.unwrap();
     assert!(row.get::<_, bool>(0) && row.get::<_, bool>(1));
-    let (said, _) = cluster.status();
-    assert!(said.contains("All is well"), "{said}");
+    cluster.wait_well().await;
 }
 
 /// What psql says to each text with its data, at this server.

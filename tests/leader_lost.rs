@@ -393,6 +393,8 @@ async fn lost_at(isolation: &str, (server, towards, tag, part): (usize, Towards,
     let single =
         tokio::spawn(async move { (single.execute("update t set v = v + 1 where id = 1", &[]).await, single) });
     held.reached().await;
+    // A member that is not known to be current yet does not take over: the leader's restart would be waited for.
+    cluster.wait_well().await;
     let second = fault.hold(towards, tag, part);
     let block = tokio::spawn(async move { (block.batch_execute("commit").await, block) });
     second.reached().await;

@@ -46,9 +46,12 @@ async fn comes_back(cluster: &Cluster) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_member_that_leads_alone_takes_over_from_a_lost_proxy_safely() {
     let (cluster, _client) = led_by_the_other().await;
-    // A proxy that lives is believed.
-    let refused = cluster.command(&["promote", "--node", "node1", "--yes"]);
-    assert!(!refused.status.success() && text(&refused).contains("a proxy serves this cluster"), "{}", text(&refused));
+    // A proxy that lives is believed, as soon as it has vouched for somebody.
+    wait_for("the proxy is believed", async || {
+        let refused = cluster.command(&["promote", "--node", "node1", "--dry-run"]);
+        !refused.status.success() && text(&refused).contains("a proxy serves this cluster")
+    })
+    .await;
     cluster.lose_host(0);
     let (status, _) = cluster.status();
     assert!(

@@ -5,7 +5,7 @@
 mod common;
 
 use common::Cluster;
-use common::ask::run;
+use common::ask::{run, same};
 use futures_util::StreamExt;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client};
@@ -192,4 +192,28 @@ async fn two_open_transactions_fire_triggers_and_a_listener_hears_each_once() {
     run(&listener, "unlisten *").await;
     assert!(heard.try_recv().is_err());
     assert_eq!(held(&cluster, "select string_agg(v::text, ',') from item").await, "3");
+}
+
+/// A function that is not volatile sees what its caller sees: the statement's snapshot, or what a trigger sees meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stable_function_reads_depends_on_who_calls_it() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(
+        &client,
+        "create table few (id int primary key, v int); create table few_log (id int, top int);
+         create function top_of() returns int stable language sql as 'select max(v) from few';
+         create function logs_top() returns trigger language plpgsql as
+           $$ begin insert into few_log values (new.id, top_of()); return new; end $$",
+    )
+    .await;
+    run(&client, "insert into few values (1, 1), (2, 2), (3, 3)").await;
+    run(&client, "update few set v = top_of() + 1").await;
+    assert_eq!(same(&cluster, "postgres", "select string_agg(v::text, ',') from few").await, "4,4,4");
+    run(&client, "create trigger logs before update on few for each row execute function logs_top()").await;
+    let error = client.batch_execute("update few set v = v + 1").await.expect_err("a refusal");
+    let error = error.as_db_error().expect("an answer");
+    assert_eq!(error.code(), &SqlState::FEATURE_NOT_SUPPORTED);
+    assert!(error.message().contains("top_of reads what the rows before may have changed"), "{error}");
+    cluster.assert_identical().await;
 }
