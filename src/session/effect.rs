@@ -43,7 +43,8 @@ pub(super) fn effect_role(owner: Option<&Role>) -> EffectRole {
 }
 
 impl Session {
-    /// What some statements need before the leader gets them, for both protocols.
+    /// What some statements need before the leader gets them ([`Write::asks_first`]), for both protocols. All that was sent before is answered:
+    /// an error of that would be taken for one of ours.
     ///
     /// # Errors
     /// If the connection to the leader ends.
@@ -53,8 +54,13 @@ impl Session {
         text: &str,
         parameters: &[u8],
     ) -> Result<Result<(), ClientError>, End> {
-        if let Some(name) = &write.edits.executes {
-            return self.only_reads(name).await;
+        if let Some(name) = &write.edits.executes
+            && let Err(error) = self.only_reads(name).await?
+        {
+            return Ok(Err(error));
+        }
+        if let Err(error) = self.before_conditional(write).await? {
+            return Ok(Err(error));
         }
         match &write.effect {
             EffectPlan::LargeObject(call) => self.before_large_object(*call, text, parameters).await,

@@ -234,9 +234,6 @@ impl Session {
         if !self.lock_tables(write).await? {
             return Ok(());
         }
-        if let Err(error) = self.before_conditional(write).await? {
-            return self.refuse_extended(&error).await;
-        }
         // A write runs whole at the first Execute, whatever its limit; the client gets the rows in the parts that it asks for.
         let in_parts = rows_max > 0 && write.client_returning;
         let forwarded = |expect: &Expect| matches!(expect, Expect::Execute { mode } if *mode != Mode::Hidden);
@@ -247,10 +244,7 @@ impl Session {
         if self.wire.is_skipping() {
             return Ok(());
         }
-        if matches!(write.effect, EffectPlan::LargeObject(_) | EffectPlan::CopiedRows(_))
-            || write.edits.ask_matches
-            || write.edits.executes.is_some()
-        {
+        if write.asks_first() {
             self.catch_up().await?;
             if self.wire.is_skipping() {
                 return Ok(());

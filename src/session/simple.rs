@@ -238,9 +238,6 @@ impl Session {
         if !self.lock_tables(write).await? {
             return Ok(false);
         }
-        if let Err(error) = self.before_conditional(write).await? {
-            return self.refuse_in_text(&error).await.map(|()| false);
-        }
         if let Err(error) = self.before_write(write, text, &[]).await? {
             return self.refuse_in_text(&error).await.map(|()| false);
         }

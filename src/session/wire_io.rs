@@ -105,10 +105,7 @@ impl Wire {
         tokio::select! {
             biased;
             () = self.lost.cancelled() => Err(End::ServerGone),
-            n = self.server.read_buf(&mut self.from_server) => match n {
-                Ok(n) if n > 0 => Ok(()),
-                _ => Err(End::ServerGone),
-            },
+            n = self.server.read_buf(&mut self.from_server) => came(&n, End::ServerGone),
         }
     }
 
@@ -122,14 +119,13 @@ impl Wire {
         tokio::select! {
             biased;
             () = self.lost.cancelled() => Err(End::ServerGone),
-            n = self.server.read_buf(&mut self.from_server) => match n {
-                Ok(n) if n > 0 => Ok(()),
-                _ => Err(End::ServerGone),
-            },
-            n = self.client.read_buf(&mut self.from_client) => match n {
-                Ok(n) if n > 0 => Ok(()),
-                _ => Err(End::ClientGone),
-            },
+            n = self.server.read_buf(&mut self.from_server) => came(&n, End::ServerGone),
+            n = self.client.read_buf(&mut self.from_client) => came(&n, End::ClientGone),
         }
     }
+}
+
+/// What a read of that many bytes tells: none are the end.
+fn came(read: &std::io::Result<usize>, gone: End) -> Result<(), End> {
+    if read.as_ref().is_ok_and(|n| *n > 0) { Ok(()) } else { Err(gone) }
 }

@@ -139,6 +139,17 @@ pub struct Write {
     pub edits: Edits,
 }
 
+impl Write {
+    /// The leader is asked something before it gets the statement.
+    #[must_use]
+    pub fn asks_first(&self) -> bool {
+        self.depends != Depends::No
+            || self.edits.ask_matches
+            || self.edits.executes.is_some()
+            || matches!(self.effect, EffectPlan::LargeObject(_) | EffectPlan::CopiedRows(_))
+    }
+}
+
 /// A statement whose writes are not in its text: it calls code, or fires it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Once {
