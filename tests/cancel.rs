@@ -15,6 +15,8 @@ use tokio_postgres::Client;
 
 /// Cancels of each kind.
 const ROUNDS: usize = 120;
+/// Statements that are hit for certain.
+const HITS: usize = 400;
 const CANCELLED: &str = "57014";
 
 /// A session that shows its key, which tokio-postgres keeps to itself.
@@ -77,12 +79,18 @@ impl Session {
     }
 }
 
-/// Sends a cancel and returns when the server has taken it, as libpq does.
-fn cancel(port: u16, key: &[u8]) {
+/// Sends a cancel and does not wait until it has been taken, as drivers other than libpq do.
+fn send_cancel(port: u16, key: &[u8]) -> TcpStream {
     let mut socket = TcpStream::connect(("127.0.0.1", port)).expect("the proxy listens");
     socket.set_read_timeout(Some(common::LIMIT)).unwrap();
     let length = u32::try_from(8 + key.len()).unwrap();
     socket.write_all(&[&length.to_be_bytes()[..], &80_877_102_u32.to_be_bytes(), key].concat()).unwrap();
+    socket
+}
+
+/// Sends a cancel and returns when the server has taken it, as libpq does.
+fn cancel(port: u16, key: &[u8]) {
+    let mut socket = send_cancel(port, key);
     let mut rest = Vec::new();
     assert_eq!(socket.read_to_end(&mut rest).expect("the proxy closes the connection"), 0, "{rest:?}");
 }
@@ -168,6 +176,37 @@ async fn a_cancel_hits_its_own_statement_or_none() {
     assert!(hit > 0, "no cancel of {ROUNDS} met its statement");
     cluster.wait_member(1, true).await;
     cluster.assert_identical().await;
+}
+
+/// PostgreSQL 15's postmaster signals a backend twice for one cancel, itself and its process group: the second signal must not meet
+/// what the client sends when it has the error.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_cancel_hits_one_statement() {
+    let (cluster, _client) = prepared().await;
+    let port = cluster.layout.proxy_port();
+    let mut session = Session::connect(port);
+    let (key, pid) = (session.key.clone(), session.pid());
+    let watch = cluster.connect_node(0, "postgres").await;
+    let sleeps = "select count(*) from pg_stat_activity where pid = $1 and wait_event = 'PgSleep'";
+    let sleeps = watch.prepare(sleeps).await.unwrap();
+    for round in 0..HITS {
+        let sleeper = std::thread::spawn(move || {
+            let outcome = session.run("select pg_sleep(60)");
+            // At once, as long as a late signal may be under way.
+            let after = ["select pg_sleep(0.0005)", "update hit set t = 'x' where i = 1"].map(|text| session.run(text));
+            (session, outcome, after)
+        });
+        common::wait_for("the statement runs", async || {
+            watch.query_one(&sleeps, &[&pid]).await.unwrap().get::<_, i64>(0) == 1
+        })
+        .await;
+        let cancel = send_cancel(port, &key);
+        let (back, outcome, after) = sleeper.join().unwrap();
+        session = back;
+        assert_eq!(outcome, Err(CANCELLED.to_owned()));
+        assert!(after.iter().all(Result::is_ok), "round {round}: {after:?} behind a statement that was cancelled");
+        drop(cancel);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,7 @@ use crate::cluster::members::{self, MembersError};
 use crate::config::{Config, NodeConfig};
 use crate::observe::status::Problem;
 use crate::replicate::backlog::{Backlog, Entry};
+use crate::replicate::cancels::Cancels;
 use crate::replicate::cuts::Cuts;
 use crate::replicate::effects::{EffectLog, SpillBudget};
 use crate::replicate::exclusion::Exclusion;
@@ -147,6 +148,7 @@ pub struct Hub {
     /// Why no reign of this proxy may begin, whatever the records say.
     pub fenced: watch::Sender<Option<Arc<Problem>>>,
     pub(super) at_leader: AtLeader,
+    pub cancels: Arc<Cancels>,
     view: Mutex<Arc<View>>,
     pub(crate) backlogs: Mutex<HashMap<String, Arc<Backlog>>>,
     /// Held while the member set changes.
@@ -198,6 +200,7 @@ impl Hub {
             reign: watch::Sender::new(Reign::Starting),
             fenced: watch::Sender::new(None),
             at_leader: AtLeader::default(),
+            cancels: Arc::default(),
             view: Mutex::new(Arc::new(View { set, followers: Vec::new() })),
             backlogs: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),

@@ -2,7 +2,6 @@
 //!
 //! The leader is on the proxy's host until its PostgreSQL is lost and another member takes over.
 
-use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -11,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
@@ -82,8 +81,6 @@ pub struct AtLeader {
     asking: tokio::sync::Mutex<()>,
     /// Cancelled when it is lost: no session waits for a server that may never answer.
     lost: Mutex<CancellationToken>,
-    /// Keys that clients cancel with, of sessions that have moved here from another: what they were told at their start, and what holds now.
-    keys: Mutex<HashMap<Bytes, Bytes>>,
 }
 
 impl AtLeader {
@@ -155,20 +152,6 @@ impl Hub {
     #[must_use]
     pub fn leader_lost(&self) -> CancellationToken {
         lock(&self.at_leader.lost).child_token()
-    }
-
-    /// A session that can be cancelled by `told`, as its client was told, can be by `now` from here on; `None`: it has ended.
-    pub fn move_key(&self, told: &Bytes, now: Option<Bytes>) {
-        let mut keys = lock(&self.at_leader.keys);
-        match now {
-            Some(now) => drop(keys.insert(told.clone(), now)),
-            None => drop(keys.remove(told)),
-        }
-    }
-
-    #[must_use]
-    pub fn key_of_moved(&self, told: &Bytes) -> Option<Bytes> {
-        lock(&self.at_leader.keys).get(told).cloned()
     }
 
     /// Keeps when the leader's PostgreSQL was started.

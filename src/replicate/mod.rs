@@ -5,6 +5,7 @@
 //! [`hub::Hub`] is what all sessions share.
 
 pub mod backlog;
+pub mod cancels;
 pub mod commit;
 pub mod cuts;
 pub mod deltas;

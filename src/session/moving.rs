@@ -224,7 +224,7 @@ impl Session {
         self.wire.from_server = entered.input;
         self.wire.secret = Arc::clone(&secret);
         (self.epoch, self.secret, self.pid) = (epoch, secret, entered.pid);
-        self.hub.move_key(&self.origin.cancel_key, Some(entered.cancel_key));
+        self.hub.cancels.move_key(&self.origin.cancel_key, Some(entered.cancel_key));
         self.forget_server();
         let made = self.wire.to_client.len();
         let restored = self.restore(entered.parameters).await;

@@ -140,6 +140,7 @@ impl Session {
         let database = origin.start.database.as_str().into();
         let mut wire = wire;
         wire.secret = Arc::clone(&secret);
+        wire.cancels = Some((Arc::clone(&hub.cancels), origin.cancel_key.clone()));
         Self {
             hub,
             thread,
@@ -237,7 +238,7 @@ impl Session {
 
     /// Gives back what the session holds.
     pub fn leave(&mut self) {
-        self.hub.move_key(&self.origin.cancel_key, None);
+        self.hub.cancels.move_key(&self.origin.cancel_key, None);
         self.give_marks_back();
     }
 

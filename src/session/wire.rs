@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::pg::build;
 use crate::pg::frame::{self, FrameError, HEADER_BYTES, Header, Sender};
 use crate::pg::message::{self, Reader};
+use crate::replicate::cancels::Cancels;
 use crate::replicate::leader::LeaderStream;
 pub use crate::session::expect::{Expect, Mode, Results, Until};
 use crate::session::rewrite;
@@ -60,6 +61,8 @@ pub struct Wire {
     pub server: LeaderStream,
     /// Cancelled when the leader counts as lost: it may never answer.
     pub lost: CancellationToken,
+    /// Requests to cancel that are on their way, and the key that they have for this session.
+    pub cancels: Option<(Arc<Cancels>, Bytes)>,
     pub from_client: BytesMut,
     pub from_server: BytesMut,
     pub to_client: BytesMut,
@@ -115,6 +118,7 @@ impl Wire {
             client,
             server,
             lost,
+            cancels: None,
             from_client,
             from_server: BytesMut::new(),
             to_client: BytesMut::with_capacity(READ_BYTES),

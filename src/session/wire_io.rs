@@ -73,6 +73,10 @@ impl Wire {
         if self.to_server.is_empty() {
             return Ok(());
         }
+        // What is sent now is not what a request that is on its way is about.
+        if let Some((cancels, told)) = &self.cancels {
+            cancels.none_for(told).await;
+        }
         let mut sent = 0;
         loop {
             if self.from_server.len() > IN_BYTES_MAX {
