@@ -335,3 +335,49 @@ async fn eight_clients_are_disturbed_by_nobody_but_each_other() {
     cluster.assert_identical().await;
     cluster.wait_well().await;
 }
+
+/// Foreign keys whose actions need no code: what reaches other tables is the same everywhere. Statements that call or fire code must be
+/// the first of a transaction in REPEATABLE READ, which tells the two apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn actions_of_foreign_keys_are_no_code_unless_they_fire_some() {
+    let cluster = cluster();
+    let client = cluster.connect("postgres").await;
+    client
+        .batch_execute(
+            "create table parent (id int primary key, v int);
+             create table child (id int primary key, p int default 1 references parent on delete set default);
+             create table moving (id int primary key, v int);
+             create table follows (id int primary key, m int default (random() * 2)::int references moving on delete set default);
+             create table node (id int primary key, above int references node on delete set null, at text);
+             create table leaf (id int primary key, above int references leaf on delete cascade, at text);
+             create function stamp() returns trigger language plpgsql as $$ begin new.at := random()::text; return new; end $$;
+             create trigger stamp before update on node for each row execute function stamp();
+             create trigger stamp before update on leaf for each row execute function stamp();
+             insert into parent select i, i from generate_series(1, 9) i; insert into child select i, i from generate_series(1, 9) i;
+             insert into moving select i, i from generate_series(0, 9) i; insert into follows select i, i from generate_series(1, 9) i;
+             insert into node select i, nullif(i / 2, 0) from generate_series(1, 9) i;
+             insert into leaf select i, nullif(i / 2, 0) from generate_series(1, 9) i;",
+        )
+        .await
+        .unwrap();
+    let second = async |text: &str| {
+        let done =
+            client.batch_execute(&format!("begin isolation level repeatable read; select 1; {text}; commit")).await;
+        let _ = client.batch_execute("rollback").await;
+        done.map_or_else(|error| error.code().unwrap().code().to_owned(), |()| "ok".to_owned())
+    };
+    for text in [
+        "update parent set v = v + 1 where id > 2",
+        "delete from parent where id in (4, 5)",
+        "update moving set v = v + 1",
+        "delete from leaf where id = 4",
+    ] {
+        assert_eq!(second(text).await, "ok", "{text}");
+    }
+    for text in ["delete from moving where id = 4", "delete from node where id = 4"] {
+        assert_eq!(second(text).await, "0A000", "{text}");
+    }
+    assert_eq!(content(&cluster, "child").await[3..5], ["(4,1)", "(5,1)"]);
+    assert_eq!(content(&cluster, "leaf").await.len(), 6);
+    content(&cluster, "node").await;
+}

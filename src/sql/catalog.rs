@@ -122,9 +122,16 @@ found AS MATERIALIZED (
 tree(root, oid) AS (
   SELECT f.oid, f.oid FROM found f
   UNION SELECT t.root, h.inhrelid FROM tree t JOIN pg_catalog.pg_inherits h ON h.inhparent = t.oid),
-cascades(root, oid, opaque) AS (
-  SELECT f.oid, f.oid, false FROM found f
-  UNION SELECT s.root, k.conrelid, k.confdeltype = 'd' OR k.confupdtype = 'd'
+cascades(root, oid, events, opaque) AS (
+  SELECT t.root, t.oid, 0::int4, false FROM tree t
+  UNION SELECT s.root, k.conrelid,
+    CASE WHEN k.confdeltype = 'c' THEN 8::int4 ELSE 0::int4 END
+      | CASE WHEN k.confdeltype = ANY ('{n,d}') OR k.confupdtype = ANY ('{c,n,d}') THEN 16::int4 ELSE 0::int4 END,
+    (k.confdeltype = 'd' OR k.confupdtype = 'd') AND EXISTS (SELECT 1 FROM pg_catalog.pg_attribute a
+      JOIN pg_catalog.pg_type y ON y.oid = a.atttypid
+      LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+      WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)
+        AND (d.adbin::text !~ '^[{]CONST ' OR y.typdefault IS NOT NULL OR a.attidentity <> ''))
   FROM cascades s JOIN pg_catalog.pg_constraint k ON k.confrelid = s.oid
   WHERE k.contype = 'f' AND (k.confdeltype = ANY ('{c,n,d}') OR k.confupdtype = ANY ('{c,n,d}'))),
 views(root, oid) AS (
@@ -255,8 +262,9 @@ SELECT json_build_object(
       CROSS JOIN LATERAL pg_catalog.unnest(k.confkey) u(num)
       JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = u.num
       WHERE t.root = c.oid AND k.contype = 'f' AND k.confupdtype = ANY ('{c,n,d}')), '[]'),
-    'cascade_opaque', EXISTS (SELECT 1 FROM cascades s WHERE s.root = c.oid AND (s.opaque OR s.oid <> c.oid AND (
-      EXISTS (SELECT 1 FROM pg_catalog.pg_trigger g WHERE g.tgrelid = s.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D')
+    'cascade_opaque', EXISTS (SELECT 1 FROM cascades s WHERE s.root = c.oid AND (s.opaque OR s.events > 0::int4 AND (
+      EXISTS (SELECT 1 FROM pg_catalog.pg_trigger g WHERE g.tgrelid = s.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D'
+        AND (g.tgtype::int4 & s.events) <> 0::int4)
       OR EXISTS (SELECT 1 FROM pg_catalog.pg_rewrite w WHERE w.ev_class = s.oid AND w.ev_type <> '1' AND w.ev_enabled <> 'D')))),
     'check_functions', coalesce((SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname,
         'volatility', p.provolatile::text, 'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text, 'of_row', false))

@@ -63,7 +63,7 @@ pub struct Relation {
     pub cascade_delete: bool,
     /// Columns whose change reaches other tables by ON UPDATE CASCADE, SET NULL or SET DEFAULT.
     pub cascade_update: Vec<String>,
-    /// A table that its cascades reach has user triggers or rules, or SET DEFAULT.
+    /// A table that its cascades reach has user triggers for them, rules, or SET DEFAULT of what is no constant.
     pub cascade_opaque: bool,
     /// Functions in CHECK constraints, also of its domains.
     pub check_functions: Vec<Function>,

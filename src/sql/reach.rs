@@ -12,6 +12,7 @@ use pg_query::NodeEnum;
 
 use super::catalog::MIRRORED_SETTINGS;
 use super::facts::{Function, quote_literal};
+use super::first_rows::Ordered;
 use super::functions::{self, Effect};
 use super::lex::{Kind, Lexer};
 use super::needs::Name;
@@ -19,9 +20,10 @@ use super::parse::{Statement, node_names};
 use super::plan::{Proof, Refusal};
 pub use super::reach_answer::Answer;
 use super::reach_answer::{FunctionFact, RelationFact};
+use super::reach_keys::Keys;
 use super::reach_lists::{IMPLIED_OPERATORS, SAME_IN_A_HALF, SAME_SETTINGS};
-use super::reach_query::{FUNCTION, TEMPLATE};
-use super::reach_text::{first_row, part_of_query, sql_body};
+use super::reach_query::{FUNCTION, KEYS, TEMPLATE};
+use super::reach_text::{FirstRow, first_row, part_of_query, sql_body};
 use super::scan::{Code, Columns, Insert, scan};
 
 mod written;
@@ -67,6 +69,7 @@ pub struct Reach {
     /// Code that one row after the other matters for.
     reads: Option<String>,
     has_floats: bool,
+    keys: Keys,
     float_code: bool,
     rounds: usize,
     /// It is to be found out whether the statement's own rows are all that it changes, whatever their values are.
@@ -228,6 +231,10 @@ impl Reach {
         if let Some(why) = &code.unproven {
             self.open(format!("{place}: {why}"));
         }
+        for query in &code.ordered {
+            self.order_matters(query.clone(), place);
+        }
+        self.keys.note(code.floats, code.blanks);
         let own = |name: &&Name| name.schema.as_deref() == Some("pgtandem");
         if code.calls.iter().chain(&code.written).any(|name| own(&name)) {
             self.varies(format!("{place}: it uses the schema pgtandem, which belongs to pgtandem itself"));
@@ -277,6 +284,15 @@ impl Reach {
         }
     }
 
+    /// The order of rows matters: it is certain if the table has a key for it.
+    fn order_matters(&mut self, query: Ordered, place: &str) {
+        let table = query.table.name.clone();
+        if self.keys.want(query, place) {
+            self.new_relations.insert(table.clone());
+            self.asked_relations.insert(table);
+        }
+    }
+
     /// A call for one row after the other matters if it is a function of users, which the catalog will say.
     fn fields_many(&mut self, name: &Name) {
         self.written_many.insert(Name { schema: Some("()".to_owned()), name: name.name.clone() });
@@ -314,8 +330,10 @@ impl Reach {
         let text = TEMPLATE
             .replace("$functions", &texts(std::mem::take(&mut self.new_functions)))
             .replace("$relations", &texts(std::mem::take(&mut self.new_relations)))
+            .replace("$ordered", &texts(self.keys.names()))
             .replace("$written", &written)
-            .replace("@function", FUNCTION);
+            .replace("@function", FUNCTION)
+            .replace("@keys", KEYS);
         Some(super::catalog::qualify(&text))
     }
 
@@ -399,6 +417,10 @@ impl Reach {
         {
             self.many.get_or_insert(format!("{name} is called for one row after the other"));
         }
+        self.keys.note(fact.floats, fact.blanks);
+        if fact.config.as_deref().is_some_and(|config| config.contains("variable_conflict")) {
+            self.keys.distrust();
+        }
         // They are evaluated where it is called.
         if let Some(defaults) = &fact.defaults {
             self.called(&scan(defaults, false), &format!("a default of an argument of {name}"));
@@ -420,9 +442,11 @@ impl Reach {
             (Some(body), "sql") => {
                 let body = sql_body(body);
                 self.body(scan(body, false), &place, sees_snapshot);
-                let last = body.trim_end().trim_end_matches(';').rsplit(';').next().unwrap_or_default();
-                if !fact.returns_set && first_row(last) {
-                    self.open(format!("{place}: it takes the first row that its last query finds"));
+                match first_row(body) {
+                    _ if fact.returns_set => {}
+                    FirstRow::Certain => {}
+                    FirstRow::Ordered(query) => self.order_matters(query, &place),
+                    FirstRow::Any(why) => self.open(format!("{place}: {why}")),
                 }
             }
             (Some(body), "plpgsql") => self.body(scan(body, false), &place, sees_snapshot),
@@ -484,6 +508,8 @@ impl Reach {
             _ => {}
         }
         self.has_floats |= fact.floats;
+        self.keys.note(fact.floats, fact.blanks);
+        self.keys.learn(fact);
         if self.seen_relations.insert(fact.oid) {
             if let Some(view) = &fact.view {
                 self.called(&part_of_query(view), &format!("the view {name}"));
@@ -504,6 +530,9 @@ impl Reach {
             self.open(
                 "an aggregate over floating point numbers depends on the order in which a server finds rows".into(),
             );
+        }
+        if let Some(why) = self.keys.missing() {
+            self.open(why);
         }
         if self.has_queries && self.reads.is_none() {
             self.reads = self.reads_as_caller.take();

@@ -1,8 +1,11 @@
 //! What the catalog answers to the question of [`super::reach`].
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 
 use super::facts::{FactsError, Function};
+use super::first_rows::Key;
 
 /// What the catalog says of code and of what it can reach.
 #[derive(Debug, Deserialize)]
@@ -37,6 +40,9 @@ pub(super) struct FunctionFact {
     /// The expressions of its arguments' defaults.
     pub(super) defaults: Option<String>,
     pub(super) returns_set: bool,
+    /// It has arguments of floating point; of type `character`.
+    pub(super) floats: bool,
+    pub(super) blanks: bool,
     pub(super) no_arguments: bool,
     pub(super) temporary: bool,
     #[serde(flatten)]
@@ -55,7 +61,12 @@ pub(super) struct RelationFact {
     /// It is one that the code writes to, or one that is reached from there by inheritance or cascades.
     pub(super) written: bool,
     pub(super) cascade: bool,
+    /// It has columns of floating point; of type `character`.
     pub(super) floats: bool,
+    pub(super) blanks: bool,
+    /// Its columns and unique keys, if they were asked for.
+    pub(super) columns: Option<BTreeSet<String>>,
+    pub(super) keys: Option<Vec<Key>>,
     pub(super) view: Option<String>,
     pub(super) policies: Option<Vec<String>>,
     /// Column and its default or generation expression.

@@ -1,6 +1,7 @@
 //! Texts of the catalog, as [`super::reach`] has them scanned.
 
-use super::scan::{Code, scan};
+use super::first_rows::{self, Ordered};
+use super::scan::{Code, Word, scan, tokens};
 
 /// Views, policies and rules become parts of a query: what they read they read once, with its snapshot, and not for one row after the
 /// other. What they call is.
@@ -19,11 +20,24 @@ pub(super) fn sql_body(body: &str) -> &str {
     ["\nBEGIN ATOMIC", "\nRETURN "].iter().find_map(|head| body.split_once(head)).map_or("", |(_, rest)| rest)
 }
 
-/// Whether a query may give several rows, of which a function would take the first.
-pub(super) fn first_row(query: &str) -> bool {
-    let words: Vec<String> = query.split_whitespace().map(str::to_lowercase).collect();
-    let aggregate = words.get(1).is_some_and(|word| {
-        ["count(", "sum(", "max(", "min(", "exists", "bool_or(", "bool_and("].iter().any(|head| word.starts_with(head))
-    });
-    words.iter().any(|word| word == "from" || word == "returning") && !aggregate
+/// Which row a function in SQL gives that does not return a set.
+pub(super) enum FirstRow {
+    /// The only one, or none.
+    Certain,
+    /// The same everywhere if the table of its last query has a key for it.
+    Ordered(Ordered),
+    /// The first that its last query finds.
+    Any(&'static str),
+}
+
+pub(super) fn first_row(body: &str) -> FirstRow {
+    let why = "it takes the first row that its last query finds";
+    let Some(words) = tokens(body) else { return FirstRow::Any(why) };
+    let last = words.split(|word| *word == Word::Symbol(b';')).rfind(|part| !matches!(part, [] | [Word::Plain(_)]));
+    let last = last.unwrap_or_default();
+    let reads = last.iter().any(|word| word.is(&["from", "returning", "values", "table"]));
+    if !reads || first_rows::is_one_row(last, 0) {
+        return FirstRow::Certain;
+    }
+    first_rows::whole(last, why).map_or(FirstRow::Any(why), FirstRow::Ordered)
 }

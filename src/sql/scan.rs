@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use super::dates;
+use super::first_rows::{self, Ordered};
 use super::functions;
 use super::lex::{Kind, Lexer};
 use super::needs::Name;
@@ -51,6 +52,8 @@ pub struct Code {
     pub varies: Option<String>,
     /// Why it may do something else there.
     pub unproven: Option<String>,
+    /// The same, unless the table of a query has a key for it.
+    pub ordered: BTreeSet<Ordered>,
     /// The same of what only its client sees: it comes behind the RETURNING of the one thing that is written.
     pub output: Option<String>,
     /// It may do something that no name in it tells.
@@ -66,11 +69,14 @@ pub struct Code {
     /// What it does to one row depends on what is in tables, so on the rows before.
     pub reads: bool,
     float_aggregate: bool,
-    floats: bool,
+    /// Values of floating point are named.
+    pub(super) floats: bool,
+    /// Values of type `character` are named.
+    pub(super) blanks: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Word {
+pub(super) enum Word {
     /// In lower case.
     Plain(String),
     Quoted(String),
@@ -87,14 +93,14 @@ impl Word {
         }
     }
 
-    fn name(&self) -> Option<&str> {
+    pub(super) fn name(&self) -> Option<&str> {
         match self {
             Self::Plain(word) | Self::Quoted(word) => Some(word),
             _ => None,
         }
     }
 
-    fn is(&self, words: &[&str]) -> bool {
+    pub(super) fn is(&self, words: &[&str]) -> bool {
         self.plain().is_some_and(|word| words.contains(&word))
     }
 }
@@ -163,9 +169,8 @@ const CLOSED_SETTINGS: &[&str] = &[
 ];
 /// They go through rows.
 const MANY: &[&str] = &["from", "update", "delete", "merge", "using"];
-const AGGREGATES: &[&str] = &["count", "sum", "max", "min", "bool_and", "bool_or", "every", "avg", "exists"];
 
-fn tokens(text: &str) -> Option<Vec<Word>> {
+pub(super) fn tokens(text: &str) -> Option<Vec<Word>> {
     let mut words = Vec::new();
     for token in Lexer::new(text).filter(|token| token.kind.is_significant()) {
         let part = text.get(token.range)?;
@@ -211,6 +216,12 @@ pub fn scan(text: &str, outer: bool) -> Code {
     if code.float_aggregate && code.floats {
         code.float_sum();
     }
+    if code.words.contains("variable_conflict")
+        && let Some(query) = code.ordered.pop_first()
+    {
+        // What looks like a column may be a variable.
+        code.open(query.why);
+    }
     code
 }
 
@@ -241,6 +252,14 @@ impl Code {
 
     fn open(&mut self, why: impl Into<String>) {
         self.unproven.get_or_insert(why.into());
+    }
+
+    /// The order of a query's rows matters, whose word this is.
+    fn order_matters(&mut self, words: &[Word], at: usize, outer: bool, why: &str) {
+        match first_rows::query(words, at, why).filter(|_| !outer) {
+            Some(query) => drop(self.ordered.insert(query)),
+            None => self.open(why),
+        }
     }
 
     fn acts(&mut self, why: impl Into<String>) {
@@ -319,6 +338,7 @@ impl Code {
         if matches!(word, "float" | "float4" | "float8" | "real" | "double") {
             self.floats = true;
         }
+        self.blanks |= matches!(word, "char" | "character" | "bpchar" | "nchar");
         if let Some((_, why)) = FORBIDDEN.iter().find(|(known, _)| *known == word).filter(|_| starts && !outer) {
             self.varies(*why);
             self.acts(*why);
@@ -335,7 +355,14 @@ impl Code {
                 "over" => before != Some(&Word::Symbol(b')')),
                 _ => false,
             };
-            if !harmless {
+            let ends_query = match word {
+                "limit" | "offset" => true,
+                "fetch" => after(1).is_some_and(|next| next.is(&["first", "next"])) && !starts,
+                _ => false,
+            };
+            if ends_query {
+                self.order_matters(words, at, outer, why);
+            } else if !harmless {
                 self.open(*why);
                 if matches!(word, "execute" | "prepare" | "do" | "truncate") {
                     self.acts(*why);
@@ -351,7 +378,9 @@ impl Code {
             "distinct" if after(1).is_some_and(|next| next.is(&["on"])) => {
                 self.open("which rows DISTINCT ON gives depends on the order in which a server finds them");
             }
-            "for" if starts || before.is_some_and(|before| *before == Word::Symbol(b'>')) => self.for_loop(words, at),
+            "for" if starts || before.is_some_and(|before| *before == Word::Symbol(b'>')) => {
+                self.for_loop(words, at, outer)
+            }
             "open" | "cursor" if !outer => self.open("the rows of a cursor have no certain order"),
             _ => {}
         }
@@ -371,10 +400,10 @@ impl Code {
     }
 
     /// `FOR i IN 1..3` counts; `FOR r IN SELECT ...` goes through rows.
-    fn for_loop(&mut self, words: &[Word], at: usize) {
+    fn for_loop(&mut self, words: &[Word], at: usize, outer: bool) {
         let body = words.iter().skip(at).take_while(|word| !word.is(&["loop"]));
         if body.into_iter().any(|word| word.is(&["select", "with", "values", "insert", "update", "delete", "table"])) {
-            self.open("a loop over rows depends on the order in which a server finds them");
+            self.order_matters(words, at, outer, "a loop over rows depends on the order in which a server finds them");
         }
     }
 
@@ -466,11 +495,12 @@ impl Code {
         let strict = words.get(at + 1).is_some_and(|word| word.is(&["strict"]));
         let returning = words.iter().take(at).any(|word| word.is(&["returning"]));
         let select = words.iter().take(at).rposition(|word| word.is(&["select"]));
-        let aggregate = select.and_then(|select| words.get(select + 1)).is_some_and(|word| word.is(AGGREGATES))
-            && !words.iter().any(|word| word.is(&["group", "union"]));
+        let aggregate = select.is_some_and(|select| first_rows::is_one_row(words, select));
         let reads = words.iter().any(|word| word.is(&["from"]));
         if !(strict || returning || aggregate || !reads) {
-            self.open("SELECT INTO takes the first row that a server finds, unless it is STRICT");
+            let why = "SELECT INTO takes the first row that a server finds, unless it is STRICT";
+            // `INTO v` may stand before or behind the rest; of the client's own statement it makes a table.
+            self.order_matters(words, at, false, why);
         }
     }
 }

@@ -136,13 +136,20 @@ fn runs_other_code(relation: &Relation, events: u32) -> Option<&'static str> {
         Some("it has rules, which turn a statement into others")
     } else if relation.rls {
         Some("row-level security is enabled on it")
-    } else if events & (ON_UPDATE | ON_DELETE) != 0 && relation.cascade_opaque {
-        Some("a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT")
+    } else if relation.cascade_opaque && cascades(relation, events) {
+        Some(
+            "a foreign key's cascade from it reaches a table with user triggers, rules or SET DEFAULT of what is no constant",
+        )
     } else if impure_checks(relation) {
         Some("a CHECK constraint of it calls a function that is not immutable")
     } else {
         None
     }
+}
+
+/// Whether such statements may reach other tables by foreign keys.
+fn cascades(relation: &Relation, events: u32) -> bool {
+    events & ON_DELETE != 0 || events & ON_UPDATE != 0 && !relation.cascade_update.is_empty()
 }
 
 fn impure_checks(relation: &Relation) -> bool {

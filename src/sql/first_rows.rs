@@ -1,0 +1,330 @@
+//! Queries of code whose first rows count, or whose rows come one after the other: when these are the same rows on every server.
+//!
+//! They are if the query is over one table and compares all columns of a unique key with values (one row at most), or orders by those that
+//! it does not compare. What is read off the tokens here is only what the query says; that there is such a key, and that what looks like a
+//! value is no column, is for the catalog to tell: [`Ordered::holds`].
+
+use std::collections::BTreeSet;
+
+use super::needs::Name;
+use super::scan::Word;
+
+/// A query over one table whose rows have a certain order, if the table has a key for it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ordered {
+    pub table: Name,
+    /// Columns that are compared with a value, and the names in that value: none of them may be a column.
+    pub equal: BTreeSet<(String, BTreeSet<String>)>,
+    /// Columns that the rows are ordered by.
+    pub ordered: BTreeSet<String>,
+    /// Why the order matters.
+    pub why: String,
+}
+
+/// A unique key of a table.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+pub struct Key {
+    pub columns: Vec<String>,
+    /// No column of it can be NULL, so that there are no equals in an order either.
+    pub not_null: bool,
+    /// It has columns of `int8` or `numeric`, of which several can be equal to one value of floating point.
+    pub blurred_by_floats: bool,
+    /// It has columns of `varchar`, of which several can be equal to one value of `character`: blanks at the end.
+    pub blurred_by_blanks: bool,
+}
+
+/// What values may be among those that a query compares with.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Blurs {
+    pub floats: bool,
+    pub blanks: bool,
+}
+
+impl Ordered {
+    /// Whether one of the keys makes it certain.
+    #[must_use]
+    pub fn holds(&self, columns: &BTreeSet<String>, keys: &[Key], blurs: Blurs) -> bool {
+        let equal = |column: &String| {
+            self.equal.iter().any(|(compared, names)| compared == column && names.is_disjoint(columns))
+        };
+        keys.iter().any(|key| {
+            let in_order = |column: &String| key.not_null && self.ordered.contains(column);
+            key.columns.iter().all(|column| equal(column) || in_order(column))
+                && !(key.blurred_by_floats && blurs.floats && key.columns.iter().any(equal))
+                && !(key.blurred_by_blanks && blurs.blanks && key.columns.iter().any(equal))
+        })
+    }
+}
+
+/// A query over one row: aggregates without groups. `select`: where it begins.
+pub(super) fn is_one_row(words: &[Word], select: usize) -> bool {
+    const AGGREGATES: &[&str] = &["count", "sum", "max", "min", "bool_and", "bool_or", "every", "avg", "exists"];
+    words.get(select + 1).is_some_and(|word| word.is(AGGREGATES))
+        && words.get(select + 2) == Some(&Word::Symbol(b'('))
+        && !words.iter().skip(select).any(|word| word.is(&["group", "union", "intersect", "except"]))
+}
+
+/// The query that the word at `at` belongs to, if it is one that can be certain. A loop's query comes after its word.
+pub(super) fn query(words: &[Word], at: usize, why: &str) -> Option<Ordered> {
+    let is_loop = words.get(at)?.is(&["for"]);
+    let select = if is_loop {
+        (at..words.len()).find(|at| words[*at].is(&["select", "loop"]))?
+    } else {
+        select_before(words, at)?
+    };
+    let begins = match select.checked_sub(1).map(|before| &words[before]) {
+        None | Some(Word::Symbol(b';' | b'(' | b'>')) => true,
+        Some(word) => word.is(&["begin", "then", "else", "loop", "in", "query"]),
+    };
+    let end = end(words, select);
+    (begins && words[select].is(&["select"]) && (is_loop || at < end)).then(|| read(words.get(select..end)?, why))?
+}
+
+/// The same of a statement that is nothing but a query.
+pub(super) fn whole(words: &[Word], why: &str) -> Option<Ordered> {
+    (words.first()?.is(&["select"]) && end(words, 0) == words.len()).then(|| read(words, why))?
+}
+
+/// The SELECT of the same depth before a word, in its statement.
+fn select_before(words: &[Word], at: usize) -> Option<usize> {
+    let mut depth = 0_usize;
+    for at in (0..at).rev() {
+        match &words[at] {
+            Word::Symbol(b';') => return None,
+            Word::Symbol(b')') => depth += 1,
+            Word::Symbol(b'(') => depth = depth.checked_sub(1)?,
+            word if depth == 0 && word.is(&["select"]) => return Some(at),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Where a query ends: at a semicolon, the parenthesis around it, or the body of its loop.
+fn end(words: &[Word], select: usize) -> usize {
+    let mut depth = 0_usize;
+    for (at, word) in words.iter().enumerate().skip(select) {
+        match word {
+            Word::Symbol(b'(') => depth += 1,
+            Word::Symbol(b')') if depth == 0 => return at,
+            Word::Symbol(b')') => depth -= 1,
+            Word::Symbol(b';') => return at,
+            word if depth == 0 && word.is(&["loop"]) => return at,
+            _ => {}
+        }
+    }
+    words.len()
+}
+
+/// Words that make a query another kind of query, wherever they stand.
+const OTHER: &[&str] = &[
+    "union",
+    "intersect",
+    "except",
+    "group",
+    "having",
+    "distinct",
+    "window",
+    "over",
+    "join",
+    "tablesample",
+    "with",
+    "collate",
+    "lateral",
+    "ties",
+    "perform",
+    "return",
+];
+/// Each begins a part.
+const PARTS: &[&str] = &["into", "from", "where", "order", "limit", "offset", "fetch", "for"];
+
+fn read(query: &[Word], why: &str) -> Option<Ordered> {
+    let has = |list: &[&str]| query.iter().skip(1).any(|word| word.is(list));
+    // Without CASE that is another statement, which the query is only the beginning of.
+    if has(&["select"]) || has(OTHER) || has(&["then", "else"]) && !has(&["case"]) {
+        return None;
+    }
+    let parts = parts(query);
+    let part = |name: &str| {
+        let mut found = parts.iter().filter(|part| part[0].is(&[name]));
+        let first = found.next();
+        if found.next().is_some() { None } else { Some(first.map(|part| &part[1..])) }
+    };
+    let (table, alias) = table(part("from")??)?;
+    let mut ordered = Ordered { equal: BTreeSet::new(), ordered: BTreeSet::new(), why: why.to_owned(), table };
+    let names: Vec<&str> = std::iter::once(ordered.table.name.as_str()).chain(alias.as_deref()).collect();
+    if let Some(condition) = part("where")? {
+        ordered.equal = compared(condition, &names);
+    }
+    if let Some(order) = part("order")? {
+        let (by, list) = order.split_first()?;
+        if !by.is(&["by"]) {
+            return None;
+        }
+        let selected = parts[0].get(1..).unwrap_or_default();
+        let columns = split(list, |word| *word == Word::Symbol(b',')).into_iter();
+        ordered.ordered = columns
+            .filter_map(|item| ordered_by(item, &names))
+            .filter(|column| is_plain(selected, column, &names))
+            .collect();
+    }
+    part("into")?;
+    Some(ordered)
+}
+
+/// Cuts at the words that begin parts, outside of parentheses; the first is the list of what is selected.
+fn parts(query: &[Word]) -> Vec<&[Word]> {
+    let mut depth = 0_usize;
+    let mut parts = Vec::new();
+    let mut begin = 0;
+    for (at, word) in query.iter().enumerate() {
+        match word {
+            Word::Symbol(b'(') => depth += 1,
+            Word::Symbol(b')') => depth = depth.saturating_sub(1),
+            word if depth == 0 && word.is(PARTS) => {
+                parts.push(&query[begin..at]);
+                begin = at;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&query[begin..]);
+    parts
+}
+
+/// Cuts at separators outside of parentheses.
+fn split(words: &[Word], separates: impl Fn(&Word) -> bool) -> Vec<&[Word]> {
+    let mut depth = 0_usize;
+    words
+        .split(|word| {
+            match word {
+                Word::Symbol(b'(' | b'[') => depth += 1,
+                Word::Symbol(b')' | b']') => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            depth == 0 && separates(word)
+        })
+        .collect()
+}
+
+/// One table and its alias.
+fn table(from: &[Word]) -> Option<(Name, Option<String>)> {
+    let from = match from.split_first() {
+        Some((only, rest)) if only.is(&["only"]) => rest,
+        _ => from,
+    };
+    let (table, rest) = match from {
+        [schema, Word::Symbol(b'.'), name, rest @ ..] => (Name::new(schema.name()?, name.name()?), rest),
+        [name, rest @ ..] => (Name::new("", name.name()?), rest),
+        [] => return None,
+    };
+    let alias = match rest {
+        [] => None,
+        [alias] => Some(alias.name()?.to_owned()),
+        [word, alias] if word.is(&["as"]) => Some(alias.name()?.to_owned()),
+        _ => return None,
+    };
+    Some((table, alias))
+}
+
+/// A column of the table, by its name alone or behind the table's.
+fn column(words: &[Word], table: &[&str]) -> Option<String> {
+    match words {
+        [column] => column.name().map(str::to_owned),
+        [of, Word::Symbol(b'.'), column] if table.contains(&of.name()?) => column.name().map(str::to_owned),
+        _ => None,
+    }
+}
+
+/// The conditions that must all hold and compare a column with a value.
+fn compared(condition: &[Word], table: &[&str]) -> BTreeSet<(String, BTreeSet<String>)> {
+    let mut depth = 0_usize;
+    let one_of_several = condition.iter().any(|word| {
+        match word {
+            Word::Symbol(b'(' | b'[') => depth += 1,
+            Word::Symbol(b')' | b']') => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        // AND belongs to BETWEEN there, or does not stand for all.
+        depth == 0 && word.is(&["or", "between", "case", "current"])
+    });
+    if one_of_several {
+        return BTreeSet::new();
+    }
+    let mut found = BTreeSet::new();
+    for part in split(condition, |word| word.is(&["and"])) {
+        let sides = split(part, |word| *word == Word::Symbol(b'='));
+        let [left, right] = sides[..] else { continue };
+        for (one, other) in [(left, right), (right, left)] {
+            if let (Some(column), Some(names)) = (column(one, table), value(other, table)) {
+                found.insert((column, names));
+            }
+        }
+    }
+    found
+}
+
+/// The names in a value; `None`: it may be something else, or of a type that no word in it tells.
+fn value(words: &[Word], table: &[&str]) -> Option<BTreeSet<String>> {
+    /// Functions that give the type of their arguments.
+    const CALLS: &[&str] = &["coalesce", "lower", "upper", "greatest", "least", "nullif"];
+    const RELATED: &[&str] = &[
+        "any", "some", "all", "in", "is", "like", "ilike", "similar", "not", "and", "or", "notnull", "isnull", "row",
+        "operator",
+    ];
+    let mut names = BTreeSet::new();
+    for (at, word) in words.iter().enumerate() {
+        let next = words.get(at + 1);
+        let after_dot = at.checked_sub(1).is_some_and(|at| words[at] == Word::Symbol(b'.'));
+        match word {
+            Word::Text(_) | Word::Other => {}
+            Word::Symbol(symbol) if b"().,:[]+-".contains(symbol) => {}
+            Word::Symbol(_) => return None,
+            word => {
+                let name = word.name()?;
+                if word.is(RELATED) || next == Some(&Word::Symbol(b'(')) && !word.is(CALLS) {
+                    return None;
+                }
+                if next == Some(&Word::Symbol(b'.')) && !after_dot {
+                    // Of another row.
+                    if table.contains(&name) {
+                        return None;
+                    }
+                } else if !after_dot {
+                    names.insert(name.to_owned());
+                }
+            }
+        }
+    }
+    // The row itself is no value either.
+    (!words.is_empty() && !table.iter().any(|name| names.contains(*name))).then_some(names)
+}
+
+/// One item of ORDER BY, if it is a column.
+fn ordered_by(item: &[Word], table: &[&str]) -> Option<String> {
+    let mut item = item;
+    if let [rest @ .., nulls, which] = item
+        && nulls.is(&["nulls"])
+        && which.is(&["first", "last"])
+    {
+        item = rest;
+    }
+    if let [rest @ .., direction] = item
+        && direction.is(&["asc", "desc"])
+    {
+        item = rest;
+    }
+    column(item, table)
+}
+
+/// Whether a name in ORDER BY means the column: what is selected is not called so, unless it is the column itself.
+fn is_plain(selected: &[Word], name: &str, table: &[&str]) -> bool {
+    split(selected, |word| *word == Word::Symbol(b',')).into_iter().all(|item| {
+        let named = item.iter().any(|word| word.name() == Some(name));
+        !named || column(item, table).is_some()
+    })
+}
+
+#[cfg(test)]
+#[path = "first_rows_tests.rs"]
+mod tests;
