@@ -43,6 +43,7 @@ pub mod refuse;
 mod roles;
 pub mod rows;
 mod scan;
+mod scan_lists;
 pub mod sequences;
 pub mod shape;
 pub mod shared;
