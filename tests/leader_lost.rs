@@ -189,7 +189,10 @@ async fn sessions_keep_what_they_had() {
     }
     let (client, mut messages) = session(&cluster, "r", "secret").await;
     client
-        .batch_execute("set work_mem = '7MB'; set app.who = 'x'; set search_path to public, pg_catalog")
+        .batch_execute(
+            "set work_mem = '7MB'; set app.who = 'x'; set search_path to public, pg_catalog;
+             select set_config('TimeZone', 'Asia/Tokyo', false), set_config('app.how', 'y', true)",
+        )
         .await
         .unwrap();
     client.batch_execute("begin; set statement_timeout = '77s'; commit").await.unwrap();
@@ -221,6 +224,7 @@ async fn sessions_keep_what_they_had() {
     for (sql, expected) in [
         ("show work_mem", "7MB"),
         ("show app.who", "x"),
+        ("show timezone", "Asia/Tokyo"),
         ("show search_path", "public, pg_catalog"),
         ("show statement_timeout", "77s"),
         ("show timezone", "Asia/Tokyo"),
@@ -321,6 +325,7 @@ async fn what_code_has_set_is_not_lost_without_a_word() {
         "select counts()",
         "insert into noted values (1, 'a')",
         "select set_config('app.tenant', 'blue', true)",
+        "select set_config('app.tenant', 'blue', false)",
         "insert into t values (1, 1, current_setting('app.tenant', true))",
     ];
     let end = [

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use crate::sql::set_config::settings;
 use crate::sql::stays::Stays;
 
 /// Texts that one session keeps, bytes; past that it can not move.
@@ -35,7 +36,15 @@ impl Carried {
             // The server keeps these whatever becomes of the transaction (locks), or they are too rare to tell apart.
             Stays::Unmovable(why) => return self.unmovable = Some(why),
             Stays::SetConfig if is_local(text) => return,
-            Stays::SetConfig => return self.unmovable = Some("it has used set_config() for the whole session"),
+            Stays::SetConfig => {
+                let Some(settings) = settings(text) else {
+                    return self.unmovable = Some("it has used set_config() for the whole session");
+                };
+                for setting in settings {
+                    self.note(&Stays::Set(setting.name), &setting.text, savepoints);
+                }
+                return;
+            }
             _ => {}
         }
         let entry = Entry { stays: stays.clone(), text: text.into() };
@@ -161,6 +170,17 @@ mod tests {
         carried.note(&set("a"), "set a = 2", Some(0));
         carried.end(false);
         assert_eq!(texts(&carried), ["set a = 1"]);
+    }
+
+    #[test]
+    fn set_config_with_literals_is_a_setting() {
+        let mut carried = Carried::default();
+        carried.note(&set("timezone"), "set time zone 'UTC'", None);
+        carried.note(&Stays::SetConfig, "SELECT set_config('TimeZone', 'Asia/Tokyo', false)", Some(0));
+        carried.end(true);
+        assert_eq!(texts(&carried), ["SELECT pg_catalog.set_config('TimeZone', 'Asia/Tokyo', false)"]);
+        carried.note(&Stays::SetConfig, "SELECT set_config('a.b', $1, false)", None);
+        assert!(carried.unmovable().is_some());
     }
 
     #[test]

@@ -45,6 +45,7 @@ pub mod rows;
 mod scan;
 mod scan_lists;
 pub mod sequences;
+pub mod set_config;
 pub mod shape;
 pub mod shared;
 pub mod stays;
