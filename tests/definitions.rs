@@ -131,3 +131,46 @@ async fn rows_that_definitions_make_are_the_leaders() {
 async fn definitions_of_every_kind_are_the_same_or_refused() {
     play(include_str!("definitions/kinds.sql")).await;
 }
+
+/// An unlogged table with rows of the time before pgtandem arrives empty on a node that is filled. The hint says SET LOGGED.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_becomes_logged_has_the_leaders_rows_everywhere() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    client
+        .batch_execute("create unlogged table cache (id serial primary key, v text, up int references cache)")
+        .await
+        .unwrap();
+    let leader = cluster.connect_node(0, "postgres").await;
+    leader
+        .batch_execute(
+            "insert into cache (v, up) values ('a', null), ('b', 1), ('c', 2); delete from cache where id = 3",
+        )
+        .await
+        .unwrap();
+    let error = client.batch_execute("insert into cache (v) values ('d')").await.unwrap_err();
+    let hint = error.as_db_error().unwrap().hint().unwrap().to_owned();
+    let statement = hint.split_once("Type: ").unwrap().1;
+    client.batch_execute(statement).await.unwrap();
+    client.batch_execute("insert into cache (v, up) values ('d', 2)").await.unwrap();
+    client
+        .batch_execute(
+            "create table part (id int primary key, v text) partition by range (id);
+             create table part_a partition of part for values from (0) to (10);
+             create unlogged table part_b partition of part for values from (10) to (20)",
+        )
+        .await
+        .unwrap();
+    leader.batch_execute("insert into part values (11, 'e')").await.unwrap();
+    let error = client.batch_execute("insert into part values (1, 'f')").await.unwrap_err();
+    let hint = error.as_db_error().unwrap().hint().unwrap().to_owned();
+    client.batch_execute(hint.split_once("Type: ").unwrap().1).await.unwrap();
+    client.batch_execute("insert into part values (1, 'f'), (12, 'g')").await.unwrap();
+    let parts =
+        common::ask::same(&cluster, "postgres", "select string_agg(t::text, ' ' order by id) from part t").await;
+    assert_eq!(parts, "(1,f) (11,e) (12,g)");
+    let found =
+        common::ask::same(&cluster, "postgres", "select string_agg(t::text, ' ' order by id) from cache t").await;
+    assert_eq!(found, "(1,a,) (2,b,1) (4,d,2)");
+    cluster.assert_identical().await;
+}

@@ -206,6 +206,8 @@ fn judge(command: &AlterTableCmd, table: &Relation, context: &Context<'_>, alter
             }
         }
         (AlterTableType::AtSetIdentity, _) => alter.sequences.extend(sequences_of(table, &command.name)),
+        // A node that was filled has it empty.
+        (AlterTableType::AtSetLogged, _) if table.persistence == "u" => alter.rows = true,
         (AlterTableType::AtSetUnLogged, _) => {
             return Some(refused(
                 "SET UNLOGGED is not supported: a node that is filled gets unlogged tables empty",

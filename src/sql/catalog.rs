@@ -254,6 +254,8 @@ SELECT json_build_object(
     'rls', c.relrowsecurity,
     'children', c.relkind <> 'p' AND EXISTS (SELECT 1 FROM tree t WHERE t.root = c.oid AND t.oid <> c.oid),
     'foreign', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid WHERE t.root = c.oid AND k.relkind = 'f'),
+    'unlogged_child', (SELECT pg_catalog.min(k.oid::regclass::text) FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid
+      WHERE t.root = c.oid AND t.oid <> c.oid AND k.relpersistence = 'u'),
     'deferrable', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid OR k.confrelid = t.oid
       WHERE t.root = c.oid AND k.condeferrable),
     'cascade_delete', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_constraint k ON k.confrelid = t.oid

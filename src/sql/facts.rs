@@ -57,6 +57,8 @@ pub struct Relation {
     pub children: bool,
     /// A foreign table among the children or partitions.
     pub foreign: bool,
+    /// An unlogged one among them.
+    pub unlogged_child: Option<String>,
     /// Deferrable constraints on it, or of others that reference it.
     pub deferrable: bool,
     /// ON DELETE CASCADE, SET NULL or SET DEFAULT of a table that references it.

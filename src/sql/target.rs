@@ -92,10 +92,11 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
             "Write to the table behind it.",
         ));
     }
-    if relation.persistence == "u" && events & ON_TRUNCATE == 0 {
+    let itself = (relation.persistence == "u").then_some(&name);
+    if let Some(table) = itself.or(relation.unlogged_child.as_ref()).filter(|_| events & ON_TRUNCATE == 0) {
         return Some(refused(
-            format!("writing to the unlogged table {name} is not supported: a node that is filled gets it empty"),
-            format!("Nothing was changed. Type: ALTER TABLE {name} SET LOGGED"),
+            format!("writing to the unlogged table {table} is not supported: a node that is filled gets it empty"),
+            format!("Nothing was changed. Type: ALTER TABLE {table} SET LOGGED"),
         ));
     }
     relation.foreign.then(|| {

@@ -30,11 +30,14 @@ pub async fn state(client: &Client, text: &str) -> String {
     }
 }
 
-/// What this query gives on the leader; fails unless it gives the same on every server.
+/// What this query gives on the leader; fails unless it gives the same on every server. Followers finish off the clients' path.
 pub async fn same(cluster: &Cluster, database: &str, sql: &str) -> String {
     let leader = value(&cluster.connect_node(0, database).await, sql).await;
     for index in 1..cluster.layout.plan.nodes {
-        let follower = value(&cluster.connect_node(index, database).await, sql).await;
+        let client = cluster.connect_node(index, database).await;
+        let ours = "select count(*) from pg_prepared_xacts where gid like 'pgtandem:%'";
+        super::wait_for("the follower has finished", async || value(&client, ours).await == "0").await;
+        let follower = value(&client, sql).await;
         assert_eq!(leader, follower, "on node{index}: {sql}\n{}", cluster.logs());
     }
     leader

@@ -339,9 +339,20 @@ fn merge(rng: &mut StdRng, table: &Table) -> Statement {
 
 fn once(rng: &mut StdRng, table: &Table) -> Statement {
     let (name, g) = (&table.name, group(rng));
-    let sql = match rng.random_range(0..3) {
-        0 => format!("do $$ begin update {name} set v = v + 1 where grp = {g}; end $$"),
-        1 => format!("select bump('{name}', {g})"),
+    let has_id = !matches!(table.shape, Shape::Composite | Shape::Keyless | Shape::Partitioned);
+    let (k, other) = (rng.random_range(1..=KEYS), rng.random_range(1..=KEYS));
+    let sql = match rng.random_range(0..6) {
+        // A key makes certain which rows these are.
+        0 if has_id => format!(
+            "do $$ declare x int; begin select v into x from {name} where id = {k}; \
+             if found then update {name} set v = x + 1 where id = {other}; end if; end $$"
+        ),
+        1 if has_id => format!(
+            "do $$ declare r record; begin for r in select id, v from {name} where grp = {g} order by id limit 3 loop \
+             update {name} set v = r.v + 1 where id = r.id; end loop; end $$"
+        ),
+        0..=3 => format!("do $$ begin update {name} set v = v + 1 where grp = {g}; end $$"),
+        4 => format!("select bump('{name}', {g})"),
         _ => format!("call bump_all('{name}', {g})"),
     };
     text(Kind::Once, sql)
