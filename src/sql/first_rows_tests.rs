@@ -1,3 +1,5 @@
+//! Bodies of which the rows are certain, and bodies that look so.
+
 use super::super::scan::{Code, scan};
 use super::*;
 
