@@ -24,6 +24,13 @@ async fn a_restored_node_is_not_promoted_for_what_its_record_says() {
     let cluster = common::cluster();
     let client = cluster.connect("postgres").await;
     client.batch_execute("create table t (v text primary key)").await.unwrap();
+    // A node that has joined a moment ago has its generation in its record, and soon in its database.
+    let node = cluster.connect_node(1, "postgres").await;
+    wait_for("the database knows its generation", async || {
+        !node.query("select from pgtandem.generation", &[]).await.unwrap().is_empty()
+    })
+    .await;
+    drop(node);
     let (pgdata, backup) = (cluster.layout.pgdata(1), cluster.dir().join("backup"));
     // Taken while nothing runs there; afterwards it leaves and joins twice, each time under a new generation.
     for _ in 0..2 {

@@ -66,19 +66,21 @@ pub(super) async fn watch(node: &Node) {
         }
         // Changes of the record wait for it.
         match timeout(Duration::from_millis(WRITE_MS_MAX), compare(node)).await {
-            Ok(Ok(())) => compared = running,
+            Ok(Ok(true)) => compared = running,
+            Ok(Ok(false)) => {}
             Ok(Err(error)) => tracing::info!(%error, "the generation in the database could not be compared yet"),
             Err(_) => tracing::info!("the generation in the database could not be compared in time yet"),
         }
     }
 }
 
-async fn compare(node: &Node) -> Result<(), GenerationError> {
+/// False: the first reign has not made the table yet.
+async fn compare(node: &Node) -> Result<bool, GenerationError> {
     // No change of the record comes between what is read here and there.
     let _changing = node.generation.lock().await;
     let client = node.postgres().connect("postgres").await?;
     if !client.query_one(IS_THERE, &[]).await?.get::<_, bool>(0) {
-        return Ok(());
+        return Ok(false);
     }
     let found: Option<String> = client.query_opt(READ, &[]).await?.map(|row| row.get(0));
     let record = node.record();
@@ -94,5 +96,5 @@ async fn compare(node: &Node) -> Result<(), GenerationError> {
             node.change_record(|record| Ok(rules::replaced(record))).await?;
         }
     }
-    Ok(())
+    Ok(true)
 }
