@@ -15,9 +15,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// What is read ahead of the limit after a pause, milliseconds' worth.
 const BURST_MS: u64 = 200;
 
-/// The backups that this node serves, by the node that they are for; each has at most one.
+/// The backups that this node serves, by the node that they are for and where they begin, which is another position for each
+/// (`do_pg_backup_start` in `xlog.c`). A node may have several for a moment: an attempt that it has given up can begin here after the next one.
 #[derive(Clone, Debug, Default)]
-pub struct Backups(Arc<Mutex<HashMap<String, Arc<Backup>>>>);
+pub struct Backups(Arc<Mutex<HashMap<(String, Lsn), Arc<Backup>>>>);
 
 /// One backup.
 #[derive(Debug)]
@@ -38,7 +39,7 @@ pub struct Backup {
 /// Ends the backup when it is dropped.
 pub struct Owned {
     pub backup: Arc<Backup>,
-    peer: String,
+    key: (String, Lsn),
     backups: Backups,
     _end: DropGuard,
 }
@@ -48,29 +49,26 @@ impl Backups {
     #[must_use]
     pub fn begin(&self, peer: &str, backup: Backup) -> Owned {
         let backup = Arc::new(backup);
-        self.lock().insert(peer.to_owned(), Arc::clone(&backup));
+        let key = (peer.to_owned(), backup.start);
+        self.lock().insert(key.clone(), Arc::clone(&backup));
         let end = backup.ended.clone().drop_guard();
-        Owned { backup, peer: peer.to_owned(), backups: self.clone(), _end: end }
+        Owned { backup, key, backups: self.clone(), _end: end }
     }
 
     /// The backup that `peer` began at `start`, if it goes on.
     #[must_use]
     pub fn find(&self, peer: &str, start: Lsn) -> Option<Arc<Backup>> {
-        self.lock().get(peer).filter(|backup| backup.start == start && !backup.ended.is_cancelled()).cloned()
+        self.lock().get(&(peer.to_owned(), start)).filter(|backup| !backup.ended.is_cancelled()).cloned()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Backup>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, Lsn), Arc<Backup>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        let mut backups = self.backups.lock();
-        // A newer one of the same node may have taken its place.
-        if backups.get(&self.peer).is_some_and(|backup| Arc::ptr_eq(backup, &self.backup)) {
-            backups.remove(&self.peer);
-        }
+        self.backups.lock().remove(&self.key);
     }
 }
 
@@ -168,10 +166,15 @@ mod tests {
         let make = |start| Backup::new(PathBuf::new(), Vec::new(), Lsn(start), true, 0);
         let first = backups.begin("b", make(1));
         assert!(backups.find("b", Lsn(1)).is_some() && backups.find("c", Lsn(1)).is_none());
-        let second = backups.begin("b", make(2));
+        let second = backups.begin("b", make(3));
         drop(first);
-        assert!(backups.find("b", Lsn(1)).is_none() && backups.find("b", Lsn(2)).is_some());
+        assert!(backups.find("b", Lsn(1)).is_none() && backups.find("b", Lsn(3)).is_some());
+        // Of an attempt that was given up before it had begun.
+        let late = backups.begin("b", make(2));
+        assert!(backups.find("b", Lsn(3)).is_some(), "the attempt that goes on keeps its backup");
+        drop(late);
+        assert!(backups.find("b", Lsn(2)).is_none() && backups.find("b", Lsn(3)).is_some());
         drop(second);
-        assert!(backups.find("b", Lsn(2)).is_none());
+        assert!(backups.find("b", Lsn(3)).is_none());
     }
 }
