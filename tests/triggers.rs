@@ -217,3 +217,38 @@ async fn what_a_stable_function_reads_depends_on_who_calls_it() {
     assert!(error.message().contains("top_of reads what the rows before may have changed"), "{error}");
     cluster.assert_identical().await;
 }
+
+/// An UPDATE that moves a row to another partition fires the triggers of DELETE and INSERT.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_moves_to_another_partition_fires_what_insert_and_delete_fire() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(
+        &client,
+        "create table p (id int, grp int, at text, primary key (id, grp)) partition by list (grp);
+         create table p1 partition of p for values in (1); create table p2 partition of p for values in (2);
+         create table q (id int, grp int, at text, primary key (id, grp)) partition by range (id);
+         create table q1 partition of q for values from (0) to (10) partition by list (grp);
+         create table q1_1 partition of q1 for values in (1); create table q1_2 partition of q1 for values in (2);
+         create table log (id int primary key, what text);
+         create function stamp() returns trigger language plpgsql as $$ begin new.at := random()::text; return new; end $$;
+         create function bye() returns trigger language plpgsql as $$ begin insert into log values (old.id, random()::text); return old; end $$;
+         insert into p select i, 1 from generate_series(1, 4) i; insert into q select i, 1 from generate_series(1, 4) i;
+         create trigger stamp before insert on p2 for each row execute function stamp();
+         create trigger bye after delete on q for each row execute function bye()",
+    )
+    .await;
+    for text in [
+        "update p set grp = 2 where id = 1 and grp = 1",
+        "update p set grp = 2 where id = 2",
+        "update q set grp = 2 where id = 2",
+        "update q set grp = 2 where grp = 1 and id = 4",
+    ] {
+        let error = client.batch_execute(text).await.expect_err(text);
+        assert_eq!(error.code().map(|code| code.code()), Some("0A000"), "{text}: {error}");
+    }
+    run(&client, "update p set at = 'stays' where id in (1, 3)").await;
+    run(&client, "drop trigger stamp on p2; update p set grp = 2 where id = 1 and grp = 1").await;
+    run(&client, "update q set at = 'stays' where id = 2").await;
+    cluster.assert_identical().await;
+}

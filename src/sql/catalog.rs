@@ -254,6 +254,9 @@ SELECT json_build_object(
     'rls', c.relrowsecurity,
     'children', c.relkind <> 'p' AND EXISTS (SELECT 1 FROM tree t WHERE t.root = c.oid AND t.oid <> c.oid),
     'foreign', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid WHERE t.root = c.oid AND k.relkind = 'f'),
+    'partition_columns', coalesce((SELECT json_agg(DISTINCT a.attname) FROM tree t
+      JOIN pg_catalog.pg_partitioned_table r ON r.partrelid = t.oid JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid
+      WHERE t.root = c.oid AND a.attnum > 0::int4 AND (r.partexprs IS NOT NULL OR a.attnum = ANY (r.partattrs::pg_catalog.int2[]))), '[]'),
     'unlogged_child', (SELECT pg_catalog.min(k.oid::regclass::text) FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid
       WHERE t.root = c.oid AND t.oid <> c.oid AND k.relpersistence = 'u'),
     'deferrable', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid OR k.confrelid = t.oid

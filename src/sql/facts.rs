@@ -57,7 +57,9 @@ pub struct Relation {
     pub children: bool,
     /// A foreign table among the children or partitions.
     pub foreign: bool,
-    /// An unlogged one among them.
+    /// Columns whose change can move a row to another partition; all, if expressions decide.
+    pub partition_columns: Vec<String>,
+    /// An unlogged one among the children or partitions.
     pub unlogged_child: Option<String>,
     /// Deferrable constraints on it, or of others that reference it.
     pub deferrable: bool,

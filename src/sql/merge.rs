@@ -9,11 +9,11 @@ use super::conditional::Depends;
 use super::expressions::Look;
 use super::facts::{Column, DefaultKind, Relation};
 use super::insert::may_write;
-use super::modify::impure_default;
+use super::modify::{impure_default, update_events};
 use super::once::once;
 use super::plan::{EffectPlan, Lane, Refusal, Write};
 use super::refuse::{not_yet, own_schema, refusal, refused};
-use super::target::{ON_DELETE, ON_INSERT, ON_UPDATE, Target, target};
+use super::target::{ON_DELETE, ON_INSERT, Target, target};
 use super::text::Edits;
 
 const INSTEAD: &str = "Use INSERT ... ON CONFLICT, or UPDATE and INSERT in one transaction.";
@@ -40,7 +40,7 @@ pub(super) fn lane(statement: &MergeStmt, context: &Context<'_>) -> Lane {
             _ => None,
         })
         .collect();
-    let relation = match target(statement.relation.as_ref(), events(&clauses), context) {
+    let relation = match target(statement.relation.as_ref(), events(statement, &clauses, context), context) {
         Target::Decided(lane) => return lane,
         Target::Once(_) => return once(context, false),
         Target::Temporary => return read(found.needs_guard()),
@@ -80,12 +80,12 @@ fn command(clause: &MergeWhenClause) -> Option<CmdType> {
     CmdType::try_from(clause.command_type).ok()
 }
 
-fn events(clauses: &[&MergeWhenClause]) -> u32 {
+fn events(statement: &MergeStmt, clauses: &[&MergeWhenClause], context: &Context<'_>) -> u32 {
     clauses.iter().fold(0, |events, clause| {
         events
             | match command(clause) {
                 Some(CmdType::CmdInsert) => ON_INSERT,
-                Some(CmdType::CmdUpdate) => ON_UPDATE,
+                Some(CmdType::CmdUpdate) => update_events(statement.relation.as_ref(), &clause.target_list, context),
                 Some(CmdType::CmdDelete) => ON_DELETE,
                 _ => 0,
             }

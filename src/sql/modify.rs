@@ -18,7 +18,7 @@ use super::parse::{node_names, tree, walk};
 use super::plan::{EffectPlan, Lane, Refusal, Write};
 use super::refuse::{not_yet, own_schema};
 use super::rows::NotRows;
-use super::target::{ON_DELETE, ON_UPDATE, Target, behind_triggers, target};
+use super::target::{ON_DELETE, ON_INSERT, ON_UPDATE, Target, behind_triggers, target};
 use super::text::Edits;
 
 /// What UPDATE and DELETE have in common.
@@ -44,9 +44,18 @@ pub(super) fn update(statement: &UpdateStmt, context: &Context<'_>) -> Lane {
         sources: &statement.from_clause,
         returning: statement.returning_clause.as_ref(),
         with: statement.with_clause.as_ref(),
-        events: ON_UPDATE,
+        events: update_events(statement.relation.as_ref(), &statement.target_list, context),
     };
     lane(&modify, context)
+}
+
+/// The triggers that an UPDATE can fire: one that moves a row to another partition is a DELETE there and an INSERT here.
+pub(super) fn update_events(relation: Option<&RangeVar>, sets: &[Node], context: &Context<'_>) -> u32 {
+    let relation = relation.and_then(|named| context.facts.relation(&named.schemaname, &named.relname));
+    let moves = relation.is_some_and(|relation| {
+        set_columns(sets).any(|name| relation.partition_columns.iter().any(|column| column == name))
+    });
+    if moves { ON_UPDATE | ON_INSERT | ON_DELETE } else { ON_UPDATE }
 }
 
 pub(super) fn delete(statement: &DeleteStmt, context: &Context<'_>) -> Lane {
