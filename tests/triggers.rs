@@ -218,6 +218,29 @@ async fn what_a_stable_function_reads_depends_on_who_calls_it() {
     cluster.assert_identical().await;
 }
 
+/// TRUNCATE ... CASCADE fires triggers of the tables that it reaches.
+#[tokio::test(flavor = "multi_thread")]
+async fn truncate_with_cascade_is_looked_at_where_it_ends() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(
+        &client,
+        "create table top (id int primary key); create table middle (id int primary key, t int references top);
+         create table low (id int primary key, m int references middle); create table log (n serial primary key, what text);
+         create function note() returns trigger language plpgsql as $$ begin insert into log (what) values (random()::text); return null; end $$;
+         create trigger note after truncate on low execute function note();
+         insert into top values (1); insert into middle values (1, 1); insert into low values (1, 1)",
+    )
+    .await;
+    for text in ["truncate top cascade", "truncate middle, top cascade", "truncate low"] {
+        let error = client.batch_execute(text).await.expect_err(text);
+        assert_eq!(error.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED), "{text}: {error}");
+    }
+    run(&client, "alter table low disable trigger note; truncate top cascade").await;
+    assert_eq!(same(&cluster, "postgres", "select count(*) from low").await, "0");
+    cluster.assert_identical().await;
+}
+
 /// An UPDATE that moves a row to another partition fires the triggers of DELETE and INSERT.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_moves_to_another_partition_fires_what_insert_and_delete_fire() {

@@ -134,6 +134,9 @@ cascades(root, oid, events, opaque) AS (
         AND (d.adbin::text !~ '^[{]CONST ' OR y.typdefault IS NOT NULL OR a.attidentity <> ''))
   FROM cascades s JOIN pg_catalog.pg_constraint k ON k.confrelid = s.oid
   WHERE k.contype = 'f' AND (k.confdeltype = ANY ('{c,n,d}') OR k.confupdtype = ANY ('{c,n,d}'))),
+truncated(root, oid) AS (
+  SELECT f.oid, f.oid FROM found f
+  UNION SELECT s.root, k.conrelid FROM truncated s JOIN pg_catalog.pg_constraint k ON k.confrelid = s.oid WHERE k.contype = 'f'),
 views(root, oid) AS (
   SELECT f.oid, f.oid FROM found f WHERE f.relkind = ANY ('{v,m}')
   UNION SELECT v.root, d.refobjid FROM views v
@@ -254,6 +257,8 @@ SELECT json_build_object(
     'rls', c.relrowsecurity,
     'children', c.relkind <> 'p' AND EXISTS (SELECT 1 FROM tree t WHERE t.root = c.oid AND t.oid <> c.oid),
     'foreign', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid WHERE t.root = c.oid AND k.relkind = 'f'),
+    'truncate_trigger', (SELECT pg_catalog.min(s.oid::regclass::text) FROM truncated s JOIN pg_catalog.pg_trigger g ON g.tgrelid = s.oid
+      WHERE s.root = c.oid AND s.oid <> c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND (g.tgtype::int4 & 32::int4) <> 0::int4),
     'partition_columns', coalesce((SELECT json_agg(DISTINCT a.attname) FROM tree t
       JOIN pg_catalog.pg_partitioned_table r ON r.partrelid = t.oid JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid
       WHERE t.root = c.oid AND a.attnum > 0::int4 AND (r.partexprs IS NOT NULL OR a.attnum = ANY (r.partattrs::pg_catalog.int2[]))), '[]'),

@@ -2,8 +2,8 @@
 
 use pg_query::NodeEnum;
 use pg_query::protobuf::{
-    AlterTableCmd, AlterTableStmt, AlterTableType, ClusterStmt, CreateStmt, DefElem, Node, RangeVar, ReindexObjectType,
-    ReindexStmt, TruncateStmt,
+    AlterTableCmd, AlterTableStmt, AlterTableType, ClusterStmt, CreateStmt, DefElem, DropBehavior, Node, RangeVar,
+    ReindexObjectType, ReindexStmt, TruncateStmt,
 };
 use serde_json::Value;
 
@@ -258,6 +258,17 @@ fn truncate(statement: &TruncateStmt, context: &Context<'_>) -> Lane {
             }
             Target::Temporary => temporary = true,
             Target::Table(relation) => {
+                let cascades = statement.behavior == DropBehavior::DropCascade as i32;
+                if let Some(table) = relation.truncate_trigger.as_ref().filter(|_| cascades) {
+                    return refused(
+                        format!(
+                            "TRUNCATE of {} with CASCADE is not replicated by this version of pgtandem: it reaches {table}, and user triggers \
+                             fire there",
+                            relation.name
+                        ),
+                        "Use DELETE.",
+                    );
+                }
                 permanent = true;
                 deferrable |= relation.deferrable;
             }

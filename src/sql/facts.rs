@@ -57,6 +57,8 @@ pub struct Relation {
     pub children: bool,
     /// A foreign table among the children or partitions.
     pub foreign: bool,
+    /// A table that TRUNCATE ... CASCADE reaches from it and that has triggers for that.
+    pub truncate_trigger: Option<String>,
     /// Columns whose change can move a row to another partition; all, if expressions decide.
     pub partition_columns: Vec<String>,
     /// An unlogged one among the children or partitions.
