@@ -15,10 +15,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// What is read ahead of the limit after a pause, milliseconds' worth.
 const BURST_MS: u64 = 200;
 
-/// The backups that this node serves, by the node that they are for and where they begin, which is another position for each
-/// (`do_pg_backup_start` in `xlog.c`). A node may have several for a moment: an attempt that it has given up can begin here after the next one.
+/// The node that a backup is for, and where it begins, which is another position for each (`do_pg_backup_start` in `xlog.c`).
+type Key = (String, Lsn);
+
+/// The backups that this node serves. A node may have several for a moment: an attempt that it has given up can begin here after the next one.
 #[derive(Clone, Debug, Default)]
-pub struct Backups(Arc<Mutex<HashMap<(String, Lsn), Arc<Backup>>>>);
+pub struct Backups(Arc<Mutex<HashMap<Key, Arc<Backup>>>>);
 
 /// One backup.
 #[derive(Debug)]
@@ -39,7 +41,7 @@ pub struct Backup {
 /// Ends the backup when it is dropped.
 pub struct Owned {
     pub backup: Arc<Backup>,
-    key: (String, Lsn),
+    key: Key,
     backups: Backups,
     _end: DropGuard,
 }
@@ -61,7 +63,7 @@ impl Backups {
         self.lock().get(&(peer.to_owned(), start)).filter(|backup| !backup.ended.is_cancelled()).cloned()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, Lsn), Arc<Backup>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Arc<Backup>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
