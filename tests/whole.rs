@@ -1,7 +1,8 @@
-//! A node that was filled is whole: every table is what it was at X, every index agrees with its table, every page has
-//! its checksum. After a plain fill, after one that was cut again and again, under load, with tablespaces.
+//! A node that was filled is whole, and not only we say so: `pg_verifybackup` finds the source's bytes on its disk, every
+//! table is what it was at X, every index agrees with its table (`pg_amcheck`), every page has its checksum. After a plain
+//! fill, after one that was cut again and again, under load, with tablespaces.
 //!
-//! On PostgreSQL 15; `make versions` runs it on 16, 17 and 18, too.
+//! On PostgreSQL 15; `make versions` runs it on 16, 17 and 18, too, with those programs of 15 that these have not got.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that panics has failed")]
 
 mod sync_engine_support;
@@ -61,7 +62,7 @@ async fn finish(cluster: &Cluster, target: &mut Target, source: &Arc<LocalSource
     let (expected, found) = (tables(&snapshot).await, tables(&b).await);
     assert!(expected.len() > 8, "{expected:?}");
     assert_eq!(expected, found, "every table is what it was at X");
-    check_indexes(&b).await;
+    check_indexes(cluster).await;
     drop(b);
     // What is read after a start comes from the disk, and the server checks each page.
     cluster.b.stop(false).await.unwrap();
@@ -87,16 +88,56 @@ async fn tables(client: &Client) -> Vec<(String, i64, String)> {
     found
 }
 
-/// What `pg_amcheck --heapallindexed` does.
-async fn check_indexes(client: &Client) {
-    let indexes = "SELECT count(bt_index_check(c.oid, true)::text) FROM pg_class c JOIN pg_am a ON a.oid = c.relam
-                   JOIN pg_index i ON i.indexrelid = c.oid WHERE a.amname = 'btree' AND c.relpersistence = 'p' AND i.indisvalid";
-    let checked: i64 = client.query_one(indexes, &[]).await.unwrap().get(0);
-    assert!(checked > 100, "{checked} indexes were checked");
-    let heaps = "SELECT c.oid::regclass::text, v.msg FROM pg_class c, verify_heapam(c.oid) v
-                 WHERE c.relkind IN ('r', 'm', 't') AND c.relpersistence = 'p'";
-    let broken = client.query(heaps, &[]).await.unwrap();
-    assert!(broken.is_empty(), "{:?}", broken.first().map(|row| (row.get::<_, String>(0), row.get::<_, String>(1))));
+/// A program of this version, or of the other one, which can do it, too.
+fn program(bin_dir: &Path, name: &str) -> PathBuf {
+    let own = bin_dir.join(name);
+    if own.exists() { own } else { Path::new(BIN_DIR).join(name) }
+}
+
+async fn run(program: &Path, arguments: &[&str], folder: &Path) -> (bool, String) {
+    let output = tokio::process::Command::new(program).args(arguments).arg(folder).output().await.unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (output.status.success(), said)
+}
+
+/// What `pg_verifybackup` says about the filled node, before its first start.
+async fn verified(cluster: &Cluster) -> (bool, String) {
+    let node = cluster.b.node();
+    let program = program(&node.bin_dir, "pg_verifybackup");
+    if program.starts_with(&node.bin_dir) {
+        return run(&program, &[], &node.pgdata).await;
+    }
+    eprintln!("{} has no pg_verifybackup: that of {BIN_DIR}, without the WAL", node.bin_dir.display());
+    // It knows the first version of the format only, which is the second one without the name of the cluster.
+    let text = std::fs::read_to_string(node.pgdata.join("backup_manifest")).unwrap();
+    let (body, _) = text.rsplit_once("\"Manifest-Checksum\"").unwrap();
+    let mut lines: Vec<&str> = body.lines().collect();
+    if lines[1].starts_with("\"System-Identifier\"") {
+        lines[0] = "{ \"PostgreSQL-Backup-Manifest-Version\": 1,";
+        lines.remove(1);
+    }
+    let body = lines.join("\n") + "\n";
+    let sum = ring::digest::digest(&ring::digest::SHA256, body.as_bytes());
+    let sum: String = sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let copy = node.state_dir.join("manifest");
+    std::fs::write(&copy, format!("{body}\"Manifest-Checksum\": \"{sum}\"}}\n")).unwrap();
+    run(&program, &["-n", "-m", copy.to_str().unwrap()], &node.pgdata).await
+}
+
+/// Fills B; a program that knows nothing of us finds on its disk what was read from A's.
+async fn fill(cluster: &Cluster, target: &mut Target, source: &Arc<LocalSource>) {
+    target.fill(source.clone()).await.unwrap();
+    let (good, said) = verified(cluster).await;
+    assert!(good && said.contains("backup successfully verified"), "{said}");
+}
+
+async fn check_indexes(cluster: &Cluster) {
+    let node = cluster.b.node();
+    let port = node.port.to_string();
+    let arguments = ["-v", "--heapallindexed", "-U", "pgtandem", "-d", "postgres", "-p", &port, "-h"];
+    let (good, said) = run(&program(&node.bin_dir, "pg_amcheck"), &arguments, &node.socket_dir).await;
+    let checked = |what: &str| said.lines().filter(|line| line.contains(what)).count();
+    assert!(good && checked("checking btree index") > 100 && checked("checking heap table") > 60, "{said}");
 }
 
 /// `pg_checksums`, where that version has it.
@@ -120,10 +161,33 @@ fn a_node_is_whole_after_a_plain_fill() {
             let cluster = start(&bin_dir).await;
             let source = cluster.source();
             let mut target = Target::new(cluster.b.clone());
-            target.fill(source.clone()).await.unwrap();
+            fill(&cluster, &mut target, &source).await;
             finish(&cluster, &mut target, &source).await;
             cluster.stop().await;
         }
+    });
+}
+
+#[test]
+fn what_the_disk_changes_after_a_fill_is_seen_by_others() {
+    run_as_postgres("what_the_disk_changes_after_a_fill_is_seen_by_others", async {
+        let cluster = start(Path::new(BIN_DIR)).await;
+        let source = cluster.source();
+        let mut target = Target::new(cluster.b.clone());
+        let a = cluster.a.connect("postgres").await.unwrap();
+        let relation: String = a.query_one("SELECT pg_relation_filepath('texts')", &[]).await.unwrap().get(0);
+        fill(&cluster, &mut target, &source).await;
+        // The second time it is not sent any more: what is compared is what the source read, all the same.
+        fill(&cluster, &mut target, &source).await;
+        let path = cluster.b.node().pgdata.join(&relation);
+        let mut content = std::fs::read(&path).unwrap();
+        content[5000] ^= 1;
+        std::fs::write(&path, &content).unwrap();
+        let (good, said) = verified(&cluster).await;
+        assert!(!good && said.contains("checksum mismatch") && said.contains(&relation), "{said}");
+        fill(&cluster, &mut target, &source).await;
+        finish(&cluster, &mut target, &source).await;
+        cluster.stop().await;
     });
 }
 
@@ -141,7 +205,7 @@ fn a_node_is_whole_after_ten_cuts_and_never_starts_before() {
                 assert!(cluster.b.start().await.is_err(), "cut {cut}");
             }
             source.repair();
-            target.fill(source.clone()).await.unwrap();
+            fill(&cluster, &mut target, &source).await;
             let progress = *target.progress().borrow();
             assert!(progress.bytes_same > 0, "what had come was not sent again: {progress:?}");
             finish(&cluster, &mut target, &source).await;
@@ -159,7 +223,7 @@ fn a_node_is_whole_after_a_fill_under_load_and_again() {
             let source = cluster.source();
             let mut target = Target::new(cluster.b.clone());
             for _ in 0..2 {
-                target.fill(source.clone()).await.unwrap();
+                fill(&cluster, &mut target, &source).await;
                 finish(&cluster, &mut target, &source).await;
             }
             load.stop().await;
@@ -184,7 +248,7 @@ fn a_node_is_whole_with_tablespaces() {
             .unwrap();
             let source = cluster.source();
             let mut target = Target::new(cluster.b.clone());
-            target.fill(source.clone()).await.unwrap();
+            fill(&cluster, &mut target, &source).await;
             finish(&cluster, &mut target, &source).await;
             let sent = target.progress().borrow().bytes_sent;
 
@@ -193,7 +257,7 @@ fn a_node_is_whole_with_tablespaces() {
             let b = cluster.b.connect("postgres").await.unwrap();
             b.batch_execute("CREATE TABLE only_here TABLESPACE t1 AS SELECT generate_series(1, 50000)").await.unwrap();
             drop(b);
-            target.fill(source.clone()).await.unwrap();
+            fill(&cluster, &mut target, &source).await;
             finish(&cluster, &mut target, &source).await;
             let again = target.progress().borrow().bytes_sent;
             assert!(again < sent / 2, "{again} bytes after {sent}");

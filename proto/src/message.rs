@@ -296,6 +296,8 @@ pub struct Extent {
     pub index: u32,
     /// BLAKE3 of all of the extent as it was read; what comes out on the other side must have it.
     pub hash: [u8; 32],
+    /// CRC32C of the same bytes, for the manifest of the copy.
+    pub crc: u32,
     /// It may be shorter than the table said; its WAL mends that.
     pub content: ExtentContent,
 }
@@ -337,6 +339,8 @@ pub struct SmallFile {
     pub file: u32,
     /// BLAKE3 of what was read.
     pub hash: [u8; 32],
+    /// CRC32C of the same bytes.
+    pub crc: u32,
     pub content: SmallContent,
 }
 

@@ -215,7 +215,7 @@ fn files_and_wal_are_as_they_always_were() {
         },
     );
     check("files_reply_failed", &FilesReply::Failed(failure()));
-    let extent = |content| FilesReply::Extent(Extent { file: 9, index: 2, hash: [4; 32], content });
+    let extent = |content| FilesReply::Extent(Extent { file: 9, index: 2, hash: [4; 32], crc: 0xE306_9283, content });
     let packed = |unpacked, data| Packed { unpacked, data: Bytes::from_static(data) };
     check("files_reply_same", &extent(ExtentContent::Same { bytes: 8192 }));
     check("files_reply_zeros", &extent(ExtentContent::Zeros { bytes: 8192 }));
@@ -225,7 +225,7 @@ fn files_and_wal_are_as_they_always_were() {
     let pages = ExtentContent::Pages { bytes: 16_384, changed: vec![0b10], data: packed(None, b"page 1") };
     check("files_reply_pages", &extent(pages));
     check("files_reply_attached", &FilesReply::Attached);
-    let small = |file, content| SmallFile { file, hash: [4; 32], content };
+    let small = |file, content| SmallFile { file, hash: [4; 32], crc: 0xE306_9283, content };
     let files = vec![
         small(9, SmallContent::Same { bytes: 5 }),
         small(10, SmallContent::Data { bytes: 4 }),
@@ -315,6 +315,7 @@ fn an_extent_and_its_head_fit_into_a_frame_and_not_much_more() {
             file: u32::MAX,
             index: u32::MAX,
             hash: [255; 32],
+            crc: u32::MAX,
             content: ExtentContent::Data(Packed { unpacked: None, data: Bytes::from(vec![1; bytes]) }),
         })
     };

@@ -244,8 +244,15 @@ async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Rep
         .map_err(|error| error.failure())?;
     node.tunnels.cut(None).await.unwrap_or_default();
     node.supervisor.stop(false, "the node is being filled").await.map_err(|error| error.failure())?;
-    running.target.lock().await.fill(running.channels.clone()).await.map_err(|error| error.failure())?;
+    // Before the fill, which writes down what lies here at its end; this file stays.
+    let made = tokio::fs::DirBuilder::new().recursive(true).mode(0o700).create(&node.config.pgdata).await;
+    made.map_err(|error| Failure {
+        code: FailureCode::Postgres,
+        what: format!("making {} failed: {error}", node.config.pgdata.display()),
+        hint: "let the agent's user make this directory, then start the recovery again".to_owned(),
+    })?;
     super::archive::configure(node).await.map_err(|error| error.failure())?;
+    running.target.lock().await.fill(running.channels.clone()).await.map_err(|error| error.failure())?;
     Ok(Reply::Done)
 }
 

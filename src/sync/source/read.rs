@@ -101,7 +101,7 @@ impl Reader {
         for (index, have) in (first..).zip(have) {
             let Some(open) = &open else {
                 let content = ExtentContent::Vanished;
-                done.replies.push(FilesReply::Extent(Extent { file, index, hash: [0; 32], content }));
+                done.replies.push(FilesReply::Extent(Extent { file, index, hash: [0; 32], crc: 0, content }));
                 done.sum.push((file, index, None));
                 continue;
             };
@@ -112,9 +112,10 @@ impl Reader {
             let failed = |error| SyncError::file("reading", &path, error);
             let bytes = extent::read_into(open, offset, place).map_err(failed)?;
             self.verify(open, entry, offset, place.get_mut(..bytes).unwrap_or_default()).map_err(failed)?;
+            let crc = crc32c::crc32c(place.get(..bytes).unwrap_or_default());
             let (hash, content) = self.content(buffer, bytes, have.as_ref());
             done.sum.push((file, index, Some((bytes, hash))));
-            done.replies.push(FilesReply::Extent(Extent { file, index, hash, content }));
+            done.replies.push(FilesReply::Extent(Extent { file, index, hash, crc, content }));
         }
         Ok(done)
     }
@@ -191,7 +192,7 @@ impl Reader {
             }
             let Some(open) = open(&path)? else {
                 done.sum.push((*file, 0, None));
-                answers.push(SmallFile { file: *file, hash: [0; 32], content: SmallContent::Vanished });
+                answers.push(SmallFile { file: *file, hash: [0; 32], crc: 0, content: SmallContent::Vanished });
                 continue;
             };
             let start = data.len();
@@ -200,7 +201,8 @@ impl Reader {
             let bytes = extent::read_into(&open, 0, data.get_mut(start..).unwrap_or_default()).map_err(failed)?;
             data.truncate(start + bytes);
             self.verify(&open, entry, 0, data.get_mut(start..).unwrap_or_default()).map_err(failed)?;
-            let hash = extent::hash(data.get(start..).unwrap_or_default());
+            let content = data.get(start..).unwrap_or_default();
+            let (hash, crc) = (extent::hash(content), crc32c::crc32c(content));
             done.sum.push((*file, 0, Some((bytes, hash))));
             let length = u32::try_from(bytes).unwrap_or(u32::MAX);
             let content = if have.as_ref() == Some(&hash) {
@@ -209,7 +211,7 @@ impl Reader {
             } else {
                 SmallContent::Data { bytes: length }
             };
-            answers.push(SmallFile { file: *file, hash, content });
+            answers.push(SmallFile { file: *file, hash, crc, content });
         }
         done.replies.push(FilesReply::Small(SmallFiles { files: answers, data: self.packed(data.into()) }));
         Ok(done)
@@ -231,10 +233,10 @@ fn control(file: u32, path: &PathBuf) -> Result<Done, SyncError> {
     for _ in 0..CONTROL_READS_MAX {
         let bytes = std::fs::read(path).map_err(|error| SyncError::file("reading", path, error))?;
         if bytes.len() <= EXTENT_BYTES && control_file::parse(&bytes).is_some() {
-            let hash = extent::hash(&bytes);
+            let (hash, crc) = (extent::hash(&bytes), crc32c::crc32c(&bytes));
             let sum = vec![(file, 0, Some((bytes.len(), hash)))];
             let content = ExtentContent::Data(Packed { unpacked: None, data: bytes.into() });
-            return Ok(Done { replies: vec![FilesReply::Extent(Extent { file, index: 0, hash, content })], sum });
+            return Ok(Done { replies: vec![FilesReply::Extent(Extent { file, index: 0, hash, crc, content })], sum });
         }
         std::thread::park_timeout(Duration::from_millis(CONTROL_PAUSE_MS));
     }

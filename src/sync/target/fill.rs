@@ -17,8 +17,9 @@ use super::super::wal::{segment_bytes_valid, segment_start};
 use super::super::wal_stream::WalStream;
 use super::follow::relay_folder;
 use super::journal::{Journal, rename_durably, write_durably};
+use super::manifest::{self, Content};
 use super::plan::Wanted;
-use super::pull::{place, pull};
+use super::pull::{Received, place, pull};
 use super::tablespaces::Tablespace;
 use super::{
     BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, tablespaces,
@@ -56,6 +57,13 @@ struct Ended {
     /// Pages of the source whose checksum is wrong, some of them named.
     damaged: Vec<String>,
     damaged_count: u64,
+}
+
+/// What lies here now.
+struct Copied {
+    /// Files that wait to be renamed.
+    staged: Vec<String>,
+    received: Received,
 }
 
 impl Target {
@@ -145,7 +153,7 @@ impl Target {
             stop.send_replace(Some(Lsn(copied.1.stop)));
             Ok(copied)
         };
-        let ((staged, ended), wal_end) = tokio::try_join!(copied, fetched)?;
+        let ((copied, ended), wal_end) = tokio::try_join!(copied, fetched)?;
         let map = tablespaces::map(&tablespaces);
         if tablespaces::mapped(&map) != tablespaces::mapped(&String::from_utf8_lossy(&ended.tablespace_map)) {
             return Err(SyncError::refused(
@@ -162,16 +170,19 @@ impl Target {
                 "pages of the source have wrong checksums; they are here as they are there"
             );
         }
-        blocking("finishing the data directory", move || finish(&node, &journal, &ended, &staged, &tablespaces)).await
+        blocking("finishing the data directory", move || {
+            finish(&node, &journal, &ended, &copied, &entries, &tablespaces)
+        })
+        .await
     }
 
-    /// Files in their order, `pg_control` last, then the end of the backup. -> files that wait to be renamed
+    /// Files in their order, `pg_control` last, then the end of the backup.
     async fn copy(
         &self,
         links: &mut [Link<FilesRequest, FilesReply>],
         pgdata: &Path,
         entries: &[FileEntry],
-    ) -> Result<(Vec<String>, Ended), SyncError> {
+    ) -> Result<(Copied, Ended), SyncError> {
         let (mut wanted, mut control, mut staged) = (Vec::new(), Vec::new(), Vec::new());
         for entry in entries.iter().filter(|entry| !entry.directory) {
             let node_file = rules::belongs_to_node(&entry.path);
@@ -194,16 +205,16 @@ impl Target {
             progress.files_total = (wanted.len() + control.len()) as u64;
         });
         let copied = async {
-            pull(links, wanted, true, &self.progress).await?;
+            let mut received = pull(links, wanted, true, &self.progress).await?;
             let Some((first, _)) = links.split_first_mut() else {
                 return Err(SyncError::Internal("no channel for files".into()));
             };
-            pull(std::slice::from_mut(first), control, false, &self.progress).await?;
+            received.extend(pull(std::slice::from_mut(first), control, false, &self.progress).await?);
             first.outgoing.send(FilesRequest::End).await?;
-            receive_end(first).await
+            receive_end(first).await.map(|ended| (received, ended))
         };
         match copied.await {
-            Ok(ended) => Ok((staged, ended)),
+            Ok((received, ended)) => Ok((Copied { staged, received }, ended)),
             Err(error) => Err(cause(links, error).await),
         }
     }
@@ -338,16 +349,18 @@ fn finish(
     node: &NodeConfig,
     journal: &Journal,
     ended: &Ended,
-    staged: &[String],
+    copied: &Copied,
+    table: &[FileEntry],
     tablespaces: &[Tablespace],
 ) -> Result<(), SyncError> {
     let pgdata = &node.pgdata;
+    let map = tablespaces::map(tablespaces);
     write_durably(&pgdata.join("backup_label"), &ended.backup_label)?;
     if !tablespaces.is_empty() {
-        write_durably(&pgdata.join("tablespace_map"), tablespaces::map(tablespaces).as_bytes())?;
+        write_durably(&pgdata.join("tablespace_map"), map.as_bytes())?;
     }
     write_durably(&pgdata.join("standby.signal"), b"")?;
-    for path in staged.iter().filter(|path| *path != CONTROL_FILE) {
+    for path in copied.staged.iter().filter(|path| *path != CONTROL_FILE) {
         let place = staged_path(pgdata, path);
         // It may have vanished on the source.
         if place.exists() {
@@ -355,6 +368,15 @@ fn finish(
         }
     }
     configure(node, journal.version_num)?;
+    let mut written = vec![("backup_label", Content::of(&ended.backup_label))];
+    if !tablespaces.is_empty() {
+        written.push(("tablespace_map", Content::of(map.as_bytes())));
+    }
+    let files = copied.received.iter().filter_map(|(id, content)| {
+        let entry = table.get(*id as usize).filter(|entry| !rules::belongs_to_node(&entry.path))?;
+        Some((entry.path.as_str(), *content))
+    });
+    manifest::write(pgdata, journal, files.chain(written))?;
     journal.store(&node.state_dir)?;
     layout::sync_file_system(pgdata)?;
     layout::sync_file_system(&pgdata.join("pg_wal"))?;

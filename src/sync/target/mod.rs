@@ -9,6 +9,7 @@ mod fill;
 mod follow;
 mod journal;
 mod layout;
+mod manifest;
 mod plan;
 mod pull;
 mod settings;

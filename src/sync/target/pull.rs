@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use super::super::error::SyncError;
 use super::super::extent::{Digest, ExtentHash, Sum, extent_bytes};
 use super::super::link::Link;
+use super::manifest::Content;
 use super::plan::{Piece, Plan, Wanted};
 use super::writer::{Arrived, Place, Writer, have, have_small, remove_vanished, unpack, write_small};
 use super::{SILENCE_SECONDS_MAX, progressing};
@@ -54,13 +55,16 @@ enum Op {
     Small { wanted: Vec<usize>, before: Vec<Option<ExtentHash>>, files: SmallFiles },
 }
 
+/// What the source read of the files that are here now, by their number in the table.
+pub(super) type Received = Vec<(u32, Content)>;
+
 /// Pulls all of `wanted` over `links`. Returns when everything is written, and both ends agree about what was sent.
 pub(super) async fn pull(
     links: &mut [Link<FilesRequest, FilesReply>],
     wanted: Vec<Wanted>,
     bundles: bool,
     progress: &watch::Sender<Progress>,
-) -> Result<(), SyncError> {
+) -> Result<Received, SyncError> {
     let plan = Arc::new(Plan::new(wanted, bundles));
     let writer = Arc::new(Writer::default());
     let buffers = Buffers::new(EXTENT_BYTES);
@@ -81,23 +85,26 @@ pub(super) async fn pull(
             let pulled = puller.run(link).await;
             // The writer's own error is the cause if it ended first; dropping the queue above ends it.
             let written = written.await.map_err(|error| SyncError::Internal(format!("writing files: {error}")))?;
-            written.and(pulled)
+            written.and_then(|received| pulled.map(|()| received))
         }
     });
-    try_join_all(pulls).await.map(|_| ())
+    try_join_all(pulls).await.map(|received| received.concat())
 }
 
-fn write_all(plan: &Plan, writer: &Writer, mut operations: mpsc::Receiver<Op>) -> Result<(), SyncError> {
+fn write_all(plan: &Plan, writer: &Writer, mut operations: mpsc::Receiver<Op>) -> Result<Received, SyncError> {
+    let mut received = Received::new();
     while let Some(operation) = operations.blocking_recv() {
         match operation {
             Op::Extent { wanted: number, arrived } => {
                 let Some(wanted) = plan.wanted.get(number) else { continue };
-                writer.extent(number, &wanted.place, wanted.entry.bytes, plan.extents_of(number), arrived)?;
+                let bytes = wanted.entry.bytes;
+                let whole = writer.extent(number, &wanted.place, bytes, plan.extents_of(number), arrived)?;
+                received.extend(whole.map(|whole| (wanted.entry.id, whole)));
             }
-            Op::Small { wanted, before, files } => write_files(plan, &wanted, &before, files)?,
+            Op::Small { wanted, before, files } => write_files(plan, &wanted, &before, files, &mut received)?,
         }
     }
-    Ok(())
+    Ok(received)
 }
 
 fn write_files(
@@ -105,25 +112,30 @@ fn write_files(
     wanted: &[usize],
     before: &[Option<ExtentHash>],
     files: SmallFiles,
+    received: &mut Received,
 ) -> Result<(), SyncError> {
     let wanted: Vec<&Wanted> = wanted.iter().filter_map(|number| plan.wanted.get(*number)).collect();
     let bytes_max: u64 = wanted.iter().map(|wanted| wanted.entry.bytes).sum();
     let mut data = unpack(files.data, usize::try_from(bytes_max).unwrap_or(usize::MAX))?;
     for ((wanted, before), file) in wanted.into_iter().zip(before).zip(&files.files) {
-        match file.content {
-            SmallContent::Same { .. } if *before == Some(file.hash) => {}
+        let bytes = match file.content {
+            SmallContent::Same { bytes } if *before == Some(file.hash) => bytes,
             SmallContent::Same { .. } => {
                 return Err(SyncError::Protocol("a file is said to be the same that is not here".into()));
             }
-            SmallContent::Vanished => remove_vanished(&wanted.place)?,
+            SmallContent::Vanished => {
+                remove_vanished(&wanted.place)?;
+                continue;
+            }
             SmallContent::Data { bytes } => {
-                let bytes = bytes as usize;
-                if bytes > data.len() {
+                if bytes as usize > data.len() {
                     return Err(SyncError::Protocol("small files are shorter than announced".into()));
                 }
-                write_small(&wanted.place, &data.split_to(bytes), &file.hash)?;
+                write_small(&wanted.place, &data.split_to(bytes as usize), &file.hash)?;
+                bytes
             }
-        }
+        };
+        received.push((wanted.entry.id, Content { bytes: u64::from(bytes), crc: file.crc }));
     }
     if data.is_empty() { Ok(()) } else { Err(SyncError::Protocol("small files are longer than announced".into())) }
 }
@@ -265,7 +277,7 @@ impl Puller<'_> {
     }
 
     async fn take(&mut self, wanted: usize, extent: Extent, before: Option<Digest>) -> Result<(), SyncError> {
-        let Extent { file, index, hash, content } = extent;
+        let Extent { file, index, hash, crc, content } = extent;
         let (bytes, same, sent) = match &content {
             ExtentContent::Same { bytes } => (Some(*bytes as usize), *bytes as usize, 0),
             ExtentContent::Zeros { bytes } => (Some(*bytes as usize), 0, 0),
@@ -283,7 +295,7 @@ impl Puller<'_> {
         let bytes = self.plan.wanted.get(wanted).map_or(0, |wanted| wanted.entry.bytes);
         let announced = extent_bytes(bytes, index) as u64;
         let last = u64::from(index) + 1 >= u64::from(self.plan.extents_of(wanted));
-        self.write(Op::Extent { wanted, arrived: Arrived { index, hash, content, before } }).await?;
+        self.write(Op::Extent { wanted, arrived: Arrived { index, hash, crc, content, before } }).await?;
         self.advance(u64::from(last), announced, same as u64, sent as u64);
         Ok(())
     }

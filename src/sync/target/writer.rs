@@ -15,6 +15,7 @@ use pgtandem_proto::message::{EXTENT_BYTES, ExtentContent, Packed, SMALL_FILE_BY
 
 use super::super::error::SyncError;
 use super::super::extent::{self, Digest, ExtentHash, delta_pages, extent_bytes};
+use super::manifest::{Content, Parts};
 use crate::agent::buffers::Buffers;
 
 /// Where a file is written.
@@ -42,7 +43,7 @@ struct Open {
 struct State {
     /// Extents that have not come yet.
     left: u32,
-    end: u64,
+    parts: Parts,
     vanished: bool,
 }
 
@@ -50,6 +51,7 @@ struct State {
 pub(super) struct Arrived {
     pub index: u32,
     pub hash: ExtentHash,
+    pub crc: u32,
     pub content: ExtentContent,
     /// What was here before.
     pub before: Option<Digest>,
@@ -57,6 +59,7 @@ pub(super) struct Arrived {
 
 impl Writer {
     /// Takes an extent of file number `file`, which has `extents` of them in a table that says that it has `bytes`.
+    /// -> what the source read of the file, when this was the last of it and it is still there
     pub fn extent(
         &self,
         file: usize,
@@ -64,27 +67,27 @@ impl Writer {
         bytes: u64,
         extents: u32,
         arrived: Arrived,
-    ) -> Result<(), SyncError> {
+    ) -> Result<Option<Content>, SyncError> {
+        let (index, crc) = (arrived.index, arrived.crc);
         let open = self.open(file, place, extents)?;
         let taken = open.take(place, extent_bytes(bytes, arrived.index), arrived)?;
         let done = {
             let mut state = open.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.left = state.left.saturating_sub(1);
             match taken {
-                Some(end) => state.end = state.end.max(end),
+                Some(bytes) => state.parts.add(index, Content { bytes: bytes as u64, crc }),
                 None => state.vanished = true,
             }
-            (state.left == 0).then_some((state.end, state.vanished))
+            (state.left == 0).then(|| (state.parts.whole(), state.vanished))
         };
-        if let Some((end, vanished)) = done {
-            self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&file);
-            if vanished {
-                let removed = std::fs::remove_file(&place.path);
-                return removed.map_err(|error| SyncError::file("removing", &place.path, error));
-            }
-            open.file.set_len(end).map_err(|error| SyncError::file("cutting", &place.path, error))?;
+        let Some((whole, vanished)) = done else { return Ok(None) };
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&file);
+        if vanished {
+            let removed = std::fs::remove_file(&place.path);
+            return removed.map(|()| None).map_err(|error| SyncError::file("removing", &place.path, error));
         }
-        Ok(())
+        open.file.set_len(whole.bytes).map_err(|error| SyncError::file("cutting", &place.path, error))?;
+        Ok(Some(whole))
     }
 
     fn open(&self, file: usize, place: &Place, extents: u32) -> Result<Arc<Open>, SyncError> {
@@ -94,7 +97,7 @@ impl Writer {
         }
         let opened = open(place).and_then(|file| Ok((file.metadata()?.len(), file)));
         let (length, opened) = opened.map_err(|error| SyncError::file("opening", &place.path, error))?;
-        let state = Mutex::new(State { left: extents.max(1), end: 0, vanished: false });
+        let state = Mutex::new(State { left: extents.max(1), parts: Parts::default(), vanished: false });
         let open = Arc::new(Open { file: opened, length, state });
         all.insert(file, Arc::clone(&open));
         Ok(open)
@@ -102,10 +105,10 @@ impl Writer {
 }
 
 impl Open {
-    /// Writes it and checks it. -> where the file ends with it; None: it is gone on A
-    fn take(&self, place: &Place, announced: usize, arrived: Arrived) -> Result<Option<u64>, SyncError> {
+    /// Writes it and checks it. -> how many bytes it has; None: it is gone on A
+    fn take(&self, place: &Place, announced: usize, arrived: Arrived) -> Result<Option<usize>, SyncError> {
         let failed = |error| SyncError::file("writing", &place.path, error);
-        let Arrived { index, hash, content, before } = arrived;
+        let Arrived { index, hash, content, before, .. } = arrived;
         let start = u64::from(index) * EXTENT_BYTES as u64;
         let fits = |bytes: u32| -> Result<usize, SyncError> {
             let bytes = bytes as usize;
@@ -155,7 +158,7 @@ impl Open {
             // What an older and longer file had here becomes zeros, in case the file goes on after all.
             self.zeros(start + bytes as u64, (EXTENT_BYTES - bytes) as u64).map_err(failed)?;
         }
-        Ok(Some(if bytes == 0 { 0 } else { start + bytes as u64 }))
+        Ok(Some(bytes))
     }
 
     /// Makes `bytes` at `offset` zeros; where the file did not reach it has none to overwrite.
@@ -282,7 +285,7 @@ mod tests {
 
     fn data(index: u32, bytes: &[u8]) -> Arrived {
         let content = ExtentContent::Data(Packed { unpacked: None, data: Bytes::copy_from_slice(bytes) });
-        Arrived { index, hash: extent::hash(bytes), content, before: None }
+        Arrived { index, hash: extent::hash(bytes), crc: crc32c::crc32c(bytes), content, before: None }
     }
 
     fn buffers() -> Buffers {
@@ -303,7 +306,7 @@ mod tests {
                     0 => {
                         let before = kept[0].clone();
                         let content = ExtentContent::Same { bytes: 1 << 20 };
-                        Arrived { index, hash: before.as_ref().unwrap().hash, content, before }
+                        Arrived { index, hash: before.as_ref().unwrap().hash, crc: 0, content, before }
                     }
                     1 => data(1, b"new"),
                     _ => data(2, b""),
@@ -326,7 +329,7 @@ mod tests {
         let expected = [vec![7; 8192], vec![1; 8192], vec![2; 50]].concat();
         let packed = Packed { unpacked: None, data: expected[8192..].to_vec().into() };
         let content = ExtentContent::Pages { bytes: 2 * 8192 + 50, changed: vec![0b110], data: packed };
-        let arrived = Arrived { index: 0, hash: extent::hash(&expected), content, before };
+        let arrived = Arrived { index: 0, hash: extent::hash(&expected), crc: 0, content, before };
         Writer::default().extent(0, &place(&path), 3 * 8192, 1, arrived).unwrap();
         assert!(std::fs::read(&path).unwrap() == expected);
     }
@@ -354,7 +357,7 @@ mod tests {
         std::fs::write(&path, vec![7; 2 * EXTENT_BYTES]).unwrap();
         let writer = Writer::default();
         let content = ExtentContent::Zeros { bytes: 1 << 20 };
-        let zeros = Arrived { index: 0, hash: extent::hash(&ZEROS), content, before: None };
+        let zeros = Arrived { index: 0, hash: extent::hash(&ZEROS), crc: 0, content, before: None };
         writer.extent(0, &place(&path), LONG, 3, data(2, &[9; 10])).unwrap();
         writer.extent(0, &place(&path), LONG, 3, zeros).unwrap();
         writer.extent(0, &place(&path), LONG, 3, data(1, b"short")).unwrap();
@@ -363,6 +366,24 @@ mod tests {
         assert!(content[..EXTENT_BYTES].iter().all(|byte| *byte == 0));
         assert!(content[EXTENT_BYTES + 5..2 * EXTENT_BYTES].iter().all(|byte| *byte == 0));
         assert_eq!(&content[2 * EXTENT_BYTES..], &[9; 10]);
+    }
+
+    #[test]
+    fn what_is_told_of_a_file_is_what_the_source_read_also_where_nothing_was_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, vec![7; EXTENT_BYTES + 10]).unwrap();
+        let mut kept = have(&path, 0, 2, &buffers()).unwrap();
+        let writer = Writer::default();
+        let second = data(1, b"some");
+        let (crc, tail) = (0x1234_5678, second.crc);
+        assert_eq!(writer.extent(0, &place(&path), LONG, 2, second).unwrap(), None);
+        let before = kept.remove(0);
+        let content = ExtentContent::Same { bytes: 1 << 20 };
+        let same = Arrived { index: 0, hash: before.as_ref().unwrap().hash, crc, content, before };
+        let whole = writer.extent(0, &place(&path), LONG, 2, same).unwrap();
+        let expected = Content { bytes: EXTENT_BYTES as u64 + 4, crc: crc32c::crc32c_combine(crc, tail, 4) };
+        assert_eq!(whole, Some(expected), "not what lies here");
     }
 
     #[test]
