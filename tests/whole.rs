@@ -118,7 +118,7 @@ async fn verified(cluster: &Cluster) -> (bool, String) {
     }
     let body = lines.join("\n") + "\n";
     let sum = ring::digest::digest(&ring::digest::SHA256, body.as_bytes());
-    let sum: String = sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let sum = sum.as_ref().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
     let copy = node.state_dir.join("manifest");
     std::fs::write(&copy, format!("{body}\"Manifest-Checksum\": \"{sum}\"}}\n")).unwrap();
     run(&program, &["-n", "-m", copy.to_str().unwrap()], &node.pgdata).await

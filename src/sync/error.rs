@@ -28,6 +28,9 @@ pub enum SyncError {
     /// A condition is not met; nothing is broken.
     #[error("{what}")]
     Refused { what: String, hint: String },
+    /// A disk has no room.
+    #[error("{what}")]
+    Full { what: String, hint: String },
     /// Nothing moved for too long.
     #[error("{what} did not advance for {seconds} s")]
     Stalled { what: &'static str, seconds: u64, hint: String },
@@ -72,6 +75,7 @@ impl SyncError {
                 (FailureCode::Peer, "Check that both nodes run the same version of pgtandem.".into())
             }
             SyncError::Refused { hint, .. } => (FailureCode::WrongState, hint.clone()),
+            SyncError::Full { hint, .. } => (FailureCode::Postgres, hint.clone()),
             SyncError::Stalled { hint, .. } => (FailureCode::Limit, hint.clone()),
             SyncError::Internal(_) => (FailureCode::Internal, "Start the recovery again and report this.".into()),
         };

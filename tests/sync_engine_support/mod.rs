@@ -29,6 +29,11 @@ const WAIT_SECONDS_MAX: u64 = 60;
 
 /// PostgreSQL does not run as root: a test that does runs itself again as `postgres`.
 pub fn run_as_postgres(test: &str, body: impl Future<Output = ()>) {
+    run_as_postgres_with(test, &[], body);
+}
+
+/// The same, with these variables in its environment.
+pub fn run_as_postgres_with(test: &str, variables: &[(&str, &std::ffi::OsStr)], body: impl Future<Output = ()>) {
     if rustix::process::getuid().is_root() {
         let folder = tempfile::Builder::new().prefix("pgt").tempdir_in("/tmp").unwrap();
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -39,6 +44,7 @@ pub fn run_as_postgres(test: &str, body: impl Future<Output = ()>) {
             .args(["-u", "postgres", "--"])
             .arg(&program)
             .args(["--exact", test, "--nocapture", "--test-threads=1"])
+            .envs(variables.iter().copied())
             .current_dir("/tmp")
             .output()
             .unwrap();
@@ -81,12 +87,18 @@ impl Cluster {
 
     /// With these programs and these options of `initdb`.
     pub async fn start_with(bin_dir: &Path, options: &[&str]) -> Cluster {
+        Cluster::start_changed(bin_dir, options, |_| {}).await
+    }
+
+    /// With another configuration of B.
+    pub async fn start_changed(bin_dir: &Path, options: &[&str], change: impl FnOnce(&mut NodeConfig)) -> Cluster {
         let folder = tempfile::Builder::new().prefix("pgts").tempdir_in("/tmp").unwrap();
         let (a, mut b) = (node(folder.path(), "node-a", bin_dir), node(folder.path(), "node-b", bin_dir));
         for number in 0..TABLESPACES {
             b.tablespaces
                 .insert(Self::tablespace(folder.path(), "a", number), Self::tablespace(folder.path(), "b", number));
         }
+        change(&mut b);
         init(&a, options).await;
         let cluster = Cluster { a: Postgres::new(a), b: Postgres::new(b), folder };
         cluster.a.start().await.unwrap();

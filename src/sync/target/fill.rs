@@ -22,7 +22,7 @@ use super::plan::Wanted;
 use super::pull::{Received, place, pull};
 use super::tablespaces::Tablespace;
 use super::{
-    BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, settings, tablespaces,
+    BEGIN_SECONDS_MAX, SILENCE_SECONDS_MAX, Source, Target, blocking, layout, progressing, room, settings, tablespaces,
     wal_files,
 };
 use crate::config::NodeConfig;
@@ -107,6 +107,7 @@ impl Target {
     /// One backup, from its beginning to its end.
     async fn fill_once(&self, source: Arc<dyn Source>) -> Result<(), SyncError> {
         let node = self.postgres.node().clone();
+        self.writers_ended().await;
         let stopped = self.postgres.stop(false).await;
         stopped.map_err(|source| SyncError::Server { action: "stopping PostgreSQL before it is filled", source })?;
         let mut link = source.open_files().await?;
@@ -117,11 +118,26 @@ impl Target {
             progress.wal_start = begun.start.0;
             progress.wal_source = progress.wal_source.max(begun.start.0);
         });
+        let entries = Arc::new(table);
+        match self.fill_from(source, link, begun, &entries).await {
+            Err(error) => blocking("looking for room", move || Err(room::of_fill(error, &node, &entries))).await,
+            done => done,
+        }
+    }
+
+    /// The rest of it, once the source has said what there is.
+    async fn fill_from(
+        &self,
+        source: Arc<dyn Source>,
+        link: Link<FilesRequest, FilesReply>,
+        begun: Begun,
+        entries: &Arc<Vec<FileEntry>>,
+    ) -> Result<(), SyncError> {
+        let node = self.postgres.node().clone();
         let pgdata = node.pgdata.clone();
         let state_dir = node.state_dir.clone();
-        let entries = Arc::new(table);
-        let arranged = Arc::clone(&entries);
-        let tablespaces = Arc::new(tablespaces::plan(&pgdata, &node.tablespaces, &entries)?);
+        let arranged = Arc::clone(entries);
+        let tablespaces = Arc::new(tablespaces::plan(&pgdata, &node.tablespaces, entries)?);
         let linked = Arc::clone(&tablespaces);
         blocking("arranging the data directory", move || {
             Journal::remove(&state_dir)?;
@@ -143,13 +159,14 @@ impl Target {
         };
         let (stop, stopped) = watch::channel(None);
         let pg_wal = node.pgdata.join("pg_wal");
-        let fetched = wal_files::fetch(wal, pg_wal, begun.start, begun.timeline, stopped, &self.progress);
+        let fetched =
+            wal_files::fetch(wal, pg_wal, begun.start, begun.timeline, stopped, &self.progress, &self.writers);
         let mut links = vec![link];
         for _ in 1..channels() {
             links.push(attach(source.as_ref(), begun.start).await?);
         }
         let copied = async {
-            let copied = self.copy(&mut links, &node.pgdata, &entries).await?;
+            let copied = self.copy(&mut links, &node.pgdata, entries).await?;
             stop.send_replace(Some(Lsn(copied.1.stop)));
             Ok(copied)
         };
@@ -170,6 +187,7 @@ impl Target {
                 "pages of the source have wrong checksums; they are here as they are there"
             );
         }
+        let entries = Arc::clone(entries);
         blocking("finishing the data directory", move || {
             finish(&node, &journal, &ended, &copied, &entries, &tablespaces)
         })
@@ -205,11 +223,11 @@ impl Target {
             progress.files_total = (wanted.len() + control.len()) as u64;
         });
         let copied = async {
-            let mut received = pull(links, wanted, true, &self.progress).await?;
+            let mut received = pull(links, wanted, true, &self.progress, &self.writers).await?;
             let Some((first, _)) = links.split_first_mut() else {
                 return Err(SyncError::Internal("no channel for files".into()));
             };
-            received.extend(pull(std::slice::from_mut(first), control, false, &self.progress).await?);
+            received.extend(pull(std::slice::from_mut(first), control, false, &self.progress, &self.writers).await?);
             first.outgoing.send(FilesRequest::End).await?;
             receive_end(first).await.map(|ended| (received, ended))
         };

@@ -14,6 +14,7 @@ use super::super::relay::{Relay, RelayStatus};
 use super::super::rules::RECOVERY_CONF;
 use super::super::wal::{format_lsn, parse_lsn, record_end};
 use super::journal::{Journal, write_durably};
+use super::room::{self, Still};
 use super::{FOLLOW_SECONDS_MAX, PROMOTE_SECONDS_MAX, Source, Target, blocking, fill, layout, settings};
 use crate::agent::postgres::{Postgres, PostgresError};
 use crate::config::NodeConfig;
@@ -46,6 +47,13 @@ impl Target {
         self.following = None;
         let node = self.postgres.node().clone();
         let journal = blocking("looking at the data directory", move || filled(&node)).await?;
+        let wal_segment_bytes = journal.wal_segment_bytes;
+        let followed = self.follow(source, journal, lag_bytes_max).await;
+        followed.map_err(|error| room::of_standby(error, self.postgres.node(), wal_segment_bytes))
+    }
+
+    async fn follow(&mut self, source: Arc<dyn Source>, journal: Journal, lag_bytes_max: u64) -> Result<(), SyncError> {
+        let wal_segment_bytes = journal.wal_segment_bytes;
         let identity = Identity {
             system_identifier: journal.system_identifier,
             timeline: journal.timeline,
@@ -53,16 +61,16 @@ impl Target {
             version_num: journal.version_num,
         };
         let folder = relay_folder(self.postgres.node());
-        let relay = Relay::start(&folder, source, identity, journal.wal_segment_bytes, Lsn(journal.wal_end))?;
-        let mut client = self.start(&relay).await?;
-        self.wait_until_near(&relay, &mut client, lag_bytes_max).await?;
-        self.following = Some(Following { relay, wal_segment_bytes: journal.wal_segment_bytes, client });
+        let relay = Relay::start(&folder, source, identity, wal_segment_bytes, Lsn(journal.wal_end))?;
+        let mut client = self.start(&relay, wal_segment_bytes).await?;
+        self.wait_until_near(&relay, &mut client, lag_bytes_max, wal_segment_bytes).await?;
+        self.following = Some(Following { relay, wal_segment_bytes, client });
         Ok(())
     }
 
     /// Starts PostgreSQL and connects to it when it is consistent.
-    async fn start(&self, relay: &Relay) -> Result<Client, SyncError> {
-        let mut watch = Watch::new();
+    async fn start(&self, relay: &Relay, wal_segment_bytes: u32) -> Result<Client, SyncError> {
+        let (mut watch, mut still) = (Watch::new(), Still::new());
         let starting = self.postgres.start();
         tokio::pin!(starting);
         loop {
@@ -77,13 +85,22 @@ impl Target {
             self.note(&status, status.applied);
             check_source(&status)?;
             // Before it is consistent PostgreSQL shows only in its process titles how far it is.
-            watch.check((status.applied, status.received_bytes, startup_title(&self.postgres)))?;
+            let title = startup_title(&self.postgres);
+            let behind = status.source_flushed > status.applied;
+            still.check((status.applied, title.clone()), behind, self.postgres.node(), wal_segment_bytes)?;
+            watch.check((status.applied, status.received_bytes, title))?;
         }
         connect(&self.postgres).await
     }
 
-    async fn wait_until_near(&self, relay: &Relay, client: &mut Client, lag_bytes_max: u64) -> Result<(), SyncError> {
-        let mut watch = Watch::new();
+    async fn wait_until_near(
+        &self,
+        relay: &Relay,
+        client: &mut Client,
+        lag_bytes_max: u64,
+        wal_segment_bytes: u32,
+    ) -> Result<(), SyncError> {
+        let (mut watch, mut still) = (Watch::new(), Still::new());
         loop {
             let replayed = self.replayed(client).await?;
             let status = relay.status();
@@ -93,6 +110,8 @@ impl Target {
                 return Ok(());
             }
             watch.check((replayed.0, status.received_bytes, String::new()))?;
+            let behind = status.source_flushed > replayed.0;
+            still.check(replayed, behind, self.postgres.node(), wal_segment_bytes)?;
             tokio::time::sleep(Duration::from_millis(CATCH_UP_POLL_MS)).await;
         }
     }
@@ -120,7 +139,13 @@ impl Target {
                 "Start the recovery again; the relay has to be held before X is read.",
             )
         })?;
-        let Some(mut following) = self.following.take() else { return Err(SyncError::Internal("no relay".into())) };
+        let Some(following) = self.following.take() else { return Err(SyncError::Internal("no relay".into())) };
+        let wal_segment_bytes = following.wal_segment_bytes;
+        let left = self.leave(following, x, began).await;
+        left.map_err(|error| room::of_standby(error, self.postgres.node(), wal_segment_bytes))
+    }
+
+    async fn leave(&self, mut following: Following, x: Lsn, began: Instant) -> Result<(), SyncError> {
         self.replay_to(&mut following, x).await?;
         let replayed_ms = began.elapsed().as_millis();
         let promoted = self.postgres.promote();
@@ -131,8 +156,9 @@ impl Target {
     }
 
     async fn replay_to(&self, following: &mut Following, x: Lsn) -> Result<(), SyncError> {
-        let end = record_end(x, following.wal_segment_bytes);
-        let mut watch = Watch::new();
+        let wal_segment_bytes = following.wal_segment_bytes;
+        let end = record_end(x, wal_segment_bytes);
+        let (mut watch, mut still) = (Watch::new(), Still::new());
         loop {
             let replayed = self.replayed(&mut following.client).await?;
             let status = following.relay.status();
@@ -145,6 +171,7 @@ impl Target {
             }
             check_source(&status)?;
             watch.check((replayed.0, status.received_bytes, String::new()))?;
+            still.check(replayed, true, self.postgres.node(), wal_segment_bytes)?;
             tokio::time::sleep(Duration::from_millis(CUT_POLL_MS)).await;
         }
     }
@@ -189,6 +216,7 @@ impl Target {
     /// must be filled again before it can be a member.
     pub async fn abort(&mut self) -> Result<(), SyncError> {
         self.following = None;
+        self.writers_ended().await;
         // PostgreSQL removes this file when it leaves recovery; postmaster.pid says "ready" of a hot standby, too.
         if !self.postgres.node().pgdata.join("standby.signal").exists() {
             return Ok(());

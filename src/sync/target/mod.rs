@@ -12,6 +12,7 @@ mod layout;
 mod manifest;
 mod plan;
 mod pull;
+mod room;
 mod settings;
 mod tablespaces;
 mod wal_files;
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 use pgtandem_proto::message::{FilesReply, FilesRequest, Progress, WalReply, WalRequest};
 use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
 
 use super::error::SyncError;
 use super::link::Link;
@@ -55,19 +57,33 @@ pub trait Source: Send + Sync + 'static {
 pub struct Target {
     postgres: Postgres,
     progress: watch::Sender<Progress>,
+    /// Threads that write files and WAL. One of a fill that has ended may still be at its last bytes.
+    writers: TaskTracker,
     following: Option<follow::Following>,
 }
 
 impl Target {
     #[must_use]
     pub fn new(postgres: Postgres) -> Target {
-        Target { postgres, progress: watch::Sender::new(Progress::default()), following: None }
+        Target {
+            postgres,
+            progress: watch::Sender::new(Progress::default()),
+            writers: TaskTracker::new(),
+            following: None,
+        }
     }
 
     /// Counters of what is under way; they change all the time, look every second or so.
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    /// Returns when nothing writes here any more that an earlier fill began.
+    async fn writers_ended(&self) {
+        self.writers.close();
+        self.writers.wait().await;
+        self.writers.reopen();
     }
 
     fn relay(&self) -> Result<&Relay, SyncError> {

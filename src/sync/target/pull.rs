@@ -16,6 +16,7 @@ use pgtandem_proto::message::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio_util::task::TaskTracker;
 
 use super::super::error::SyncError;
 use super::super::extent::{Digest, ExtentHash, Sum, extent_bytes};
@@ -64,6 +65,7 @@ pub(super) async fn pull(
     wanted: Vec<Wanted>,
     bundles: bool,
     progress: &watch::Sender<Progress>,
+    writers: &TaskTracker,
 ) -> Result<Received, SyncError> {
     let plan = Arc::new(Plan::new(wanted, bundles));
     let writer = Arc::new(Writer::default());
@@ -80,7 +82,7 @@ pub(super) async fn pull(
             credits,
             sum: Sum::default(),
         };
-        let written = tokio::task::spawn_blocking(move || write_all(&plan, &writer, operations));
+        let written = writers.spawn_blocking(move || write_all(&plan, &writer, operations));
         async move {
             let pulled = puller.run(link).await;
             // The writer's own error is the cause if it ended first; dropping the queue above ends it.

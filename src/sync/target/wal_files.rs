@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use pgtandem_proto::message::{Lsn, Progress, WalReply};
 use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
 
 use super::super::error::SyncError;
 use super::super::wal::{history_name, segment_name, segment_start};
@@ -24,6 +25,7 @@ pub(super) async fn fetch(
     timeline: u32,
     mut stop: watch::Receiver<Option<Lsn>>,
     progress: &watch::Sender<Progress>,
+    writers: &TaskTracker,
 ) -> Result<Lsn, SyncError> {
     let segment_bytes = wal.wal_segment_bytes;
     if !wal.history.is_empty() {
@@ -48,7 +50,7 @@ pub(super) async fn fetch(
                     progress.wal_bytes_received += bytes.len() as u64;
                     progress.wal_source = progress.wal_source.max(flushed.0);
                 });
-                let handled = tokio::task::spawn_blocking(move || writer.handle(start, bytes).map(|()| writer)).await;
+                let handled = writers.spawn_blocking(move || writer.handle(start, bytes).map(|()| writer)).await;
                 writer = handled.map_err(|error| SyncError::Internal(format!("writing WAL: {error}")))??;
                 wal.acknowledge(segment_start(writer.position, segment_bytes)).await?;
             }
