@@ -185,6 +185,18 @@ fn what_the_disk_changes_after_a_fill_is_seen_by_others() {
         std::fs::write(&path, &content).unwrap();
         let (good, said) = verified(&cluster).await;
         assert!(!good && said.contains("checksum mismatch") && said.contains(&relation), "{said}");
+        // The same in our own words, and the next fill mends it.
+        let failure = target.verify().await.unwrap_err().failure();
+        assert!(failure.what.starts_with("pg_verifybackup says of the files that were just brought: "), "{failure:?}");
+        assert!(failure.what.contains("checksum mismatch") && failure.what.contains(&relation), "{failure:?}");
+        fill(&cluster, &mut target, &source).await;
+        target.verify().await.unwrap();
+        assert!(target.progress().borrow().bytes_verified > 20 << 20);
+        let wal = cluster.b.node().pgdata.join("pg_wal");
+        let segment = std::fs::read_dir(&wal).unwrap().map(|item| item.unwrap().path()).find(|path| path.is_file());
+        std::fs::remove_file(segment.unwrap()).unwrap();
+        let failure = target.verify().await.unwrap_err().failure();
+        assert!(failure.what.starts_with("pg_waldump says"), "{failure:?}");
         fill(&cluster, &mut target, &source).await;
         finish(&cluster, &mut target, &source).await;
         cluster.stop().await;

@@ -61,6 +61,8 @@ pub enum Request {
     DiscardFork { note: String },
     /// Take a base copy of this node into its archive. -> `BaseCopy`
     BaseCopy,
+    /// Between `Fill` and `CatchUp`: let `pg_verifybackup` and `pg_waldump` look at what was filled. Progress all along. -> `Done`
+    VerifyFill,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -169,6 +171,8 @@ pub struct NodeFacts {
     pub extensions: Vec<String>,
     /// A PostgreSQL that this agent did not start runs on the data directory.
     pub foreign_server: bool,
+    /// Of `pg_verifybackup` and `pg_waldump`, those that are not beside the server's programs.
+    pub programs_missing: Vec<String>,
 }
 
 /// Counters of a fill and of what follows it. All bytes; only grow within one recovery.
@@ -190,6 +194,8 @@ pub struct Progress {
     pub files_total: u64,
     /// Pages of the source whose checksum was wrong in every read; they were copied as they are.
     pub damaged_pages: u64,
+    /// What `pg_verifybackup` and `pg_waldump` have read.
+    pub bytes_verified: u64,
 }
 
 // ---------------------------------------------------------------- files

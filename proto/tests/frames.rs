@@ -138,6 +138,7 @@ fn control_is_as_it_always_was() {
     check("lease_grant", &LeaseGrant { number: 9, epoch: 7, version: 3 });
     check("reply_failed", &Reply::Failed(failure()));
     check("request_base_copy", &Request::BaseCopy);
+    check("request_verify_fill", &Request::VerifyFill);
     check(
         "reply_base_copy",
         &Reply::BaseCopy(Box::new(BaseCopy {

@@ -153,6 +153,11 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
         }
         Request::Fill { epoch, source } => fill(node, owner, epoch, &source).await,
         Request::CatchUp { epoch, source, lag_bytes_max } => catch_up(node, owner, epoch, &source, lag_bytes_max).await,
+        Request::VerifyFill => {
+            let running = node.recovery.of(owner)?;
+            running.target.lock().await.verify().await.map_err(|error| error.failure())?;
+            Ok(Reply::Done)
+        }
         Request::HoldRelay => {
             let running = node.recovery.of(owner)?;
             let position = running.target.lock().await.hold().map_err(|error| error.failure())?;

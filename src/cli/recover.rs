@@ -29,6 +29,9 @@ pub struct Recover {
     /// Detach the node first if it is a member.
     #[arg(long)]
     yes: bool,
+    /// Let pg_verifybackup and pg_waldump look at the files and the WAL before the node's first start.
+    #[arg(long)]
+    verify: bool,
     /// Print a line of JSON for every step of progress, and the result or the error as the last one.
     #[arg(long)]
     json: bool,
@@ -56,12 +59,18 @@ impl Recover {
             .await
             .map_err(|error| explained(&error))?;
         loop {
-            let request = ControlRequest::Recover { node: self.node.clone(), yes };
+            let request = ControlRequest::Recover { node: self.node.clone(), yes, verify: self.verify };
             client.send(&request).await.map_err(|error| explained(&error))?;
             match self.until_last(&mut client).await? {
                 Ok(view) => {
                     if !self.json {
                         print!("{}", view.summary());
+                    }
+                    if self.verify && !view.verified {
+                        let node = &self.node;
+                        eprintln!(
+                            "note: the recovery of {node} was under way already, without --verify: its files were not looked at."
+                        );
                     }
                     return Ok(ExitCode::SUCCESS);
                 }

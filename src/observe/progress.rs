@@ -37,6 +37,9 @@ pub struct RecoveryView {
     pub seconds_left: Option<u64>,
     /// Pages of the source whose checksum is wrong; they were copied as they are.
     pub damaged_pages: u64,
+    /// What `pg_verifybackup` has read, where that was asked for, and whether it found nothing wrong.
+    pub bytes_verified: u64,
+    pub verified: bool,
     /// How far the node's replay is behind the source, bytes of WAL; while it is a standby.
     pub lag_bytes: Option<u64>,
     /// Where the cut was made, as PostgreSQL writes positions.
@@ -91,6 +94,8 @@ impl RecoveryView {
             wal_replayed_bytes_per_s: whole(report.rates.wal_replayed),
             seconds_left: seconds_left(report),
             damaged_pages: progress.damaged_pages,
+            bytes_verified: progress.bytes_verified,
+            verified: report.verified,
             lag_bytes: (standby && progress.wal_replayed > 0)
                 .then(|| progress.wal_source.saturating_sub(progress.wal_replayed)),
             cut_lsn: report.x.map(|x| format!("{:X}/{:X}", x.0 >> 32, x.0 & 0xFFFF_FFFF)),
@@ -127,7 +132,9 @@ impl RecoveryView {
                     percent.min(100),
                     bytes(self.bytes_sent)
                 );
-                if self.compared_bytes_per_s > 0 {
+                if self.bytes_verified > 0 {
+                    let _ = write!(line, ", {} verified", bytes(self.bytes_verified));
+                } else if self.compared_bytes_per_s > 0 {
                     let _ = write!(line, ", {}/s", bytes(self.compared_bytes_per_s));
                 }
             }
@@ -190,6 +197,9 @@ impl RecoveryView {
             bytes(self.bytes_sent),
             bytes(self.wal_bytes_received)
         );
+        if self.verified {
+            text.push_str("  verified   pg_verifybackup and pg_waldump found nothing wrong before the first start\n");
+        }
         if self.damaged_pages > 0 {
             let _ = writeln!(
                 text,

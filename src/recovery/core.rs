@@ -10,6 +10,15 @@ use super::pace::Pace;
 use super::replication::{CutDone, Drained, JoinDone};
 use super::report::{Cause, CauseKind, Failed, Phase, Report};
 
+/// What the operator wants of a recovery besides its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// A member is detached first.
+    pub consent: bool,
+    /// PostgreSQL's own programs look at the files before the node's first start.
+    pub verify: bool,
+}
+
 /// One piece of work for the runner. Only one is under way at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -19,6 +28,8 @@ pub enum Step {
     Detach,
     /// Bring the files. -> [`Done::Plain`], with progress
     Fill,
+    /// Let other programs look at them. -> [`Done::Plain`], with progress
+    Verify,
     /// Run as a standby until it is close. -> [`Done::Plain`], with progress
     CatchUp,
     /// The relay hands over nothing more. -> [`Done::Held`]
@@ -91,8 +102,7 @@ pub enum Output {
 /// - A failed join is followed by [`Step::ShrinkOut`] before any other work and before `Failed`.
 #[derive(Debug)]
 pub struct Recovery {
-    /// The operator agrees that a member is detached first.
-    consent: bool,
+    wishes: Wishes,
     report: Report,
     /// Counters as they came last, and how fast they grow.
     told: Progress,
@@ -117,9 +127,9 @@ pub struct Recovery {
 
 impl Recovery {
     #[must_use]
-    pub fn new(now: Instant, consent: bool) -> Self {
+    pub fn new(now: Instant, wishes: Wishes) -> Self {
         let mut recovery = Self {
-            consent,
+            wishes,
             report: Report::new(),
             told: Progress::default(),
             pace: Pace::default(),
@@ -221,7 +231,7 @@ impl Recovery {
                 }
                 if !is_member {
                     self.enter(now, Phase::Seeding, Step::Fill);
-                } else if self.consent {
+                } else if self.wishes.consent {
                     self.begin(now, Step::Detach);
                 } else {
                     let cause = Cause::new(
@@ -233,6 +243,11 @@ impl Recovery {
                 }
             }
             (Step::Detach, Done::Plain(Step::Detach)) => self.enter(now, Phase::Seeding, Step::Fill),
+            (Step::Fill, Done::Plain(Step::Fill)) if self.wishes.verify => self.begin(now, Step::Verify),
+            (Step::Verify, Done::Plain(Step::Verify)) => {
+                self.report.verified = true;
+                self.enter(now, Phase::CatchingUp, Step::CatchUp);
+            }
             (Step::Fill, Done::Plain(Step::Fill)) => self.enter(now, Phase::CatchingUp, Step::CatchUp),
             (Step::CatchUp, Done::Plain(Step::CatchUp)) => self.enter(now, Phase::Cut, Step::HoldRelay),
             (Step::HoldRelay, Done::Held(_)) => self.begin(now, Step::Cut),
@@ -291,7 +306,7 @@ impl Recovery {
     }
 
     fn handle_progress(&mut self, now: Instant, progress: Progress) {
-        let watched = matches!(self.step, Some(Step::Fill | Step::CatchUp | Step::LeaveRecovery { .. }));
+        let watched = matches!(self.step, Some(Step::Fill | Step::Verify | Step::CatchUp | Step::LeaveRecovery { .. }));
         if !watched {
             return;
         }
@@ -413,6 +428,7 @@ fn grown(old: Progress, new: Progress) -> Progress {
         wal_start: old.wal_start.max(new.wal_start),
         files_total: old.files_total.max(new.files_total),
         damaged_pages: old.damaged_pages.max(new.damaged_pages),
+        bytes_verified: old.bytes_verified.max(new.bytes_verified),
     }
 }
 
@@ -422,6 +438,7 @@ fn describe(step: Step) -> &'static str {
         Step::Preflight => "asking both nodes for their facts",
         Step::Detach => "detaching the member",
         Step::Fill => "bringing the files",
+        Step::Verify => "letting pg_verifybackup read the files",
         Step::CatchUp => "catching up with the source",
         Step::HoldRelay => "holding the relay",
         Step::Cut => "the cut",

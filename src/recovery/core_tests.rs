@@ -19,10 +19,14 @@ struct Bench {
 
 impl Bench {
     fn new(consent: bool) -> Self {
+        Self::with(Wishes { consent, verify: false })
+    }
+
+    fn with(wishes: Wishes) -> Self {
         let now = Instant::now();
         let mut bench = Self {
             now,
-            recovery: Recovery::new(now, consent),
+            recovery: Recovery::new(now, wishes),
             begun: Vec::new(),
             under_way: None,
             phases: Vec::new(),
@@ -290,6 +294,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         Just(Step::Preflight),
         Just(Step::Detach),
         Just(Step::Fill),
+        Just(Step::Verify),
         Just(Step::CatchUp),
         Just(Step::HoldRelay),
         Just(Step::Cut),
@@ -341,8 +346,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn random_inputs_never_break_the_rules(consent: bool, moves in prop::collection::vec(any_move(), 0..80)) {
-        let mut bench = Bench::new(consent);
+    fn random_inputs_never_break_the_rules(consent: bool, verify: bool, moves in prop::collection::vec(any_move(), 0..80)) {
+        let mut bench = Bench::with(Wishes { consent, verify });
         for step in moves {
             match step {
                 Move::Succeed if bench.under_way.is_some() => bench.succeed(),
@@ -362,6 +367,10 @@ proptest! {
                 }
                 prop_assert!(expected.peek().is_none(), "a member without {:?}", bench.begun);
                 prop_assert!(report.failed.is_none());
+            }
+            if report.phase == Phase::Member || report.verified {
+                prop_assert_eq!(report.verified, verify);
+                prop_assert_eq!(bench.begun.contains(&Step::Verify), verify);
             }
             if bench.recovery.is_ended() {
                 prop_assert!(!bench.may_be_in);

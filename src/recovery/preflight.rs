@@ -102,6 +102,17 @@ pub fn judge_facts(node: &str, leader: &str, source: &NodeFacts, target: &NodeFa
     ))
 }
 
+/// Whether the node has the programs that are to look at its files.
+pub fn judge_programs(node: &str, target: &NodeFacts) -> Result<(), Cause> {
+    if target.programs_missing.is_empty() {
+        return Ok(());
+    }
+    Err(refused(
+        format!("the bin_dir of {node} has no {}, which --verify needs", target.programs_missing.join(" and no ")),
+        "install PostgreSQL's own programs there, or leave --verify out",
+    ))
+}
+
 fn refused(what: impl Into<String>, hint: impl Into<String>) -> Cause {
     Cause::new(CauseKind::Refused, what, hint)
 }
@@ -150,6 +161,14 @@ mod tests {
         for part in ["b can not be filled from a", "15", "16", "aarch64", "did not start"] {
             assert!(cause.what.contains(part), "{part} is not in {cause}");
         }
+    }
+
+    #[test]
+    fn a_check_that_nobody_can_make_is_refused_before_anything_is_touched() {
+        assert_eq!(judge_programs("b", &NodeFacts::default()), Ok(()));
+        let target = NodeFacts { programs_missing: vec!["pg_verifybackup".into()], ..NodeFacts::default() };
+        let cause = judge_programs("b", &target).unwrap_err();
+        assert_eq!(cause.what, "the bin_dir of b has no pg_verifybackup, which --verify needs");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::agents::Agents;
+use super::core::Wishes;
 use super::replication::Replication;
 use super::report::Report;
 use super::runner::{self, Stop};
@@ -64,7 +65,7 @@ impl<R: Replication + 'static, A: Agents> Recoveries<R, A> {
 
     /// Starts a recovery of `node`, or joins the one that is under way. `None`: no such node is configured.
     #[must_use]
-    pub fn start(&self, node: &str, consent: bool) -> Option<Started> {
+    pub fn start(&self, node: &str, wishes: Wishes) -> Option<Started> {
         if !self.nodes.iter().any(|known| known == node) {
             return None;
         }
@@ -77,7 +78,7 @@ impl<R: Replication + 'static, A: Agents> Recoveries<R, A> {
         last.insert(node.into(), Last { report: report.clone(), aborted: stop.aborted.clone() });
         let (replication, agents, node) = (self.replication.clone(), self.agents.clone(), node.to_owned());
         self.tasks.spawn(async move {
-            runner::run(&*replication, &*agents, &node, consent, &published, &stop).await;
+            runner::run(&*replication, &*agents, &node, wishes, &published, &stop).await;
         });
         Some(Started { report, was_running: false })
     }

@@ -141,6 +141,8 @@ pub struct Report {
     /// Attempts at the cut and at the join; 1 each when all goes well.
     pub cut_attempts: u32,
     pub join_attempts: u32,
+    /// `pg_verifybackup` was asked about the files, and found nothing wrong.
+    pub verified: bool,
     /// Version of the member set that contains the node.
     pub version: Option<u64>,
     /// Time spent in each phase that has ended, in order.
@@ -167,6 +169,7 @@ impl Report {
             join_gate_ms: None,
             cut_attempts: 0,
             join_attempts: 0,
+            verified: false,
             version: None,
             phases: Vec::new(),
             warnings: Vec::new(),

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::agents::{self, Agents};
-use super::core::{Done, Input, Output, Recovery, Step};
+use super::core::{Done, Input, Output, Recovery, Step, Wishes};
 use super::limits::LAG_BYTES_MAX;
 use super::preflight;
 use super::replication::{Drained, Replication};
@@ -36,7 +36,7 @@ pub async fn run<R: Replication, A: Agents>(
     replication: &R,
     agents: &A,
     node: &str,
-    consent: bool,
+    wishes: Wishes,
     published: &watch::Sender<Report>,
     stop: &Stop,
 ) -> Report {
@@ -44,13 +44,13 @@ pub async fn run<R: Replication, A: Agents>(
         replication,
         agents,
         node,
-        consent,
+        wishes,
         epoch: replication.epoch(),
         target: Mutex::new(None),
         counters: watch::Sender::new(Counters::default()),
     };
     let mut counters = shell.counters.subscribe();
-    let mut recovery = Recovery::new(Instant::now(), consent);
+    let mut recovery = Recovery::new(Instant::now(), wishes);
     let mut work: Option<Work<'_>> = None;
     let mut stop_wanted = true;
     let mut phase = None;
@@ -138,7 +138,7 @@ struct Shell<'a, R, A: Agents> {
     replication: &'a R,
     agents: &'a A,
     node: &'a str,
-    consent: bool,
+    wishes: Wishes,
     /// The reign in which this recovery was begun; it does not outlive it.
     epoch: Epoch,
     /// The one connection to the node's agent. Out of its place while a request is under way on it, so that work
@@ -186,6 +186,7 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
                 let source = self.replication.members().leader;
                 self.order(Request::Fill { epoch: self.epoch, source }).await?;
             }
+            Step::Verify => self.order(Request::VerifyFill).await?,
             Step::CatchUp => {
                 self.same_reign()?;
                 let source = self.replication.members().leader;
@@ -246,7 +247,7 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         let mut source = self.source().await?;
         let target_status = agents::status(&mut target).await.map_err(of_node)?;
         let is_member = preflight::judge_record(self.node, &set, self.epoch, &target_status)?;
-        if is_member && !self.consent {
+        if is_member && !self.wishes.consent {
             return Ok(Done::Preflight { is_member, warnings: Vec::new() });
         }
         let source_status = agents::status(&mut source).await.map_err(of_source)?;
@@ -254,6 +255,9 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         preflight::judge_fork(self.node, &source_status.record, &target_status.record)?;
         let source_facts = agents::facts(&mut source).await.map_err(of_source)?;
         let target_facts = agents::facts(&mut target).await.map_err(of_node)?;
+        if self.wishes.verify {
+            preflight::judge_programs(self.node, &target_facts)?;
+        }
         let warnings = preflight::judge_facts(self.node, &set.leader, &source_facts, &target_facts)?;
         let promise = Request::Promise { epoch: self.epoch };
         agents::order(&mut target, promise, &mut |_| {}).await.map_err(of_node)?;
@@ -277,7 +281,7 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         let mut control = self.take_target()?;
         let counters = &self.counters;
         let mut on_progress = |progress| counters.send_modify(|now| now.progress = progress);
-        let fills = matches!(request, Request::Fill { .. } | Request::CatchUp { .. });
+        let fills = matches!(request, Request::Fill { .. } | Request::VerifyFill | Request::CatchUp { .. });
         agents::order(&mut control, request, &mut on_progress).await.map_err(of_node)?;
         // Counters come twice a second: what was faster than that is asked for.
         if fills && let Some(progress) = agents::status(&mut control).await.map_err(of_node)?.progress {

@@ -147,6 +147,7 @@ impl AgentControl for Connection {
             Request::Store { state: NodeState::Joining, .. } => "store joining",
             Request::Store { state: NodeState::Stale, .. } => "store stale",
             Request::Fill { .. } => "fill",
+            Request::VerifyFill => "verify",
             Request::CatchUp { .. } => "catch up",
             Request::HoldRelay => "hold",
             Request::LeaveRecovery { x } => {
@@ -190,8 +191,12 @@ fn facts() -> NodeFacts {
 }
 
 async fn recover(world: &Arc<World>, consent: bool) -> Report {
+    recover_as(world, Wishes { consent, verify: false }).await
+}
+
+async fn recover_as(world: &Arc<World>, wishes: Wishes) -> Report {
     let published = watch::Sender::new(Report::new());
-    let report = run(&**world, &InMemory(world.clone()), "b", consent, &published, &Stop::default()).await;
+    let report = run(&**world, &InMemory(world.clone()), "b", wishes, &published, &Stop::default()).await;
     assert_eq!(*published.borrow(), report);
     report
 }
@@ -282,18 +287,32 @@ async fn a_member_needs_consent_and_one_that_was_left_behind_is_told_first() {
 }
 
 #[tokio::test]
+async fn files_that_are_looked_at_are_not_started_before() {
+    let world = Arc::new(World::default());
+    let report = recover_as(&world, Wishes { consent: false, verify: true }).await;
+    assert!(report.verified && report.phase == Phase::Member);
+    assert_eq!(world.log()[..4], ["b: promise", "b: fill", "b: verify", "b: catch up"]);
+
+    let world = Arc::new(World::default());
+    *world.broken.lock().unwrap() = Some("verify");
+    let report = recover_as(&world, Wishes { consent: false, verify: true }).await;
+    assert_eq!(report.failed.unwrap().phase, Phase::Seeding);
+    assert!(!report.verified && !world.log().contains(&"b: catch up".to_owned()));
+}
+
+#[tokio::test]
 async fn a_second_command_looks_on_and_an_abort_ends_it() {
     let world = Arc::new(World::default());
     *world.hangs.lock().unwrap() = Some("catch up");
     let nodes = vec!["a".to_owned(), "b".to_owned()];
     let proxy = CancellationToken::new();
     let recoveries = Recoveries::new(world.clone(), Arc::new(InMemory(world.clone())), nodes, proxy.clone());
-    assert!(recoveries.start("z", false).is_none());
+    assert!(recoveries.start("z", Wishes::default()).is_none());
     assert!(recoveries.abort("b").is_none());
-    let mut first = recoveries.start("b", false).unwrap();
+    let mut first = recoveries.start("b", Wishes::default()).unwrap();
     assert!(!first.was_running);
     first.report.wait_for(|report| report.phase == Phase::CatchingUp).await.unwrap();
-    let second = recoveries.start("b", false).unwrap();
+    let second = recoveries.start("b", Wishes::default()).unwrap();
     assert!(second.was_running);
     drop(first);
     let mut ends = recoveries.abort("b").unwrap();
@@ -302,7 +321,7 @@ async fn a_second_command_looks_on_and_an_abort_ends_it() {
     assert_eq!(recoveries.report("b").unwrap().phase, Phase::Failed);
 
     // And again, this time ended by the proxy that stops.
-    let mut third = recoveries.start("b", false).unwrap();
+    let mut third = recoveries.start("b", Wishes::default()).unwrap();
     assert!(!third.was_running);
     third.report.wait_for(|report| report.phase == Phase::CatchingUp).await.unwrap();
     proxy.cancel();

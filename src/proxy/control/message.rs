@@ -19,6 +19,9 @@ pub enum ControlRequest {
         /// The operator agrees that a member is detached first.
         #[serde(default)]
         yes: bool,
+        /// Let `pg_verifybackup` look at the files before the node's PostgreSQL is started.
+        #[serde(default)]
+        verify: bool,
     },
     Detach {
         node: String,
@@ -97,7 +100,7 @@ mod tests {
     fn requests_are_what_they_look_like() {
         let parse = |text: &str| serde_json::from_str::<ControlRequest>(text);
         assert_eq!(parse(r#"{"command":"status"}"#).unwrap(), ControlRequest::Status);
-        let recover = ControlRequest::Recover { node: "b".into(), yes: false };
+        let recover = ControlRequest::Recover { node: "b".into(), yes: false, verify: false };
         assert_eq!(parse(r#"{"command":"recover","node":"b"}"#).unwrap(), recover);
         assert!(parse(r#"{"command":"recover"}"#).is_err());
         assert!(parse(r#"{"command":"recover","node":"b","force":true}"#).is_err());

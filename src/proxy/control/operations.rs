@@ -17,6 +17,7 @@ use crate::observe::progress::RecoveryView;
 use crate::observe::status::{ClusterStatus, NodeFindings, Problem, StatusSource};
 use crate::recovery::agents::{self, Agents};
 use crate::recovery::contact::{CONTACT_MAX, Seen, silent};
+use crate::recovery::core::Wishes;
 use crate::recovery::recoveries::Recoveries;
 use crate::recovery::replication::Replication;
 use crate::recovery::report::{Cause, CauseKind, Phase, Report};
@@ -39,7 +40,10 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Handler for Operation
         }
         let outcome = match request {
             ControlRequest::Status => Ok(Outcome::Status { status: Box::new(self.status().await) }),
-            ControlRequest::Recover { node, yes } => return self.recover(&node, yes, answers).await,
+            ControlRequest::Recover { node, yes, verify } => {
+                let wishes = Wishes { consent: yes, verify };
+                return self.recover(&node, wishes, answers).await;
+            }
             ControlRequest::Switch { node } => self.switch(&node).await.map(Outcome::Switch),
             ControlRequest::Detach { node } => self.detach(&node).await.map(Outcome::Detach),
         };
@@ -103,8 +107,8 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
     }
 
     /// Starts a recovery, or looks on at the one under way, until it ends. It goes on when the command goes away.
-    async fn recover(&self, node: &str, consent: bool, answers: &mut Answers) -> io::Result<ControlAnswer> {
-        let Some(started) = self.recoveries.start(node, consent) else {
+    async fn recover(&self, node: &str, wishes: Wishes, answers: &mut Answers) -> io::Result<ControlAnswer> {
+        let Some(started) = self.recoveries.start(node, wishes) else {
             return Ok(ControlAnswer::Error { error: self.unknown(node).into() });
         };
         let mut report = started.report;

@@ -38,6 +38,8 @@ const SOURCE_SETTINGS: [&str; 6] = [
 
 /// Most names in one list of the facts.
 const NAMES_MAX: i64 = 1000;
+/// Programs that look at a filled directory.
+const VERIFYING: [&str; 2] = ["pg_verifybackup", "pg_waldump"];
 
 /// Everything about this node that matters to a fill, with PostgreSQL running, stopped or absent.
 pub async fn gather(postgres: &Postgres) -> Result<NodeFacts, SyncError> {
@@ -50,6 +52,7 @@ pub async fn gather(postgres: &Postgres) -> Result<NodeFacts, SyncError> {
         libc_version: libc_version().await,
         free_bytes: free_bytes(&node.pgdata),
         foreign_server: postgres.is_foreign(),
+        programs_missing: missing_programs(&node.bin_dir),
         ..NodeFacts::default()
     };
     let running = !facts.foreign_server && matches!(postgres.postmaster(), Ok(Some(found)) if found.status.accepts());
@@ -152,6 +155,11 @@ async fn libc_version() -> String {
         Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
         _ => String::new(),
     }
+}
+
+/// What a check of a filled directory needs and `bin_dir` has not got.
+fn missing_programs(bin_dir: &Path) -> Vec<String> {
+    VERIFYING.iter().filter(|program| !bin_dir.join(program).exists()).map(|program| (*program).to_owned()).collect()
 }
 
 /// Free bytes of the file system that holds, or would hold, `pgdata`.

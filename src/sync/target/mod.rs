@@ -1,6 +1,6 @@
 //! The node that is filled: files and WAL come in, PostgreSQL follows as a standby and leaves recovery at exactly X.
 //!
-//! Order of calls on a [`Target`]: [`Target::fill`], [`Target::catch_up`], [`Target::hold`],
+//! Order of calls on a [`Target`]: [`Target::fill`], [`Target::verify`] if that is wanted, [`Target::catch_up`], [`Target::hold`],
 //! [`Target::leave_recovery`]; [`Target::abort`] at any time. It keeps no record: the agent writes the node's state
 //! before each call. Whatever is interrupted leaves a data directory that either can not be started or is whole, and
 //! the next fill sends only what differs.
@@ -15,6 +15,7 @@ mod pull;
 mod room;
 mod settings;
 mod tablespaces;
+mod verify;
 mod wal_files;
 mod writer;
 
