@@ -60,9 +60,19 @@ pub struct Backlog {
 struct State {
     entries: VecDeque<Arc<Entry>>,
     bytes: u64,
-    overflowed: bool,
+    /// It holds nothing any more, and takes nothing.
+    given_up: Option<GivenUp>,
     peak: u64,
     applied: u64,
+}
+
+/// Why the recovery fails, so that clients do not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenUp {
+    /// Past its limit.
+    Overflowed,
+    /// Its memory is needed, because the disk takes nothing.
+    NoDisk,
 }
 
 /// What the applier gets next.
@@ -75,8 +85,8 @@ pub enum Next {
     Empty,
     /// The outcome of a transaction is not known to this proxy: the recovery has failed.
     Unknown,
-    /// Past its limit: the recovery has failed.
-    Overflowed,
+    /// The recovery has failed.
+    GivenUp(GivenUp),
 }
 
 impl Backlog {
@@ -91,12 +101,17 @@ impl Backlog {
 
     pub fn push(&self, entry: Arc<Entry>) {
         let mut state = self.state();
-        if state.overflowed {
+        if state.given_up.is_some() {
             return;
         }
         state.bytes += cost(&entry);
-        if state.bytes > self.bytes_max {
-            *state = State { overflowed: true, ..State::default() };
+        let given_up = if entry.log.is_without_disk() {
+            Some(GivenUp::NoDisk)
+        } else {
+            (state.bytes > self.bytes_max).then_some(GivenUp::Overflowed)
+        };
+        if given_up.is_some() {
+            *state = State { given_up, ..State::default() };
             return;
         }
         state.entries.push_back(entry);
@@ -106,8 +121,8 @@ impl Backlog {
     /// Takes what can be applied next.
     pub fn next(&self) -> Next {
         let mut state = self.state();
-        if state.overflowed {
-            return Next::Overflowed;
+        if let Some(why) = state.given_up {
+            return Next::GivenUp(why);
         }
         let mut batch: Vec<Arc<Entry>> = Vec::new();
         while let Some(first) = state.entries.front() {
@@ -179,7 +194,24 @@ mod tests {
     fn past_its_limit_it_says_so_and_holds_nothing() {
         let backlog = Backlog::new(2 * ENTRY_BYTES, None);
         (0..3).for_each(|_| backlog.push(entry("a", false)));
-        assert!(matches!(backlog.next(), Next::Overflowed));
+        assert!(matches!(backlog.next(), Next::GivenUp(GivenUp::Overflowed)));
+        assert_eq!(backlog.progress().0, 0);
+    }
+    #[test]
+    fn it_gives_its_memory_back_when_the_disk_takes_nothing() {
+        let backlog = Backlog::new(1 << 30, None);
+        backlog.push(entry("a", false));
+        let budget = Arc::new(SpillBudget::new("/nowhere/at/all".into(), 1 << 30));
+        // Whatever is in memory already, the last of these is past what all lists may have there.
+        let mut logs: Vec<EffectLog> = (0..18).map(|_| EffectLog::new(Arc::clone(&budget))).collect();
+        for log in &mut logs {
+            log.append(&vec![0; 15 << 20]).unwrap();
+        }
+        let decision = Decision { mark_id: 1, mark_n: 1, gid: "g".into(), owner: None };
+        let last = logs.pop().unwrap();
+        assert!(last.is_without_disk() && !logs[0].is_without_disk());
+        backlog.push(Arc::new(Entry::new("a".into(), Arc::new(last), decision)));
+        assert!(matches!(backlog.next(), Next::GivenUp(GivenUp::NoDisk)));
         assert_eq!(backlog.progress().0, 0);
     }
 }

@@ -17,6 +17,8 @@ use crate::sql::rows::RowTexts;
 pub const LIST_BYTES_MAX: usize = 16 << 20;
 /// Bytes of all effect lists that stay in memory.
 pub const ALL_LISTS_BYTES_MAX: u64 = 256 << 20;
+/// The same while the disk takes nothing: no client pays for a backlog that fills the memory. The backlog is given up then.
+pub const ALL_LISTS_NO_DISK_BYTES_MAX: u64 = 512 << 20;
 /// Effects of one transaction, whatever their size.
 pub const EFFECTS_MAX: usize = 10_000_000;
 
@@ -112,6 +114,8 @@ pub struct EffectLog {
     file: Option<File>,
     bytes: u64,
     accounted: u64,
+    /// It was to be on disk, which took nothing; so it is in memory.
+    without_disk: bool,
     /// Commits numbered below this must be finished on a follower before the flight.
     pub barrier: Option<u64>,
     pub ddl: bool,
@@ -138,6 +142,7 @@ impl EffectLog {
             file: None,
             bytes: 0,
             accounted: 0,
+            without_disk: false,
             barrier: None,
             ddl: false,
             schema_bound: None,
@@ -197,7 +202,13 @@ impl EffectLog {
     pub fn append(&mut self, data: &[u8]) -> Result<Range, EffectsError> {
         let range = Range { start: self.bytes, len: data.len() as u64 };
         if self.file.is_none() && self.must_spill(data.len()) {
-            self.spill()?;
+            match self.spill() {
+                Err(error) if self.fits_without_disk(data.len()) => {
+                    tracing::warn!(%error, "effects stay in memory; a node that joins is given up for that");
+                    self.without_disk = true;
+                }
+                spilled => spilled?,
+            }
         }
         match &self.file {
             Some(file) => {
@@ -214,9 +225,21 @@ impl EffectLog {
     }
 
     fn must_spill(&self, more: usize) -> bool {
+        let all_max = if self.without_disk { ALL_LISTS_NO_DISK_BYTES_MAX } else { ALL_LISTS_BYTES_MAX };
         self.memory.len() + more > LIST_BYTES_MAX
             || (more + self.memory.len() > 4096
-                && self.budget.in_memory.load(Ordering::Relaxed) + more as u64 > ALL_LISTS_BYTES_MAX)
+                && self.budget.in_memory.load(Ordering::Relaxed) + more as u64 > all_max)
+    }
+
+    fn fits_without_disk(&self, more: usize) -> bool {
+        self.memory.len() + more <= LIST_BYTES_MAX
+            && self.budget.in_memory.load(Ordering::Relaxed) + more as u64 <= ALL_LISTS_NO_DISK_BYTES_MAX
+    }
+
+    /// Whether it is in memory only because the disk took nothing.
+    #[must_use]
+    pub fn is_without_disk(&self) -> bool {
+        self.without_disk
     }
 
     fn io(&self, source: io::Error) -> EffectsError {
@@ -306,6 +329,24 @@ mod tests {
         let chunk = vec![7u8; 1 << 20];
         let refused = (0..21).find_map(|_| log.append(&chunk).err());
         assert!(matches!(refused, Some(EffectsError::TooLarge(_))));
+    }
+
+    #[test]
+    fn where_the_disk_takes_nothing_small_lists_stay_in_memory_and_large_ones_are_refused() {
+        let budget = Arc::new(SpillBudget::new("/nowhere/at/all".into(), 1 << 30));
+        budget.in_memory.store(ALL_LISTS_BYTES_MAX, Ordering::Relaxed);
+        let mut log = EffectLog::new(Arc::clone(&budget));
+        log.append(&[1; 100]).unwrap();
+        assert!(!log.is_without_disk(), "it need not be on disk");
+        let range = log.append(&vec![2; 1 << 20]).unwrap();
+        let mut back = Vec::new();
+        log.read(range, &mut back).unwrap();
+        assert!(log.is_without_disk() && back == vec![2; 1 << 20]);
+        let refused = (0..16).find_map(|_| log.append(&vec![3; 1 << 20]).err());
+        assert!(matches!(refused, Some(EffectsError::Io { .. })), "{refused:?}");
+        budget.in_memory.store(ALL_LISTS_NO_DISK_BYTES_MAX, Ordering::Relaxed);
+        let refused = EffectLog::new(Arc::clone(&budget)).append(&[4; 5000]);
+        assert!(matches!(refused, Err(EffectsError::Io { .. })), "{refused:?}");
     }
 
     #[test]

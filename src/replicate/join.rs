@@ -15,7 +15,7 @@ use crate::pg::build;
 use crate::recovery::replication::{
     CutDone, Drained, JoinDone, Replication, ReplicationError, ReplicationErrorKind as Kind,
 };
-use crate::replicate::backlog::{Backlog, Next};
+use crate::replicate::backlog::{Backlog, GivenUp, Next};
 use crate::replicate::flight;
 use crate::replicate::follower::Connection;
 use crate::replicate::hub::{Hub, HubError, store_on};
@@ -154,7 +154,18 @@ impl Applier<'_> {
                         &"the outcome of a transaction in the backlog is not known",
                     ));
                 }
-                Next::Overflowed => {
+                Next::GivenUp(GivenUp::NoDisk) => {
+                    let folder = self.hub.config.proxy.state_dir.display();
+                    return Err(ReplicationError::new(
+                        Kind::Backlog,
+                        format!(
+                            "the backlog for {} was given up, because the disk of {folder} takes nothing and its memory was needed",
+                            self.node.name
+                        ),
+                        "Make room there, on the proxy's host, then run the recovery again.",
+                    ));
+                }
+                Next::GivenUp(GivenUp::Overflowed) => {
                     return Err(ReplicationError::new(
                         Kind::Backlog,
                         format!("the backlog for {} passed proxy.backlog_bytes_max", self.node.name),

@@ -7,8 +7,6 @@ use std::process::Command;
 
 use pgtandem::sandbox::user;
 
-/// Room for a fresh cluster and what rounds write, twice, and the GiB that must be free before an empty node is filled.
-const SIZE: &str = "1700m";
 const FILLER: &str = "filler";
 
 pub struct Disk {
@@ -21,18 +19,18 @@ fn run(command: &mut Command) -> Result<(), String> {
 }
 
 impl Disk {
-    /// Puts what is in `folder` on a disk of its own. Nothing of it may be open.
+    /// Puts what is in `folder` on a disk of its own with so many MiB. Nothing of it may be open.
     ///
     /// # Errors
     /// Why there can be none; everything is as it was then.
-    pub fn below(folder: &Path) -> Result<Self, String> {
+    pub fn below(folder: &Path, size_mib: u32) -> Result<Self, String> {
         if !user::is_root() {
             return Err("only root can mount a small disk".into());
         }
         let owner = user::find("postgres").map_err(|error| error.to_string())?;
         let aside = folder.with_extension("aside");
         fs::rename(folder, &aside).and_then(|()| fs::create_dir(folder)).map_err(|error| error.to_string())?;
-        let options = format!("size={SIZE},mode=0755,uid={},gid={}", owner.uid, owner.gid);
+        let options = format!("size={size_mib}m,mode=0755,uid={},gid={}", owner.uid, owner.gid);
         let mounted = run(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder));
         if let Err(why) = mounted {
             fs::remove_dir(folder).and_then(|()| fs::rename(&aside, folder)).map_err(|error| error.to_string())?;

@@ -17,6 +17,9 @@ use crate::links::Links;
 use crate::person::Seen;
 use crate::schedule::Process;
 
+/// Room for a fresh cluster and what rounds write, twice, and the GiB that must be free before an empty node is filled.
+const DISK_MIB: u32 = 1700;
+
 /// The proxies of the hosts listen from here on, after the sandbox's base port: between its servers and its agents.
 const PROXY_PORTS_OFFSET: u16 = 40;
 /// A follower that hangs is given up after this, so that a round does not take long.
@@ -54,7 +57,7 @@ impl Site {
         let agents: Vec<SocketAddr> =
             (0..nodes).map(|index| SocketAddr::from((Ipv4Addr::LOCALHOST, layout.agent_port(index)))).collect();
         let links = Links::between(&agents).await;
-        let disks = (0..nodes).map(|index| Disk::below(&layout.node_dir(index))).collect();
+        let disks = (0..nodes).map(|index| Disk::below(&layout.node_dir(index), DISK_MIB)).collect();
         let hosts = (0..nodes).map(|index| host(&layout, &links, index)).collect();
         let mut site = Self { hosts, links, disks, cluster };
         for index in 0..nodes {
