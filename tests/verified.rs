@@ -24,3 +24,17 @@ async fn a_recovery_says_what_pg_verifybackup_said() {
     let output = cluster.command(&["recover", "node1", "--yes", "--json"]);
     assert!(text(&output).lines().last().unwrap().contains("\"verified\":false"), "{}", text(&output));
 }
+
+/// The agent's own file in the data directory belongs to what is told, also where there was no directory before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_node_that_archives_is_verified_too() {
+    let cluster = common::Cluster::up(&["--archive"]);
+    cluster.kill_postgres(1);
+    cluster.wait_member(1, false).await;
+    std::fs::remove_dir_all(cluster.layout.pgdata(1)).unwrap();
+    let output = cluster.command(&["recover", "node1", "--verify"]);
+    assert!(output.status.success(), "{}\n{}", text(&output), cluster.logs());
+    assert!(cluster.layout.pgdata(1).join("pgtandem.archive.conf").exists());
+    // Its settings are the agent's by now, which lets nobody in over TCP.
+    cluster.wait_member(1, true).await;
+}
