@@ -119,3 +119,37 @@ async fn blocking<T: Send + 'static>(
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| SyncError::Internal(format!("{what}: {error}")))?
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Poll;
+
+    use super::*;
+    use crate::config::NodeConfig;
+
+    #[tokio::test]
+    async fn what_an_ended_fill_still_writes_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        let mut target = Target::new(Postgres::new(NodeConfig {
+            name: "b".into(),
+            agent: ([127, 0, 0, 1], 0).into(),
+            state_dir: place("state"),
+            pgdata: place("data"),
+            bin_dir: place("bin"),
+            socket_dir: place("socket"),
+            port: 5432,
+            archive_dir: None,
+            tablespaces: std::collections::BTreeMap::new(),
+            service_addresses: Vec::new(),
+        }));
+        // A disk that stands still: the thread that writes to it can not be ended.
+        let (disk, stands_still) = std::sync::mpsc::sync_channel::<()>(1);
+        target.writers.spawn_blocking(move || stands_still.recv());
+        let mut ending = std::pin::pin!(target.abort());
+        let waits = std::future::poll_fn(|context| Poll::Ready(ending.as_mut().poll(context).is_pending())).await;
+        assert!(waits, "the next fill would compare what is about to change");
+        drop(disk);
+        ending.await.unwrap();
+    }
+}
