@@ -86,6 +86,12 @@ pub struct ProxyConfig {
     /// Effects in memory for a node that is joining, bytes.
     #[serde(default = "default_backlog_bytes_max")]
     pub backlog_bytes_max: u64,
+    /// How long what it misses is kept for a follower that was lost, seconds; 0: it has to be recovered.
+    #[serde(default = "default_away_s_max")]
+    pub away_s_max: u64,
+    /// Effects in memory for each follower that was lost, bytes.
+    #[serde(default = "default_away_bytes_max")]
+    pub away_bytes_max: u64,
     /// What becomes of statements whose code is not proven to do the same on every server.
     #[serde(default)]
     pub unproven: Unproven,
@@ -180,6 +186,12 @@ fn default_effects_disk_max() -> u64 {
     16 << 30
 }
 fn default_backlog_bytes_max() -> u64 {
+    256 << 20
+}
+fn default_away_s_max() -> u64 {
+    600
+}
+fn default_away_bytes_max() -> u64 {
     256 << 20
 }
 fn default_clients_max() -> usize {

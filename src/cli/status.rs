@@ -63,6 +63,7 @@ async fn ask_agents(config: &Config) -> anyhow::Result<ClusterStatus> {
         address: found.address,
         answer: found.answer,
         earlier: None,
+        away: None,
         last_error: None,
         recovery: None,
         recovering: false,

@@ -4,4 +4,5 @@ pub mod lease;
 pub mod members;
 pub mod promote;
 pub mod record;
+pub mod rejoin;
 pub mod start;

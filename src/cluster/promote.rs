@@ -167,6 +167,8 @@ fn unfit(own: &str, record: &Record, newest: &MemberSet) -> Option<Judgement> {
             Some(impossible(what, hint))
         }
         NodeState::InSync | NodeState::Stale | NodeState::Suspect => None,
+        // It was a member, and was just being brought what it missed, in the order of the commits: it is as stale as before, or less.
+        NodeState::Joining if !record.generations.is_empty() => None,
         NodeState::Blank => {
             Some(impossible(format!("{own} is empty, or its record was lost: nothing is known of its data"), recover()))
         }

@@ -136,6 +136,8 @@ fn a_node_without_whole_data_is_never_promoted() {
         let b = of("b", state, whole.clone(), &[]);
         assert_eq!(promote("b", &[("a", None), ("b", Some(&b))]).case, Case::Impossible, "{state:?}");
     }
+    let back = of("b", NodeState::Joining, set(3, 2, &["a"], "a"), &["g1"]);
+    assert_eq!(promote("b", &[("a", None), ("b", Some(&back))]).case, Case::Lossy, "as if it were stale still");
     assert_eq!(promote("b", &[("a", None), ("b", None)]).case, Case::Impossible);
     let blank = record::blank("shop", "b");
     assert_eq!(promote("b", &[("b", Some(&blank))]).case, Case::Impossible);

@@ -116,7 +116,7 @@ pub fn store(
     // A record that was lost is Blank, too, and has forgotten its promises: only a cluster's first node, before any proxy has reigned, is
     // current without having been filled.
     let first = record.state == NodeState::Blank && *set == members::first(&record.node);
-    if !may_be_told(record.state, state, first, note.is_some()) {
+    if !may_be_told(record.state, state, first, note.is_some()) && !comes_back(record, set, state) {
         return Err(RecordError::Transition { from: record.state, to: state });
     }
     let leads = set.leader == record.node;
@@ -229,8 +229,15 @@ pub fn enter(record: &Record, epoch: Epoch, state: NodeState) -> Result<Record, 
     Ok(Record { promised, state, generations, taking_over: false, ..record.clone() })
 }
 
+/// The reign that took this node out brings it what it missed: no other one knows what that is. What the node has and what it lacks, that
+/// reign judges by its marks.
+fn comes_back(record: &Record, set: &MemberSet, to: NodeState) -> bool {
+    let same_reign = record.promised == set.epoch && record.members.as_ref().is_some_and(|m| m.epoch == set.epoch);
+    to == NodeState::Joining && record.state == NodeState::Stale && same_reign && !record.generations.is_empty()
+}
+
 /// Which state a node may be told that it is in. What it lacks it cannot be told away: a way back to `InSync` leads
-/// through a fill, or through an operator.
+/// through a fill, through an operator, or through the reign that took it out ([`comes_back`]).
 fn may_be_told(from: NodeState, to: NodeState, first: bool, overridden: bool) -> bool {
     use NodeState::{Blank, CatchingUp, Forked, InSync, Joining, Seeding, Stale, Suspect};
     if from == to {
@@ -303,6 +310,23 @@ mod tests {
         assert!(store(&seeding, &again, NodeState::InSync, false, None, None).is_err());
         let caught_up = enter(&seeding, 3, NodeState::CatchingUp).unwrap();
         assert_eq!(store(&caught_up, &again, NodeState::InSync, true, None, None).unwrap().state, NodeState::InSync);
+    }
+
+    #[test]
+    fn only_the_reign_that_left_it_behind_may_bring_a_stale_node_what_it_missed() {
+        let joining = |record: &Record, set: &MemberSet| store(record, set, NodeState::Joining, true, None, None);
+        let stale = store(&member(), &set(3, 2, &["b"]), NodeState::Stale, false, None, None).unwrap();
+        let back = joining(&stale, &set(3, 2, &["b"])).unwrap();
+        assert_eq!(join(&back, &set(3, 3, &["a", "b"]), &["g2".into()]).unwrap().state, NodeState::InSync);
+        // It can go back to where it was, and then nothing leads past this again.
+        assert_eq!(
+            store(&back, &set(3, 2, &["b"]), NodeState::Stale, false, None, None).unwrap().state,
+            NodeState::Stale
+        );
+        assert!(joining(&stale, &set(4, 1, &["b"])).is_err(), "a new reign has no backlog");
+        assert!(joining(&promise(&stale, 4).unwrap(), &set(3, 2, &["b"])).is_err());
+        let suspect = Record { state: NodeState::Suspect, ..stale };
+        assert!(joining(&suspect, &set(3, 2, &["b"])).is_err());
     }
 
     #[test]

@@ -247,6 +247,8 @@ fn limits(config: &Config) -> Result<(), Problem> {
         ("proxy.leader_ms_max", proxy.leader_ms_max, 500, 3_600_000),
         ("proxy.effects_disk_max", proxy.effects_disk_max, 1 << 20, 1 << 50),
         ("proxy.backlog_bytes_max", proxy.backlog_bytes_max, 1 << 20, 1 << 40),
+        ("proxy.away_s_max", proxy.away_s_max, 0, 86_400),
+        ("proxy.away_bytes_max", proxy.away_bytes_max, 1 << 20, 1 << 40),
         ("proxy.clients_max", proxy.clients_max as u64, 1, 1_000_000),
         ("fence.dns_ms", config.fence.dns_ms, 200, 3_600_000),
         ("fence.command_ms_max", config.fence.command_ms_max, 1, 3_600_000),

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use pgtandem_proto::membership::NodeState;
 use pgtandem_proto::message::PostgresState;
 
-use super::status::{ClusterStatus, NodeView, Problem, Role};
+use super::status::{AwayView, ClusterStatus, NodeView, Problem, Role};
 use crate::recovery::report::Phase;
 
 fn problem(what: impl Into<String>, hint: impl Into<String>) -> Problem {
@@ -35,10 +35,18 @@ pub fn node_problem(node: &NodeView, recovering: bool, proxy_running: bool) -> O
                 format!("{start}; or, if {name} is lost: pgtandem detach {name}"),
             ),
             Role::Follower => problem(format!("the agent of {name} can not be reached: {why}"), start),
-            Role::Out => problem(
-                format!("{name} is out, and its agent can not be reached: {why}"),
-                format!("{start}; then: pgtandem recover {name}"),
-            ),
+            Role::Out => {
+                let (kept, hint) = match &node.away {
+                    Some(away) if away.ended.is_none() => {
+                        (format!("; {}", kept(away)), format!("{start}; it joins again by itself"))
+                    }
+                    Some(AwayView { ended: Some(why), .. }) => {
+                        (format!("; {}", not_kept(why)), format!("{start}; then: pgtandem recover {name}"))
+                    }
+                    _ => (String::new(), format!("{start}; then: pgtandem recover {name}")),
+                };
+                problem(format!("{name} is out, and its agent can not be reached: {why}{kept}"), hint)
+            }
         });
     }
     match node.role {
@@ -83,6 +91,24 @@ fn member(node: &NodeView, proxy_running: bool) -> Option<Problem> {
     })
 }
 
+/// What is kept for a node that is away.
+fn kept(away: &AwayView) -> String {
+    let size = format!(
+        "{} transactions, {} of at most {} MiB",
+        away.transactions,
+        away.bytes.div_ceil(1 << 20),
+        away.bytes_max >> 20
+    );
+    if away.is_back {
+        return format!("it answers and is brought what it missed ({size})");
+    }
+    format!("what it misses is kept for {} s more ({size})", away.left_s)
+}
+
+fn not_kept(why: &str) -> String {
+    format!("what it misses is not kept: {why}")
+}
+
 fn outside(node: &NodeView) -> Problem {
     let name = &node.name;
     let mut why = node.last_error.as_deref().map(|error| format!(" ({error})")).unwrap_or_default();
@@ -91,6 +117,19 @@ fn outside(node: &NodeView) -> Problem {
         let _ = write!(why, "; its last recovery failed {failed} -- {}", failed.cause.hint);
     }
     let recover = format!("pgtandem recover {name}");
+    match &node.away {
+        Some(away) if away.ended.is_none() && failed.is_none() => {
+            let doing = away.doing.as_deref().map(|doing| format!("; {doing}")).unwrap_or_default();
+            return problem(
+                format!("{name} is away{why}; {}{doing}", kept(away)),
+                format!("nothing, it joins again by itself when its PostgreSQL answers; or, to fill it: {recover}"),
+            );
+        }
+        Some(AwayView { ended: Some(ended), .. }) if failed.is_none() => {
+            let _ = write!(why, "; {}", not_kept(ended));
+        }
+        _ => {}
+    }
     match node.state {
         None | Some(NodeState::Blank) => {
             problem(format!("{name} is empty or its data are unknown; writes are not on it{why}"), recover)

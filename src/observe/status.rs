@@ -64,6 +64,12 @@ pub trait StatusSource: Send + Sync + 'static {
         None
     }
 
+    /// What is kept for a node that was lost.
+    fn away(&self, node: &str) -> Option<AwayView> {
+        let _ = node;
+        None
+    }
+
     /// Why the node left the member set, or the last thing that went wrong with it: one sentence.
     fn last_error(&self, node: &str) -> Option<String> {
         let _ = node;
@@ -101,6 +107,23 @@ pub struct Problem {
     pub hint: String,
 }
 
+/// What is kept for a node that was lost, so that it can become a member again without a copy. Field names are stable.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AwayView {
+    /// Why nothing is kept any more: it has to be recovered.
+    pub ended: Option<String>,
+    /// Why it is not back yet.
+    pub doing: Option<String>,
+    /// It answers, and is being brought up to date.
+    pub is_back: bool,
+    /// Transactions that it misses.
+    pub transactions: u64,
+    pub bytes: u64,
+    pub bytes_max: u64,
+    /// For how long they are kept still, seconds.
+    pub left_s: u64,
+}
+
 /// Field names are stable.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeView {
@@ -125,6 +148,9 @@ pub struct NodeView {
     pub archive_problem: Option<String>,
     /// Why it left the member set, or what went wrong last.
     pub last_error: Option<String>,
+    /// What is kept for it while it is away.
+    #[serde(default)]
+    pub away: Option<AwayView>,
     /// The last recovery of this node in this reign, under way or ended.
     pub recovery: Option<RecoveryView>,
     pub problem: Option<Problem>,
@@ -148,6 +174,7 @@ pub struct NodeFindings {
     /// An earlier answer, used for state and record when there is none now.
     pub earlier: Option<NodeStatus>,
     pub last_error: Option<String>,
+    pub away: Option<AwayView>,
     pub recovery: Option<RecoveryView>,
     /// That recovery is under way.
     pub recovering: bool,
@@ -196,7 +223,7 @@ impl ClusterStatus {
 }
 
 fn node_view(finding: NodeFindings, set: Option<&MemberSet>, proxy_running: bool) -> NodeView {
-    let NodeFindings { name, address, answer, earlier, last_error, recovery, recovering } = finding;
+    let NodeFindings { name, address, answer, earlier, last_error, away, recovery, recovering } = finding;
     let role = match set {
         Some(set) if set.leader == name => Role::Leader,
         Some(set) if members::contains(set, &name) => Role::Follower,
@@ -222,6 +249,7 @@ fn node_view(finding: NodeFindings, set: Option<&MemberSet>, proxy_running: bool
         archive_problem: now.as_ref().map(|status| status.archive_problem.clone()).filter(|what| !what.is_empty()),
         postgres_detail: now.map(|status| status.postgres_detail).filter(|detail| !detail.is_empty()),
         last_error,
+        away,
         recovery,
         problem: None,
         name,

@@ -112,7 +112,7 @@ mod tests {
     use pgtandem_proto::membership::{MemberSet, NodeState, Record};
     use pgtandem_proto::message::NodeStatus;
 
-    use super::super::status::{NodeFindings, ProxyCounters};
+    use super::super::status::{AwayView, NodeFindings, ProxyCounters};
     use super::*;
     use crate::cluster::members;
     use crate::cluster::record::{blank, running};
@@ -133,6 +133,7 @@ mod tests {
             address: "10.0.0.1:7001".into(),
             answer,
             earlier: None,
+            away: None,
             last_error: None,
             recovery: None,
             recovering: false,
@@ -170,6 +171,34 @@ mod tests {
             let text = render(&status);
             assert!(text.contains("pgtandem recover b"), "{state:?}: {text}");
             assert!(text.contains("writes are on a alone"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_comes_back_by_itself_asks_for_nothing_and_says_for_how_long() {
+        let set = members::first("a");
+        let text = |b, ended: Option<&str>| {
+            let away = AwayView {
+                ended: ended.map(str::to_owned),
+                transactions: 7,
+                bytes: 3 << 20,
+                bytes_max: 256 << 20,
+                left_s: 590,
+                ..AwayView::default()
+            };
+            let mut b = finding("b", b);
+            b.away = Some(away);
+            let findings = vec![finding("a", Ok(answer("a", NodeState::InSync, &set))), b];
+            render(&ClusterStatus::new("shop", Some(&set), None, true, findings))
+        };
+        let stale = || Ok(answer("b", NodeState::Stale, &set));
+        let kept = "what it misses is kept for 590 s more (7 transactions, 3 of at most 256 MiB)";
+        for shown in [text(stale(), None), text(Err("gone".into()), None)] {
+            assert!(shown.contains(kept) && shown.contains("joins again by itself"), "{shown}");
+        }
+        for shown in [text(stale(), Some("it was promoted")), text(Err("gone".into()), Some("it was promoted"))] {
+            assert!(shown.contains("what it misses is not kept: it was promoted"), "{shown}");
+            assert!(shown.contains("pgtandem recover b") && !shown.contains("by itself"), "{shown}");
         }
     }
 

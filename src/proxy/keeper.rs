@@ -2,21 +2,27 @@
 //! PostgreSQL ends, or does not answer for `proxy.leader_ms_max`, another member leads from then on ([`takeover`]); if there is none, a new
 //! epoch is raised as soon as its agent has started it again.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pgtandem_proto::membership::NodeState;
 use pgtandem_proto::message::{Reply, Request};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::client::Control;
+use crate::cluster::members;
+use crate::cluster::rejoin::Standing;
 use crate::cluster::start::Occasion;
 use crate::pg::build;
 use crate::proxy::reign;
 use crate::proxy::takeover::{self, Taken};
+use crate::replicate::away::Kept;
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Follower, Hub, HubError, Reign, within};
+use crate::replicate::rejoin::Attempt;
 
 /// Time between two questions to a server.
 const ASK_MS: u64 = 500;
@@ -32,6 +38,7 @@ pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
     tokio::select! {
         () = keep_leader(&hub) => {}
         () = keep_followers(&hub) => {}
+        () = keep_away(&hub) => {}
         () = stop.cancelled() => {}
     }
 }
@@ -39,6 +46,13 @@ pub async fn run(hub: Arc<Hub>, stop: CancellationToken) {
 async fn ask(connection: &mut Connection, ms_max: u64) -> Result<(), ServerError> {
     build::query(&mut connection.out, b"SELECT 1");
     within(ms_max, connection.exchange()).await.and_then(Answer::ok).map(|_| ())
+}
+
+async fn ask_standing(connection: &mut Connection) -> Result<Option<Standing>, ServerError> {
+    build::query(&mut connection.out, Standing::QUERY.as_bytes());
+    let answer = within(ANSWER_MS_MAX, connection.exchange()).await.and_then(Answer::ok)?;
+    let value = answer.values.into_iter().flatten().next().unwrap_or_default();
+    Ok(Standing::parse(&String::from_utf8_lossy(&value)))
 }
 
 async fn keep_leader(hub: &Arc<Hub>) {
@@ -163,7 +177,7 @@ async fn wait_or_end(connection: &mut Connection) -> Option<ServerError> {
 }
 
 async fn keep_followers(hub: &Arc<Hub>) {
-    let mut watched = tokio::task::JoinSet::new();
+    let mut watched = JoinSet::new();
     let mut known: Vec<u64> = Vec::new();
     loop {
         for follower in &hub.view().followers {
@@ -184,6 +198,60 @@ async fn keep_followers(hub: &Arc<Hub>) {
     }
 }
 
+/// Lets followers in again that were lost, when they answer; one task for each, so that none waits for another.
+async fn keep_away(hub: &Arc<Hub>) {
+    // Dropped with this: what is under way ends.
+    let mut tasks = JoinSet::new();
+    let mut trying: HashMap<String, AbortHandle> = HashMap::new();
+    loop {
+        for (node, kept) in hub.away.all() {
+            if members::contains(&hub.view().set, &node) {
+                // It is just leaving, or it was to leave and whoever wanted that is gone.
+                if let Ok(_nobody_changes) = hub.changing.try_lock()
+                    && members::contains(&hub.view().set, &node)
+                {
+                    hub.away.remove(&node);
+                }
+                continue;
+            }
+            let is_tried = trying.get(&node).is_some_and(|task| !task.is_finished());
+            if !is_tried && hub.why_ended(&kept).is_none() {
+                let task = tasks.spawn(let_in_again(Arc::clone(hub), node.clone(), kept));
+                trying.insert(node, task);
+            }
+        }
+        while tasks.try_join_next().is_some() {}
+        tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+    }
+}
+
+/// Returns when it is a member, or has to be recovered.
+async fn let_in_again(hub: Arc<Hub>, node: String, kept: Arc<Kept>) {
+    let mut said = String::new();
+    loop {
+        match hub.rejoin(&node, &kept).await {
+            Attempt::Joined(done) => {
+                let (version, gate_ms) = (done.version, done.gate_ms);
+                tracing::info!(node, version, gate_ms, "a node that was away is a member again, without a copy");
+                return;
+            }
+            Attempt::Never(why) => {
+                kept.end(&why);
+                tracing::warn!(node, why, "what it missed is not kept any more: it has to be recovered");
+                return;
+            }
+            Attempt::Later(why) => {
+                if said != why {
+                    tracing::info!(node, why, "a node that is away is waited for");
+                    said.clone_from(&why);
+                }
+                kept.note(&why);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+    }
+}
+
 async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
     let watch = async {
         loop {
@@ -196,8 +264,11 @@ async fn watch_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
                 Err(e) => return e,
             };
             loop {
-                if let Err(e) = ask(&mut connection, ANSWER_MS_MAX).await {
-                    return e;
+                // What it says about itself tells later whether it is the same one, and has lost nothing.
+                match ask_standing(&mut connection).await {
+                    Ok(Some(standing)) => follower.note_standing(standing),
+                    Ok(None) => {}
+                    Err(e) => return e,
                 }
                 if let Some(e) = wait_or_end(&mut connection).await {
                     return e;

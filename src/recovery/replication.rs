@@ -42,7 +42,8 @@ pub trait Replication: Send + Sync {
     /// any other error the implementation has shrunk the node out again before it opened the gate.
     fn join(&self, node: &str) -> impl Future<Output = Result<JoinDone, ReplicationError>> + Send;
 
-    /// Drops the backlog of `node`; the node stays out. Does nothing for a node without a backlog or for a member.
+    /// Drops the backlog of `node`; the node stays out, and does not come back by itself. Does nothing for a node without a backlog or
+    /// for a member.
     fn abandon(&self, node: &str) -> impl Future<Output = ()> + Send;
 
     /// Makes another member the leader. When this returns, this proxy serves nobody, and the one on that node's host may.
@@ -106,6 +107,8 @@ pub enum ReplicationErrorKind {
     Node,
     /// The backlog reached its limit.
     Backlog,
+    /// The node's data are not those that the backlog follows.
+    Differs,
     /// The leader's PostgreSQL refused or did not answer.
     Leader,
     /// A record could not be stored durably.

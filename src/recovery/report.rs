@@ -100,7 +100,7 @@ impl From<ReplicationError> for Cause {
     fn from(error: ReplicationError) -> Self {
         let kind = match error.kind {
             ReplicationErrorKind::Gate => CauseKind::Gate,
-            ReplicationErrorKind::Node => CauseKind::Node,
+            ReplicationErrorKind::Node | ReplicationErrorKind::Differs => CauseKind::Node,
             ReplicationErrorKind::Backlog => CauseKind::Backlog,
             ReplicationErrorKind::Leader => CauseKind::Leader,
             ReplicationErrorKind::Record => CauseKind::Record,

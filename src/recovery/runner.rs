@@ -240,6 +240,8 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
     }
 
     async fn preflight(&self) -> Result<Done, Broken> {
+        // One that was lost would come back by itself; from here on it does not, or it is a member already.
+        self.replication.abandon(self.node).await;
         let set = self.replication.members();
         preflight::judge_leader(self.node, &set)?;
         preflight::judge_reign(self.epoch)?;

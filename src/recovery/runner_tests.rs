@@ -209,6 +209,7 @@ async fn a_stale_node_becomes_a_member() {
     assert_eq!(
         world.log(),
         [
+            "abandon",
             "b: promise",
             "b: fill",
             "b: catch up",
@@ -283,7 +284,7 @@ async fn a_member_needs_consent_and_one_that_was_left_behind_is_told_first() {
     let world = Arc::new(World::default());
     *world.state.lock().unwrap() = Some(NodeState::InSync);
     assert_eq!(recover(&world, false).await.phase, Phase::Member);
-    assert_eq!(world.log()[..3], ["b: promise", "b: store stale", "b: fill"]);
+    assert_eq!(world.log()[..4], ["abandon", "b: promise", "b: store stale", "b: fill"]);
 }
 
 #[tokio::test]

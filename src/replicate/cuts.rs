@@ -19,6 +19,8 @@ pub struct Cuts {
 struct State {
     uncut: usize,
     cutting: usize,
+    /// Work that was ever begun: none of it is in a backlog.
+    begun: u64,
 }
 
 /// Held by work that a cut must not fall into, to its end.
@@ -51,10 +53,18 @@ impl Cuts {
         let begun = self.wait_for(|state| {
             let free = state.cutting == 0;
             state.uncut += usize::from(free);
+            state.begun += u64::from(free);
             free
         });
         tokio::time::timeout(limit, begun).await.ok()?;
         Some(Uncut(Arc::clone(self)))
+    }
+
+    /// How much work was ever begun, and whether none is under way.
+    #[must_use]
+    pub fn begun(&self) -> (u64, bool) {
+        let state = self.state();
+        (state.begun, state.uncut == 0)
     }
 
     /// Keeps new work out, and waits for what is under way. `None`: that took longer than `limit`, and work may begin again.
@@ -92,7 +102,9 @@ mod tests {
     #[tokio::test]
     async fn a_cut_waits_for_work_and_work_waits_for_the_join() {
         let cuts = Arc::new(Cuts::default());
+        assert_eq!(cuts.begun(), (0, true));
         let first = cuts.begin(LONG).await.unwrap();
+        assert_eq!(cuts.begun(), (1, false));
         let mut cutting = Box::pin(cuts.cut(LONG));
         assert!((&mut cutting).now_or_never().is_none());
         let mut second = Box::pin(cuts.begin(LONG));

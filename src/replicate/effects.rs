@@ -166,6 +166,12 @@ impl EffectLog {
         self.bytes
     }
 
+    /// Its data do not fit into memory.
+    #[must_use]
+    pub fn is_in_file(&self) -> bool {
+        self.file.is_some()
+    }
+
     #[must_use]
     pub fn position(&self) -> Position {
         Position { effects: self.effects.len(), bytes: self.bytes }

@@ -22,6 +22,8 @@ struct State {
     cuts: usize,
     /// Prepared transactions of clients that are not finished.
     holds: usize,
+    /// Statements and prepared transactions that were ever begun: none of them is in a backlog.
+    begun: u64,
     /// Statements on followers whose locks others may wait for.
     exclusive: usize,
 }
@@ -70,7 +72,12 @@ impl Exclusion {
         let running =
             || Running { pid, databases: databases.iter().map(|name| (*name).to_owned()).collect(), following: false };
         self.state
-            .wait_for(|state| (state.statement.is_none() && state.cuts == 0).then(|| state.statement = Some(running())))
+            .wait_for(|state| {
+                (state.statement.is_none() && state.cuts == 0).then(|| {
+                    state.statement = Some(running());
+                    state.begun += 1;
+                })
+            })
             .await;
         Statement(Arc::clone(self))
     }
@@ -83,8 +90,19 @@ impl Exclusion {
 
     /// Waits until no node is between its cut and its join; none is cut until this is dropped.
     pub async fn hold(self: &Arc<Self>) -> Hold {
-        self.state.wait_for(|state| (state.cuts == 0).then(|| state.holds += 1)).await;
+        let begin = |state: &mut State| {
+            state.holds += 1;
+            state.begun += 1;
+        };
+        self.state.wait_for(|state| (state.cuts == 0).then(|| begin(state))).await;
         Hold(Arc::clone(self))
+    }
+
+    /// How many statements and prepared transactions were ever begun, and whether none is under way.
+    #[must_use]
+    pub fn begun(&self) -> (u64, bool) {
+        let state = self.state.lock();
+        (state.begun, state.statement.is_none() && state.holds == 0)
     }
 
     /// The same for what a new epoch has found, before anything is cut in it.
@@ -212,7 +230,9 @@ mod tests {
     #[tokio::test]
     async fn one_statement_at_a_time_and_none_between_cut_and_join() {
         let exclusion = Arc::new(Exclusion::default());
+        assert_eq!(exclusion.begun(), (0, true));
         let first = exclusion.begin(1, &[]).await;
+        assert_eq!(exclusion.begun(), (1, false));
         let mut second = Box::pin(exclusion.begin(2, &[]));
         let mut cut = Box::pin(exclusion.cut());
         assert!((&mut second).now_or_never().is_none() && (&mut cut).now_or_never().is_none());

@@ -30,6 +30,9 @@ const ONCE: &str = "a statement that runs once on every server can not be applie
 pub struct Decision {
     pub mark_id: i32,
     pub mark_n: i64,
+    /// The n of the mark that was decided to be committed before this one; `None`: not known. A node that was away has exactly that,
+    /// or lacks something.
+    pub after: Option<i64>,
     pub gid: String,
     /// Whose prepared transaction it is, where that is not the proxy.
     pub owner: Option<String>,

@@ -19,8 +19,10 @@ use crate::agent::leases::now_ms;
 use crate::agent::tls::Identity;
 use crate::cluster::lease::{Grants, WAIT_OUT_MS};
 use crate::cluster::members::{self, MembersError};
+use crate::cluster::rejoin::Standing;
 use crate::config::{Config, NodeConfig};
 use crate::observe::status::Problem;
+use crate::replicate::away::Away;
 use crate::replicate::backlog::{Backlog, Entry};
 use crate::replicate::cancels::Cancels;
 use crate::replicate::cuts::Cuts;
@@ -36,14 +38,6 @@ use crate::replicate::sequences::Sequences;
 use crate::replicate::shapes::Shapes;
 use crate::replicate::two_phase::TwoPhase;
 
-/// How long a node that is leaving the set may take to be told so.
-const TELL_MS_MAX: u64 = 1000;
-/// How long the leader's agent may take to store a smaller set before the waiting commits fail.
-const STORE_MS_MAX: u64 = 60_000;
-/// How long another member may take before it counts as lost, too.
-const MEMBER_STORE_MS_MAX: u64 = 5_000;
-/// Pause between two attempts to store.
-const STORE_RETRY_MS: u64 = 200;
 /// Transactions that are flown to one follower, or prepared there, at once: below its `max_connections` and
 /// `max_prepared_transactions` together with the idle connections of all threads.
 pub const PLACES: usize = 64;
@@ -92,12 +86,23 @@ pub struct Follower {
     pub is_hurt: AtomicBool,
     /// Connections that were opened before it became a member, by database, so that no commit waits for one then.
     spares: Mutex<HashMap<Arc<str>, Vec<Connection>>>,
+    /// What its server last said about itself.
+    standing: Mutex<Option<Standing>>,
 }
 
 impl Follower {
     /// A connection that nobody has used, if there is one for this database.
     pub fn take_spare(&self, database: &str) -> Option<Connection> {
         lock(&self.spares).get_mut(database)?.pop()
+    }
+
+    #[must_use]
+    pub fn standing(&self) -> Option<Standing> {
+        lock(&self.standing).clone()
+    }
+
+    pub fn note_standing(&self, standing: Standing) {
+        *lock(&self.standing) = Some(standing);
     }
 
     pub(crate) fn put_spares(&self, spares: HashMap<Arc<str>, Vec<Connection>>) {
@@ -150,6 +155,8 @@ pub struct Hub {
     pub(super) at_leader: AtLeader,
     pub cancels: Arc<Cancels>,
     view: Mutex<Arc<View>>,
+    /// What is kept for nodes that were lost.
+    pub away: Away,
     pub(crate) backlogs: Mutex<HashMap<String, Arc<Backlog>>>,
     /// Held while the member set changes.
     pub(crate) changing: tokio::sync::Mutex<()>,
@@ -202,6 +209,7 @@ impl Hub {
             at_leader: AtLeader::default(),
             cancels: Arc::default(),
             view: Mutex::new(Arc::new(View { set, followers: Vec::new() })),
+            away: Away::default(),
             backlogs: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
             reasons: Mutex::default(),
@@ -262,16 +270,18 @@ impl Hub {
         }
     }
 
-    /// Puts a transaction that is about to be committed into the backlog of every node that is joining. Called inside the
+    /// Puts a transaction that is about to be committed into the backlog of every node that is joining or away. Called inside the
     /// gate, so a cut lies before or after it.
     pub fn enter_backlogs(&self, database: &Arc<str>, log: &Arc<EffectLog>, decision: &Decision) -> Vec<Arc<Entry>> {
-        let backlogs = lock(&self.backlogs);
+        let entry = || Arc::new(Entry::new(Arc::clone(database), Arc::clone(log), decision.clone()));
         let enter = |backlog: &Arc<Backlog>| {
-            let entry = Arc::new(Entry::new(Arc::clone(database), Arc::clone(log), decision.clone()));
+            let entry = entry();
             backlog.push(Arc::clone(&entry));
             entry
         };
-        backlogs.values().map(enter).collect()
+        let mut entered = lock(&self.backlogs).values().map(enter).collect();
+        self.away.enter(entry, &mut entered);
+        entered
     }
 
     /// The node with this name.
@@ -401,8 +411,10 @@ impl Hub {
                             open_places,
                             is_hurt: AtomicBool::new(false),
                             spares: Mutex::default(),
+                            standing: Mutex::default(),
                         }));
                         lock(&self.reasons).remove(name);
+                        self.away.remove(name);
                         lock(&self.leases).resume(name);
                     }
                 }
@@ -416,108 +428,12 @@ impl Hub {
 
     /// Ends what is known of followers: a new epoch is being raised, and every connection of the old one is over.
     pub fn forget_followers(&self) {
+        self.away.end_all("a new epoch began: the leader or the proxy changed, or was started again");
         let mut view = lock(&self.view);
         for follower in &view.followers {
             follower.gone.cancel();
         }
         *view = Arc::new(View { set: view.set.clone(), followers: Vec::new() });
-    }
-
-    /// Takes a follower out of the member set, or waits until a person does. When this returns, the smaller set is recorded on the
-    /// remaining members, and commits may be acknowledged without it; or the epoch is over. Does nothing if it left already.
-    ///
-    /// # Errors
-    /// If the smaller set can not be recorded within the limit, or nobody took it out: no commit may be acknowledged then.
-    pub async fn lost(&self, follower: &Follower, state: NodeState, reason: &str) -> Result<(), HubError> {
-        if self.protects() {
-            return self.hold(follower, state, reason).await;
-        }
-        let _one_at_a_time = self.changing.lock().await;
-        let view = self.view();
-        if follower.gone.is_cancelled() || !view.followers.iter().any(|f| f.id == follower.id) {
-            return Ok(());
-        }
-        tracing::warn!(node = %follower.node.name, ?state, reason, "follower leaves the member set");
-        self.shrink(&view.set, &follower.node.name, state, reason).await
-    }
-
-    /// As [`Self::lost`], by name and for a person.
-    ///
-    /// # Errors
-    /// If the node is not a follower in the set, or the set can not be recorded.
-    pub async fn remove_member(&self, name: &str, reason: &str) -> Result<MemberSet, HubError> {
-        let _one_at_a_time = self.changing.lock().await;
-        let view = self.view();
-        self.shrink(&view.set, name, NodeState::Stale, reason).await?;
-        Ok(self.view().set.clone())
-    }
-
-    /// Takes one member out, and in the same step each other follower that can not be told of it: it is as lost, and two that are lost at once
-    /// must not wait for each other.
-    async fn shrink(&self, set: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
-        let mut smaller = members::without(set, name)?;
-        self.dismiss(&smaller, name, state, reason).await?;
-        let mut unheard = false;
-        while let Some((member, why)) = self.store_on_members(&smaller, name).await? {
-            if self.protects() {
-                // It stays; whatever it may have missed is settled before anything is acknowledged again.
-                unheard = true;
-                break;
-            }
-            smaller = members::without(&smaller, &member)?;
-            let reason = format!("it could not be told that {name} has left: {why}");
-            tracing::warn!(node = member, reason, "follower leaves the member set, too");
-            self.dismiss(&smaller, &member, NodeState::Stale, &reason).await?;
-        }
-        if unheard {
-            self.reign.send_replace(Reign::Starting);
-        }
-        self.show(smaller);
-        Ok(())
-    }
-
-    /// Tells a node that it is left behind, or waits its lease out.
-    async fn dismiss(&self, smaller: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
-        self.note_reason(name, reason);
-        let tell = self.store(self.node(name)?, smaller, state, None, Some(reason));
-        if let Err(e) = within_agent(TELL_MS_MAX, tell).await {
-            tracing::info!(node = name, error = %e, "the node that leaves could not be told; its lease is waited out");
-            self.wait_lease_out(name).await;
-        }
-        Ok(())
-    }
-
-    /// Stores the set on each of its members, the leader first. Gives a follower on which it could not be, and why.
-    async fn store_on_members(&self, set: &MemberSet, left: &str) -> Result<Option<(String, String)>, HubError> {
-        // Each set has its own: whoever stored one of them, and nobody heard of it, must be told apart from who went on from there.
-        let generation = format!("{:032x}", rand::random::<u128>());
-        let followers = set.nodes.iter().filter(|node| **node != set.leader);
-        for member in std::iter::once(&set.leader).chain(followers) {
-            let node = self.node(member)?;
-            let ms_max = if *member == set.leader { STORE_MS_MAX } else { MEMBER_STORE_MS_MAX };
-            let deadline = tokio::time::Instant::now() + Duration::from_millis(ms_max);
-            loop {
-                let stored = self.store(node, set, NodeState::InSync, Some(&generation), None);
-                let why = match tokio::time::timeout_at(deadline, stored).await {
-                    Ok(Ok(())) => break,
-                    // Another reign has begun: no commit of this one may be acknowledged any more.
-                    Ok(Err(e)) if e.is_old_epoch() => {
-                        return Err(HubError::NotStored { node: left.to_owned(), why: e.to_string() });
-                    }
-                    Ok(Err(e)) => e.to_string(),
-                    Err(_) => format!("no answer within {ms_max} ms"),
-                };
-                if tokio::time::Instant::now() >= deadline {
-                    if *member == set.leader {
-                        return Err(HubError::NotStored { node: left.to_owned(), why });
-                    }
-                    return Ok(Some((member.clone(), why)));
-                }
-                tracing::warn!(node = %member, error = why, "the smaller member set is not stored yet");
-                tokio::time::sleep(Duration::from_millis(STORE_RETRY_MS)).await;
-            }
-        }
-        Ok(None)
     }
 
     /// Stores a member set and the node's state in it, durably, through the node's agent.
@@ -569,12 +485,5 @@ async fn wait_until(free_at_ms: Option<u64>) {
     // Timers stand still while the host is suspended, the leases' clock does not: it is looked at again.
     while let Some(left) = free_at_ms.and_then(|at| at.checked_sub(now_ms())).filter(|left| *left > 0) {
         tokio::time::sleep(Duration::from_millis(left)).await;
-    }
-}
-
-async fn within_agent<T>(ms_max: u64, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, HubError> {
-    match tokio::time::timeout(Duration::from_millis(ms_max), work).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(HubError::Other(format!("no answer within {ms_max} ms"))),
     }
 }

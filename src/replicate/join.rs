@@ -1,6 +1,6 @@
 //! A node joins: cut, backlog, join. The hub's side of a recovery.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,179 +10,34 @@ use pgtandem_proto::message::{Lsn, Reply, Request};
 
 use crate::agent::client::Control;
 use crate::cluster::members;
-use crate::config::NodeConfig;
 use crate::pg::build;
 use crate::recovery::replication::{
     CutDone, Drained, JoinDone, Replication, ReplicationError, ReplicationErrorKind as Kind,
 };
-use crate::replicate::backlog::{Backlog, GivenUp, Next};
-use crate::replicate::flight;
-use crate::replicate::follower::Connection;
+use crate::replicate::applier::{Applier, leader_error, node_error, record_error};
+use crate::replicate::backlog::Backlog;
 use crate::replicate::hub::{Hub, HubError, store_on};
 use crate::replicate::resolve;
 
 /// A backlog of at most that many transactions is short: the rest is applied while the gate is closed.
-const SHORT_MAX: u64 = 20;
-/// Connections that are opened to a node for the sessions before it becomes a member; the rest open their own.
-const SPARES_MAX: usize = 32;
-/// Pause while the first transaction of the backlog is not decided yet.
-const UNSETTLED_POLL_US: u64 = 200;
+pub(super) const SHORT_MAX: u64 = 20;
 /// How long one attempt at a cut waits for a statement that runs node by node.
 const NODEWISE_MS_MAX: u64 = 50_000;
 /// How long one agent may take to store the larger set while the gate is closed.
 const STORE_MS_MAX: u64 = 2000;
+/// How long it is waited for a change of the member set that may let a node in which nobody wants to come back any more.
+const ABANDON_MS_MAX: u64 = 10_000;
 /// What a batch under way may take past the limit of the gate.
 const GRACE_MS: u64 = 500;
 /// How long one attempt at the cut waits for work that it must not fall into (transactions with a `once` statement, mostly).
 const UNCUT_MS_MAX: u64 = 20_000;
-/// How long the backlog may stand still before the recovery fails.
-const STANDSTILL_MS_MAX: u64 = 60_000;
-
-/// The applier's sessions on the node that is joining, one per database.
-struct Applier<'a> {
-    hub: &'a Hub,
-    node: NodeConfig,
-    epoch: u64,
-    secret: Arc<str>,
-    connections: HashMap<Arc<str>, Connection>,
-    /// Databases that had commits since the cut.
-    written: HashSet<Arc<str>>,
-}
-
-fn node_error(node: &str, e: &impl std::fmt::Display) -> ReplicationError {
-    ReplicationError::new(
-        Kind::Node,
-        format!("node {node} could not be brought up to date: {e}"),
-        format!("See the log of PostgreSQL and of the agent on {node}, then type: pgtandem recover {node}"),
-    )
-}
-
-fn leader_error(e: &impl std::fmt::Display) -> ReplicationError {
-    ReplicationError::new(
-        Kind::Leader,
-        format!("the leader's PostgreSQL did not answer: {e}"),
-        "Type: pgtandem status".to_owned(),
-    )
-}
-
-fn record_error(node: &str, e: &impl std::fmt::Display) -> ReplicationError {
-    ReplicationError::new(
-        Kind::Record,
-        format!("the member set could not be stored on {node}: {e}"),
-        format!("See the agent's log on {node}, then type: pgtandem status"),
-    )
-}
-
-impl Applier<'_> {
-    async fn connection(&mut self, database: &Arc<str>) -> Result<&mut Connection, ReplicationError> {
-        if !self.connections.contains_key(database) {
-            let connection = self
-                .hub
-                .tunnel_connection(&self.node, database, self.epoch, Some(&self.secret))
-                .await
-                .map_err(|e| node_error(&self.node.name, &e))?;
-            self.connections.insert(Arc::clone(database), connection);
-        }
-        self.connections.get_mut(database).ok_or_else(|| node_error(&self.node.name, &"no connection"))
-    }
-
-    /// Opens a session on every database, so that none has to be opened while the gate is closed.
-    async fn connect_everywhere(&mut self) -> Result<(), ReplicationError> {
-        let node = self.node.name.clone();
-        let first = self.connection(&Arc::from("postgres")).await?;
-        for database in resolve::databases(first).await.map_err(|e| node_error(&node, &e))? {
-            self.connection(&Arc::from(database)).await?;
-        }
-        Ok(())
-    }
-
-    /// Opens connections that sessions take when the node is a member: without them every session that writes opens one
-    /// in the moment when the gate opens, and all of them wait for that.
-    async fn spares(&mut self, count: usize) -> Result<HashMap<Arc<str>, Vec<Connection>>, ReplicationError> {
-        let failed = |e: crate::replicate::follower::ServerError| node_error(&self.node.name, &e);
-        let mut spares: HashMap<Arc<str>, Vec<Connection>> = HashMap::new();
-        let databases: Vec<_> = self.written.iter().collect();
-        for database in databases.iter().cycle().take(count * databases.len()).take(SPARES_MAX) {
-            let open = self.hub.tunnel_connection(&self.node, database, self.epoch, Some(&self.secret));
-            let mut connection = open.await.map_err(failed)?;
-            flight::warm_up(&mut connection, &self.secret).await.map_err(failed)?;
-            spares.entry(Arc::clone(database)).or_default().push(connection);
-        }
-        Ok(spares)
-    }
-
-    /// Applies what there is until at most `left_max` transactions are left; gives up, with the rest still there, at `until`.
-    async fn apply(
-        &mut self,
-        backlog: &Backlog,
-        left_max: u64,
-        until: Option<tokio::time::Instant>,
-        on_progress: &(dyn Fn(Drained) + Sync),
-    ) -> Result<(), ReplicationError> {
-        let limit = Duration::from_millis(STANDSTILL_MS_MAX);
-        let mut moved = tokio::time::Instant::now();
-        loop {
-            if until.is_some_and(|until| tokio::time::Instant::now() >= until) {
-                let what = format!("the backlog for {} was not applied before proxy.gate_ms_max", self.node.name);
-                return Err(ReplicationError::new(Kind::Gate, what, "It is tried again by itself."));
-            }
-            match backlog.next() {
-                Next::Batch(batch) => {
-                    let Some(first) = batch.first() else { continue };
-                    let database = Arc::clone(&first.database);
-                    let work: Vec<_> = batch.iter().map(|e| (Arc::clone(&e.log), e.decision.clone())).collect();
-                    let node = self.node.name.clone();
-                    self.written.insert(Arc::clone(&database));
-                    let connection = self.connection(&database).await?;
-                    flight::apply(connection, &work).await.map_err(|e| node_error(&node, &e))?;
-                    moved = tokio::time::Instant::now();
-                    let (left, peak, applied) = backlog.progress();
-                    on_progress(Drained { applied, left, peak });
-                    if left <= left_max && left_max > 0 {
-                        return Ok(());
-                    }
-                }
-                Next::Empty => return Ok(()),
-                Next::Unsettled if left_max > 0 && backlog.progress().0 <= left_max => return Ok(()),
-                Next::Unsettled if moved.elapsed() > limit => {
-                    return Err(node_error(&self.node.name, &"the backlog stands still"));
-                }
-                Next::Unsettled => tokio::time::sleep(Duration::from_micros(UNSETTLED_POLL_US)).await,
-                Next::Unknown => {
-                    return Err(node_error(
-                        &self.node.name,
-                        &"the outcome of a transaction in the backlog is not known",
-                    ));
-                }
-                Next::GivenUp(GivenUp::NoDisk) => {
-                    let folder = self.hub.config.proxy.state_dir.display();
-                    return Err(ReplicationError::new(
-                        Kind::Backlog,
-                        format!(
-                            "the backlog for {} was given up, because the disk of {folder} takes nothing and its memory was needed",
-                            self.node.name
-                        ),
-                        "Make room there, on the proxy's host, then run the recovery again.",
-                    ));
-                }
-                Next::GivenUp(GivenUp::Overflowed) => {
-                    return Err(ReplicationError::new(
-                        Kind::Backlog,
-                        format!("the backlog for {} passed proxy.backlog_bytes_max", self.node.name),
-                        "Try again when there is less load, or raise proxy.backlog_bytes_max.",
-                    ));
-                }
-            }
-        }
-    }
-}
 
 impl Hub {
     fn backlog(&self, node: &str) -> Option<Arc<Backlog>> {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get(node).cloned()
     }
 
-    fn applier(&self, node: &str) -> Result<Applier<'_>, ReplicationError> {
+    pub(super) fn applier(&self, node: &str) -> Result<Applier<'_>, ReplicationError> {
         let (epoch, secret) = self.epoch_and_secret().ok_or_else(|| {
             ReplicationError::new(
                 Kind::Stopping,
@@ -191,7 +46,7 @@ impl Hub {
             )
         })?;
         let node = self.node(node).map_err(|e| wrong_node(&e))?.clone();
-        Ok(Applier { hub: self, node, epoch, secret, connections: HashMap::new(), written: HashSet::new() })
+        Ok(Applier::new(self, node, epoch, secret))
     }
 
     /// Generations of the leader's data, which are those of a node that was filled from it.
@@ -281,10 +136,42 @@ impl Replication for Hub {
         let Some(backlog) = self.backlog(node) else {
             return Err(ReplicationError::new(Kind::WrongNode, format!("no cut was made for {node}"), "Start again."));
         };
+        self.admit(self.applier(node)?, &backlog).await
+    }
+
+    async fn abandon(&self, node: &str) {
+        if self.away.get(node).is_some() {
+            self.away.end(node, "a recovery of it was begun, or it was detached");
+            // It may just be let in: that ends first, one way or the other.
+            let ends = self.changing.lock();
+            let _ended = tokio::time::timeout(Duration::from_millis(ABANDON_MS_MAX), ends).await;
+        }
+        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+    }
+
+    async fn switch(&self, node: &str) -> Result<MemberSet, ReplicationError> {
+        self.switch_leader(node).await
+    }
+
+    async fn remove(&self, node: &str, reason: &str) -> Result<MemberSet, ReplicationError> {
+        self.remove_member(node, reason).await.map_err(|e| match &e {
+            HubError::Members(_) | HubError::UnknownNode(_) => wrong_node(&e),
+            _ => record_error(node, &e),
+        })
+    }
+}
+
+impl Hub {
+    /// Lets a node in that has all but the rest of its backlog.
+    pub(super) async fn admit(
+        &self,
+        mut applier: Applier<'_>,
+        backlog: &Backlog,
+    ) -> Result<JoinDone, ReplicationError> {
+        let node = &applier.node.name.clone();
         let _one_at_a_time = self.changing.lock().await;
         let larger = members::with(&self.view().set, node).map_err(|e| wrong_node(&e.into()))?;
         // All connections are made before the gate closes.
-        let mut applier = self.applier(node)?;
         let mut controls = Vec::new();
         for name in larger.nodes.iter().filter(|n| *n != node).chain(std::iter::once(&node.to_owned())) {
             let config = self.node(name).map_err(|e| wrong_node(&e))?;
@@ -294,13 +181,25 @@ impl Replication for Hub {
         let generations = self.generations(&mut controls).await?;
         applier.connect_everywhere().await?;
         let ignore = |_: Drained| ();
-        applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
-        let sessions = usize::try_from(self.counters.sessions.load(Ordering::Relaxed)).unwrap_or(SPARES_MAX);
+        applier.apply(backlog, SHORT_MAX, None, &ignore).await?;
+        let standing = applier.standing().await?;
+        let mut leaders = HashMap::new();
+        if applier.away.is_some() {
+            leaders = applier.leaders().await?;
+            if let Some(generation) = generations.first() {
+                applier.write_generation(generation).await?;
+            }
+        }
+        let sessions = usize::try_from(self.counters.sessions.load(Ordering::Relaxed)).unwrap_or_default();
         let spares = applier.spares(sessions).await?;
-        applier.apply(&backlog, SHORT_MAX, None, &ignore).await?;
+        applier.apply(backlog, SHORT_MAX, None, &ignore).await?;
         let closed = self.close_gate().await?;
         let until = tokio::time::Instant::now() + Duration::from_millis(self.config.proxy.gate_ms_max);
-        let rest = applier.apply(&backlog, 0, Some(until), &ignore);
+        let rest = async {
+            applier.apply(backlog, 0, Some(until), &ignore).await?;
+            applier.check_kept()?;
+            applier.compare_marks(&mut leaders).await
+        };
         // What was under way when the time is over may be half applied, so this attempt is not taken up again.
         let late = || node_error(node, &"it did not apply the rest of the backlog before proxy.gate_ms_max");
         tokio::time::timeout_at(until + Duration::from_millis(GRACE_MS), rest).await.unwrap_or_else(|_| Err(late()))?;
@@ -331,29 +230,13 @@ impl Replication for Hub {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         let version = larger.version;
         self.show(larger);
-        if let Some(follower) = self.view().followers.iter().find(|f| f.node.name == node) {
+        if let Some(follower) = self.view().followers.iter().find(|f| f.node.name == *node) {
             follower.put_spares(spares);
+            follower.note_standing(standing);
         }
         Ok(JoinDone { gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms(), version })
     }
 
-    async fn abandon(&self, node: &str) {
-        self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
-    }
-
-    async fn switch(&self, node: &str) -> Result<MemberSet, ReplicationError> {
-        self.switch_leader(node).await
-    }
-
-    async fn remove(&self, node: &str, reason: &str) -> Result<MemberSet, ReplicationError> {
-        self.remove_member(node, reason).await.map_err(|e| match &e {
-            HubError::Members(_) | HubError::UnknownNode(_) => wrong_node(&e),
-            _ => record_error(node, &e),
-        })
-    }
-}
-
-impl Hub {
     /// Some stored the larger set, one could not: the next version is without the node again, before the gate opens.
     async fn shrink_out(&self, larger: &MemberSet, node: &str, stored: &[String]) -> Result<(), ReplicationError> {
         let smaller = members::without(larger, node).map_err(|e| wrong_node(&e.into()))?;
@@ -375,6 +258,7 @@ impl Hub {
             }
         }
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
+        self.away.end(node, "it did not become a member when it was to be let in");
         self.show(smaller);
         Ok(())
     }

@@ -22,13 +22,20 @@ pub struct MarkPool {
 
 #[derive(Debug, Default)]
 struct Marks {
-    /// By database: `(id, last n)` of marks that nobody holds.
-    free: HashMap<String, Vec<(i32, i64)>>,
+    /// By database: marks that nobody holds.
+    free: HashMap<String, Vec<Free>>,
     last_id: i32,
     /// Grows when all is loaded anew: marks of sessions of before are not given back.
     generation: u64,
     /// What was decided when each reign began, the oldest first.
     beginnings: VecDeque<Beginning>,
+}
+
+#[derive(Debug)]
+struct Free {
+    id: i32,
+    n: i64,
+    decided: Option<i64>,
 }
 
 /// Marks as the leader held them when a reign began: after all sessions of older ones had ended, before any of its own.
@@ -44,6 +51,8 @@ pub struct Mark {
     pub id: i32,
     /// n of the last transaction that used it.
     pub n: i64,
+    /// n of the last one that was committed; `None`: not known.
+    pub decided: Option<i64>,
     /// Its one permit is out while a transaction of this mark is not finished everywhere.
     idle: Arc<Semaphore>,
     generation: u64,
@@ -56,6 +65,13 @@ impl Mark {
         let permit = Arc::clone(&self.idle).acquire_owned().await.ok();
         self.n += 1;
         (self.n, permit)
+    }
+
+    /// The last n that was begun is decided. One that was rolled back leaves no trace in the databases.
+    pub fn decide(&mut self, committed: bool) {
+        if committed {
+            self.decided = Some(self.n);
+        }
     }
 }
 
@@ -98,7 +114,8 @@ impl MarkPool {
     pub fn load(&self, database: &str, rows: Vec<(i32, i64)>) {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         marks.last_id = rows.iter().map(|(id, _)| *id).fold(marks.last_id, i32::max);
-        marks.free.insert(database.to_owned(), rows);
+        let free = rows.into_iter().map(|(id, n)| Free { id, n, decided: Some(n) });
+        marks.free.insert(database.to_owned(), free.collect());
     }
 
     /// After a statement about databases: what is gone is forgotten, what is new has no marks yet, and a renamed one keeps its own.
@@ -133,28 +150,28 @@ impl MarkPool {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         marks.last_id = marks.last_id.max(id);
         if let Some(free) = marks.free.get_mut(database) {
-            free.retain(|(free, _)| *free != id);
+            free.retain(|free| free.id != id);
         }
-        Mark { id, n, idle: Arc::new(Semaphore::new(1)), generation: marks.generation }
+        Mark { id, n, decided: None, idle: Arc::new(Semaphore::new(1)), generation: marks.generation }
     }
 
     /// A mark for a session, or `None` past the limit or for a database that is not known.
     pub fn take(&self, database: &str) -> Option<Mark> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
-        let (id, n) = match marks.free.get_mut(database)?.pop() {
+        let Free { id, n, decided } = match marks.free.get_mut(database)?.pop() {
             Some(free) => free,
             None if marks.last_id < MARKS_MAX => {
                 marks.last_id += 1;
-                (marks.last_id, 0)
+                Free { id: marks.last_id, n: 0, decided: Some(0) }
             }
             None => return None,
         };
-        Some(Mark { id, n, idle: Arc::new(Semaphore::new(1)), generation: marks.generation })
+        Some(Mark { id, n, decided, idle: Arc::new(Semaphore::new(1)), generation: marks.generation })
     }
 
     /// Gives a mark back, if its last transaction is finished; otherwise when it is.
     pub fn give_back(self: &Arc<Self>, database: &str, mark: Mark) {
-        let Mark { id, n, idle, generation } = mark;
+        let Mark { id, n, decided, idle, generation } = mark;
         let pool = Arc::clone(self);
         let database = database.to_owned();
         let put = move || {
@@ -163,7 +180,7 @@ impl MarkPool {
                 return;
             }
             if let Some(free) = marks.free.get_mut(&database) {
-                free.push((id, n));
+                free.push(Free { id, n, decided });
             }
         };
         if idle.available_permits() > 0 {
@@ -191,6 +208,22 @@ mod tests {
         pool.give_back("shop", first);
         assert_eq!(pool.take("shop").unwrap().n, 40);
         assert!(pool.take("other").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_mark_knows_what_was_committed_last_and_not_only_what_was_begun() {
+        let pool = Arc::new(MarkPool::default());
+        pool.load("shop", vec![(1, 40)]);
+        let mut mark = pool.take("shop").unwrap();
+        assert_eq!(mark.begin().await.0, 41);
+        mark.decide(false);
+        assert_eq!(mark.begin().await.0, 42);
+        assert_eq!(mark.decided, Some(40));
+        mark.decide(true);
+        pool.give_back("shop", mark);
+        let mark = pool.take("shop").unwrap();
+        assert_eq!((mark.n, mark.decided), (42, Some(42)));
+        assert_eq!(pool.take_known("shop", 9, 5).decided, None);
     }
 
     #[test]

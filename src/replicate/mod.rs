@@ -4,8 +4,11 @@
 //! them on each follower and prepares; the [`gate`] lets the leader's COMMIT through; followers finish.
 //! [`hub::Hub`] is what all sessions share.
 
+mod applier;
+pub mod away;
 pub mod backlog;
 pub mod cancels;
+pub mod chain;
 pub mod commit;
 pub mod cuts;
 pub mod deltas;
@@ -22,11 +25,13 @@ pub mod marks;
 pub mod nodewise;
 pub mod once;
 pub mod protection;
+pub mod rejoin;
 pub mod resolve;
 pub mod rows;
 pub mod schema;
 pub mod sequences;
 pub mod shapes;
+mod shrink;
 pub mod switch;
 pub mod two_phase;
 mod watched;

@@ -115,6 +115,12 @@ pub async fn databases(connection: &mut Connection) -> Result<Vec<String>, Serve
     query(connection, schema::DATABASES).await
 }
 
+/// The same, in this database.
+pub async fn held_here(connection: &mut Connection) -> Result<Vec<String>, ServerError> {
+    query(connection, "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()")
+        .await
+}
+
 /// Creates the schema `pgtandem` where it is missing. The leader only: followers have it from their fill.
 pub async fn install(connection: &mut Connection) -> Result<(), ServerError> {
     query(connection, "SET client_min_messages = warning").await?;
@@ -196,11 +202,7 @@ async fn finish_all(
     cluster: &str,
     is_decided: impl Fn(&str, i32, i64) -> bool,
 ) -> Result<usize, ServerError> {
-    let gids = query(
-        connection,
-        "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
-    )
-    .await?;
+    let gids = held_here(connection).await?;
     let mut resolved = 0;
     for gid in gids {
         let Some((mark, n)) = flight::parse_gid(&gid, cluster) else { continue };

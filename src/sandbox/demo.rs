@@ -43,6 +43,8 @@ pub enum DemoError {
     NothingToKill,
     #[error("node1 did not leave the member set within {seconds} s after its PostgreSQL was killed")]
     DidNotLeave { seconds: u64 },
+    #[error("node1 did not come back by itself within {seconds} s: pgtandem status says why")]
+    DidNotReturn { seconds: u64 },
     #[error("the transaction that was open across the recovery: {0}")]
     OpenTransaction(tokio_postgres::Error),
 }
@@ -75,6 +77,8 @@ pub struct Outcome {
     pub write_gap_ms_max: f64,
     pub read_gap_ms_max: f64,
     pub kill_write_gap_ms: f64,
+    /// From the moment it left the member set to its return.
+    pub away_ms: f64,
     pub recovery_write_gap_ms: f64,
     pub recovery_read_gap_ms: f64,
     /// How long commits were held at the cut and at the join.
@@ -124,12 +128,17 @@ pub async fn run(dir: PathBuf, say: &dyn Fn(&str)) -> Result<(Layout, Outcome), 
     }
     let left_at = probe.now();
     say(&format!("node1 left the member set after {:.0} ms", ms(left_at.saturating_sub(killed_at))));
+    if !control::wait_member(&layout, "node1", true, LEAVE_LIMIT).await {
+        return Err(DemoError::DidNotReturn { seconds: LEAVE_LIMIT.as_secs() });
+    }
+    let away = probe.now().saturating_sub(left_at);
+    say(&format!("node1 is a member again by itself after {:.0} ms: it was brought what it missed", ms(away)));
     tokio::time::sleep(STEADY).await;
 
     let open = compare::connect(port, DATABASE).await?;
     let failed = DemoError::OpenTransaction;
     open.simple_query("begin; insert into probe_open values (1, 'begun before the recovery')").await.map_err(failed)?;
-    say("recover node1, with a transaction left open across it");
+    say("recover node1, as if its disk were lost, with a transaction left open across it");
     let recovery_from = probe.now();
     let recovered = control::recover(&layout, "node1").await?;
     let recovery_to = probe.now();
@@ -170,6 +179,7 @@ pub async fn run(dir: PathBuf, say: &dyn Fn(&str)) -> Result<(Layout, Outcome), 
         first_errors: first_errors(&seen),
         write_gap_ms_max: gap_ms(seen.write_gap(Duration::ZERO, end)),
         read_gap_ms_max: gap_ms(seen.read_gap(Duration::ZERO, end)),
+        away_ms: ms(away),
         kill_write_gap_ms: gap_ms(seen.write_gap(killed_at, recovery_from)),
         recovery_write_gap_ms: gap_ms(seen.write_gap(recovery_from, recovery_to)),
         recovery_read_gap_ms: gap_ms(seen.read_gap(recovery_from, recovery_to)),
@@ -254,6 +264,7 @@ impl Outcome {
             ("connections lost", self.disconnects.to_string()),
             ("longest time without an answer to a write", format!("{:.1} ms", self.write_gap_ms_max)),
             ("  after kill -9 of node1's PostgreSQL", format!("{:.1} ms", self.kill_write_gap_ms)),
+            ("until node1 was a member again by itself", format!("{:.1} s", self.away_ms / 1000.0)),
             ("  while node1 was recovered", format!("{:.1} ms", self.recovery_write_gap_ms)),
             ("longest time without an answer to a read", format!("{:.1} ms", self.read_gap_ms_max)),
             ("  while node1 was recovered", format!("{:.1} ms", self.recovery_read_gap_ms)),

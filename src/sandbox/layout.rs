@@ -215,6 +215,8 @@ impl Layout {
                 leader_ms_max: 10_000,
                 effects_disk_max: 16 << 30,
                 backlog_bytes_max: 256 << 20,
+                away_s_max: 600,
+                away_bytes_max: 256 << 20,
                 unproven: crate::config::Unproven::default(),
                 clients_max: CLIENTS_MAX,
                 tls_certificate: self.plan.tls.then(|| self.proxy_dir().join(CLIENTS_CERTIFICATE_FILE)),

@@ -195,7 +195,8 @@ async fn make(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError>
     Ok(plan)
 }
 
-/// Starts the daemons that do not run. A node that had left the member set stays out until `recover`.
+/// Starts the daemons that do not run. A node that had left the member set stays out until the proxy lets it
+/// in again, or until `recover`.
 async fn start(layout: &Layout, say: &dyn Fn(&str)) -> Result<Plan, SandboxError> {
     let running = report(layout)?;
     for (index, node) in running.nodes.iter().enumerate().filter(|(_, node)| node.agent.pid.is_none()) {

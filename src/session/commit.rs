@@ -97,6 +97,7 @@ impl Session {
         let decision = Decision {
             mark_id: mark.id,
             mark_n,
+            after: mark.decided,
             gid: flight::gid(&self.hub.config.cluster.name, self.epoch, mark.id, mark_n),
             owner: None,
         };
@@ -116,6 +117,7 @@ impl Session {
         }
         // If the session ends here a member may still hold this n prepared: the mark stays out of use until the next epoch.
         let told = told?;
+        mark.decide(told.is_ok());
         self.marks[place] = Some(mark);
         let pass = match told {
             Ok(pass) => pass,

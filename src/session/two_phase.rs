@@ -80,7 +80,7 @@ impl Session {
         };
         let note = &transaction.note;
         let owner = self.context.as_ref().map(|context| context.role.clone());
-        let decision = Decision { mark_id: note.mark_id, mark_n: note.mark_n, gid: gid.to_owned(), owner };
+        let decision = Decision { mark_id: note.mark_id, mark_n: note.mark_n, after: None, gid: gid.to_owned(), owner };
         let mut held = Vec::new();
         match self.prepare_everywhere(&log, &decision, &mut held).await {
             Ok(Ok(())) => {
@@ -286,6 +286,8 @@ impl Session {
         let tag = self.wire.results.tag.take().unwrap_or_default();
         commit::finish_on_all(&hub, &self.thread.pool, &self.database, gid, *commit).await;
         drop((change, closed, pass));
+        let mut transaction = transaction;
+        transaction.mark.decide(*commit);
         self.forget_transaction_of_client(*transaction).await;
         if *commit {
             hub.counters.commits.fetch_add(1, Ordering::Relaxed);
@@ -371,7 +373,9 @@ impl Session {
                             tracing::info!(gid, %error, "the note of a prepared transaction was not taken away");
                         }
                         hub.two_phase.forget(gid);
-                        return hub.marks.give_back(&transaction.note.database, transaction.mark);
+                        let Transaction { note, mut mark, .. } = *transaction;
+                        mark.decide(fate == Fate::Committed);
+                        return hub.marks.give_back(&note.database, mark);
                     }
                     Err(_) => tokio::time::sleep(Duration::from_millis(OUTCOME_POLL_MS)).await,
                 }

@@ -78,14 +78,10 @@ impl Cluster {
     }
 
     pub fn as_user(&self) -> Command {
-        use std::os::unix::process::CommandExt;
         if !sandbox::user::is_root() {
             return pgtandem();
         }
-        let user = sandbox::user::find("postgres").expect("user postgres");
-        let mut command = Command::new(self.layout.dir.join("bin/pgtandem"));
-        command.uid(user.uid).gid(user.gid).current_dir("/").env("HOME", user.home);
-        command
+        running_as_user(&self.layout.dir.join("bin/pgtandem"))
     }
 
     /// A client of the proxy.
@@ -135,6 +131,11 @@ impl Cluster {
         self.wait_well().await;
     }
 
+    /// A follower that was lost does not come back by itself from here on, but only by `recover`.
+    pub async fn stay_away(&self) {
+        self.configure("away_s_max = 600", "away_s_max = 0").await;
+    }
+
     pub fn kill_agent(&self, index: usize) {
         kill(&self.layout.agent_pid_file(index));
     }
@@ -148,6 +149,12 @@ impl Cluster {
         self.kill_proxy();
         self.kill_agent(index);
         self.kill_postgres(index);
+    }
+
+    /// This signal to a node's agent, and to nothing else of its host.
+    pub fn signal_agent(&self, index: usize, signal: rustix::process::Signal) {
+        let pid = pid_in(&self.layout.agent_pid_file(index));
+        rustix::process::kill_process(pid, signal).expect("a signal");
     }
 
     pub fn signal_proxy(&self, signal: rustix::process::Signal) {
@@ -309,6 +316,17 @@ impl Drop for Cluster {
     }
 }
 
+/// A program as the user that everything runs as.
+pub fn running_as_user(program: &Path) -> Command {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(program);
+    if sandbox::user::is_root() {
+        let user = sandbox::user::find("postgres").expect("user postgres");
+        command.uid(user.uid).gid(user.gid).current_dir("/").env("HOME", user.home);
+    }
+    command
+}
+
 /// See [`Cluster::other_proxy`].
 pub struct OtherProxy {
     pub child: std::process::Child,
@@ -355,9 +373,17 @@ fn runs(pid: rustix::process::Pid) -> bool {
 
 /// Waits for a condition; fails with `what` when it does not come true.
 pub async fn wait_for(what: &str, condition: impl AsyncFn() -> bool) {
+    assert!(comes(condition).await, "not within {} s: {what}", LIMIT.as_secs());
+}
+
+/// Whether a condition comes true within the limit.
+pub async fn comes(condition: impl AsyncFn() -> bool) -> bool {
     let started = Instant::now();
     while !condition().await {
-        assert!(started.elapsed() < LIMIT, "not within {} s: {what}", LIMIT.as_secs());
+        if started.elapsed() >= LIMIT {
+            return false;
+        }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    true
 }

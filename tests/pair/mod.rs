@@ -68,6 +68,8 @@ impl Site {
                 leader_ms_max: 1000,
                 effects_disk_max: 1 << 20,
                 backlog_bytes_max: 1 << 20,
+                away_s_max: 0,
+                away_bytes_max: 1 << 20,
                 unproven: pgtandem::config::Unproven::default(),
                 clients_max: 10,
                 tls_certificate: None,

@@ -54,6 +54,8 @@ pub fn next(hosts: &[Seen]) -> Step {
         match (node.role, node.state) {
             _ if !node.agent_reachable => None,
             (Role::Out, Some(NodeState::Forked)) => typed(format!("discard-fork {name} --yes")),
+            // It comes back by itself.
+            (Role::Out, _) if node.away.as_ref().is_some_and(|away| away.ended.is_none()) => None,
             (Role::Out, _) => typed(format!("recover {name} --yes")),
             (_, Some(NodeState::InSync)) => None,
             // It can not be taken out; another one has to lead first.
@@ -97,6 +99,7 @@ mod tests {
             address: String::new(),
             answer: Ok(answer),
             earlier: None,
+            away: None,
             last_error: None,
             recovery: None,
             recovering: false,
@@ -119,6 +122,13 @@ mod tests {
         let (sync, stale) = (NodeState::InSync, NodeState::Stale);
         assert_eq!(next(&hosts(&both, sync, sync)), Step::Done(0));
         assert_eq!(next(&hosts(&alone, sync, stale)), typed("recover b --yes"));
+        let mut away = hosts(&alone, sync, stale);
+        let kept = pgtandem::observe::status::AwayView::default();
+        away[0].status.as_mut().unwrap().nodes[1].away = Some(kept.clone());
+        assert!(matches!(next(&away), Step::Wait(_)), "it comes back by itself");
+        let ended = Some("it was away for too long".into());
+        away[0].status.as_mut().unwrap().nodes[1].away = Some(pgtandem::observe::status::AwayView { ended, ..kept });
+        assert_eq!(next(&away), typed("recover b --yes"));
         assert_eq!(next(&hosts(&alone, sync, NodeState::Forked)), typed("discard-fork b --yes"));
         assert_eq!(next(&hosts(&both, NodeState::Blank, sync)), typed("switch b"));
         assert_eq!(next(&hosts(&both, sync, NodeState::Blank)), typed("detach b"));

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::SOCKET_NAME;
 use super::operations::Operations;
 use super::server::{ControlError, serve};
-use crate::observe::status::{OnceShape, Problem, ProxyCounters, StatusSource};
+use crate::observe::status::{AwayView, OnceShape, Problem, ProxyCounters, StatusSource};
 use crate::recovery::client::AgentClients;
 use crate::recovery::contact::{self, Seen};
 use crate::recovery::recoveries::Recoveries;
@@ -83,6 +83,10 @@ impl StatusSource for Hub {
             Reign::Waiting(why) => Some(Problem::clone(why)),
             _ => None,
         }
+    }
+
+    fn away(&self, node: &str) -> Option<AwayView> {
+        self.away_view(node)
     }
 
     fn last_error(&self, node: &str) -> Option<String> {

@@ -101,6 +101,7 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
             earlier: self.seen.get(&node.name).status,
             answer,
             last_error: self.source.last_error(&node.name),
+            away: self.source.away(&node.name),
             recovering: begun.as_ref().is_some_and(|report| !report.ended),
             recovery: begun.as_ref().map(|report| RecoveryView::new(&node.name, report)),
         }
@@ -141,6 +142,11 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
             wait_for_end(&mut report).await;
         }
         let replication = self.recoveries.replication();
+        let set = replication.members();
+        if !members::contains(&set, node) {
+            // It was lost, and would come back by itself.
+            replication.abandon(node).await;
+        }
         let set = replication.members();
         if !members::contains(&set, node) {
             return Ok(Detached { node: node.into(), was_member: false, members: set.nodes, version: set.version });
