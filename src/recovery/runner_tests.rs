@@ -292,7 +292,7 @@ async fn files_that_are_looked_at_are_not_started_before() {
     let world = Arc::new(World::default());
     let report = recover_as(&world, Wishes { consent: false, verify: true }).await;
     assert!(report.verified && report.phase == Phase::Member);
-    assert_eq!(world.log()[..4], ["b: promise", "b: fill", "b: verify", "b: catch up"]);
+    assert_eq!(world.log()[..5], ["abandon", "b: promise", "b: fill", "b: verify", "b: catch up"]);
 
     let world = Arc::new(World::default());
     *world.broken.lock().unwrap() = Some("verify");
