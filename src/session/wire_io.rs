@@ -75,7 +75,11 @@ impl Wire {
         }
         // What is sent now is not what a request that is on its way is about.
         if let Some((cancels, told)) = &self.cancels {
-            cancels.none_for(told).await;
+            tokio::select! {
+                biased;
+                () = self.lost.cancelled() => return Err(End::ServerGone),
+                () = cancels.none_for(told) => {}
+            }
         }
         let mut sent = 0;
         loop {
