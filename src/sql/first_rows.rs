@@ -13,12 +13,23 @@ use super::scan::Word;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ordered {
     pub table: Name,
-    /// Columns that are compared with a value, and the names in that value: none of them may be a column.
-    pub equal: BTreeSet<(String, BTreeSet<String>)>,
+    /// Columns that are compared with a value.
+    pub equal: BTreeSet<(String, Value)>,
     /// Columns that the rows are ordered by.
     pub ordered: BTreeSet<String>,
     /// Why the order matters.
     pub why: String,
+}
+
+/// What a column is compared with.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Value {
+    /// Names in it: none of them may be a column.
+    pub names: BTreeSet<String>,
+    /// Its type is known: a literal, or cast to such a type by a plain name.
+    pub is_typed: bool,
+    /// It is nothing but this name: if it is a variable of such a type, its type is known, too.
+    pub variable: Option<String>,
 }
 
 /// A unique key of a table.
@@ -27,48 +38,75 @@ pub struct Key {
     pub columns: Vec<String>,
     /// No column of it can be NULL, so that there are no equals in an order either.
     pub not_null: bool,
-    /// It has columns of `int8` or `numeric`, of which several can be equal to one value of floating point.
-    pub blurred_by_floats: bool,
-    /// It has columns of `varchar`, of which several can be equal to one value of `character`: blanks at the end.
-    pub blurred_by_blanks: bool,
-}
-
-/// What values may be among those that a query compares with.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Blurs {
-    pub floats: bool,
-    pub blanks: bool,
+    /// Columns of types of which several values can be equal to one value of another type (`int8` and a float, `varchar` and a `character`): they
+    /// are compared only with values whose type is known.
+    pub blurred: Vec<String>,
+    /// Columns of types of which none can be compared for certain.
+    pub unsure: Vec<String>,
 }
 
 impl Ordered {
+    /// Takes in variables whose type is known.
+    pub fn know(&mut self, typed: &BTreeSet<String>) {
+        self.equal = std::mem::take(&mut self.equal)
+            .into_iter()
+            .map(|(column, value)| {
+                let is_typed = value.is_typed || value.variable.as_ref().is_some_and(|name| typed.contains(name));
+                (column, Value { is_typed, ..value })
+            })
+            .collect();
+    }
+
     /// Whether one of the keys makes it certain.
     #[must_use]
-    pub fn holds(&self, columns: &BTreeSet<String>, keys: &[Key], blurs: Blurs) -> bool {
-        let equal = |column: &String| {
-            self.equal.iter().any(|(compared, names)| compared == column && names.is_disjoint(columns))
-        };
+    pub fn holds(&self, columns: &BTreeSet<String>, keys: &[Key]) -> bool {
         keys.iter().any(|key| {
+            let equal = |column: &String| {
+                let fits = |value: &Value| {
+                    value.names.is_disjoint(columns) && (value.is_typed || !key.blurred.contains(column))
+                };
+                !key.unsure.contains(column)
+                    && self.equal.iter().any(|(compared, value)| compared == column && fits(value))
+            };
             let in_order = |column: &String| key.not_null && self.ordered.contains(column);
             key.columns.iter().all(|column| equal(column) || in_order(column))
-                && !(key.blurred_by_floats && blurs.floats && key.columns.iter().any(equal))
-                && !(key.blurred_by_blanks && blurs.blanks && key.columns.iter().any(equal))
         })
     }
 }
 
 /// A query over one row: aggregates without groups. `select`: where it begins.
 pub(super) fn is_one_row(words: &[Word], select: usize) -> bool {
-    const AGGREGATES: &[&str] = &["count", "sum", "max", "min", "bool_and", "bool_or", "every", "avg", "exists"];
-    words.get(select + 1).is_some_and(|word| word.is(AGGREGATES))
-        && words.get(select + 2) == Some(&Word::Symbol(b'('))
-        && !words.iter().skip(select).any(|word| word.is(&["group", "union", "intersect", "except"]))
+    let Some(query) = words.get(select..end(words, select)).filter(|query| query[0].is(&["select"])) else {
+        return false;
+    };
+    let aggregate = query.get(1).is_some_and(|word| word.is(AGGREGATES)) && query.get(2) == Some(&Word::Symbol(b'('));
+    // Without FROM there is one row, whatever is read inside of parentheses; of functions that return sets the catalog tells.
+    let reads = at_depth(query, &["from"]);
+    !at_depth(query, &["group", "union", "intersect", "except"]) && (aggregate || !reads)
+}
+
+/// Aggregates of PostgreSQL that give one row.
+pub(super) const AGGREGATES: &[&str] = &["count", "sum", "max", "min", "bool_and", "bool_or", "every", "avg"];
+
+/// Whether one of these words stands outside of parentheses.
+pub(super) fn at_depth(words: &[Word], list: &[&str]) -> bool {
+    let mut depth = 0_usize;
+    words.iter().any(|word| {
+        match word {
+            Word::Symbol(b'(') => depth += 1,
+            Word::Symbol(b')') => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth == 0 && word.is(list)
+    })
 }
 
 /// The query that the word at `at` belongs to, if it is one that can be certain. A loop's query comes after its word.
 pub(super) fn query(words: &[Word], at: usize, why: &str) -> Option<Ordered> {
     let is_loop = words.get(at)?.is(&["for"]);
     let select = if is_loop {
-        (at..words.len()).find(|at| words[*at].is(&["select", "loop"]))?
+        let select = at + 2 + words.get(at + 1..)?.iter().position(|word| word.is(&["in"]))?;
+        is_names(words.get(at + 1..select - 1)?).then_some(select)?
     } else {
         select_before(words, at)?
     };
@@ -77,7 +115,15 @@ pub(super) fn query(words: &[Word], at: usize, why: &str) -> Option<Ordered> {
         Some(word) => word.is(&["begin", "then", "else", "loop", "in", "query"]),
     };
     let end = end(words, select);
-    (begins && words[select].is(&["select"]) && (is_loop || at < end)).then(|| read(words.get(select..end)?, why))?
+    // What a WITH calls like the table is another one.
+    let is_plain = !words.iter().any(|word| word.is(&["with"]));
+    (begins && is_plain && words.get(select)?.is(&["select"]) && (is_loop || at < end))
+        .then(|| read(words.get(select..end)?, why))?
+}
+
+/// Names with dots and commas.
+pub(super) fn is_names(words: &[Word]) -> bool {
+    words.iter().all(|word| word.name().is_some() || matches!(word, Word::Symbol(b'.' | b',')))
 }
 
 /// The same of a statement that is nothing but a query.
@@ -86,7 +132,7 @@ pub(super) fn whole(words: &[Word], why: &str) -> Option<Ordered> {
 }
 
 /// The SELECT of the same depth before a word, in its statement.
-fn select_before(words: &[Word], at: usize) -> Option<usize> {
+pub(super) fn select_before(words: &[Word], at: usize) -> Option<usize> {
     let mut depth = 0_usize;
     for at in (0..at).rev() {
         match &words[at] {
@@ -150,11 +196,19 @@ fn read(query: &[Word], why: &str) -> Option<Ordered> {
         let first = found.next();
         if found.next().is_some() { None } else { Some(first.map(|part| &part[1..])) }
     };
+    // In the other places of INTO the list of what is selected is not where it is looked for.
+    let into = parts.iter().position(|part| part[0].is(&["into"]));
+    if into.is_some_and(|at| at != 1 || parts[0].len() < 2 || !is_names(&parts[at][1..])) {
+        return None;
+    }
     let (table, alias) = table(part("from")??)?;
     let mut ordered = Ordered { equal: BTreeSet::new(), ordered: BTreeSet::new(), why: why.to_owned(), table };
     let names: Vec<&str> = std::iter::once(ordered.table.name.as_str()).chain(alias.as_deref()).collect();
+    // Behind an alias the table's own name means something else.
+    let prefix = alias.as_deref().unwrap_or(&ordered.table.name).to_owned();
+    let prefix = prefix.as_str();
     if let Some(condition) = part("where")? {
-        ordered.equal = compared(condition, &names);
+        ordered.equal = compared(condition, prefix, &names);
     }
     if let Some(order) = part("order")? {
         let (by, list) = order.split_first()?;
@@ -164,8 +218,8 @@ fn read(query: &[Word], why: &str) -> Option<Ordered> {
         let selected = parts[0].get(1..).unwrap_or_default();
         let columns = split(list, |word| *word == Word::Symbol(b',')).into_iter();
         ordered.ordered = columns
-            .filter_map(|item| ordered_by(item, &names))
-            .filter(|column| is_plain(selected, column, &names))
+            .filter_map(|item| ordered_by(item, prefix))
+            .filter(|column| is_plain(selected, column, prefix))
             .collect();
     }
     part("into")?;
@@ -228,16 +282,16 @@ fn table(from: &[Word]) -> Option<(Name, Option<String>)> {
 }
 
 /// A column of the table, by its name alone or behind the table's.
-fn column(words: &[Word], table: &[&str]) -> Option<String> {
+fn column(words: &[Word], table: &str) -> Option<String> {
     match words {
         [column] => column.name().map(str::to_owned),
-        [of, Word::Symbol(b'.'), column] if table.contains(&of.name()?) => column.name().map(str::to_owned),
+        [of, Word::Symbol(b'.'), column] if of.name()? == table => column.name().map(str::to_owned),
         _ => None,
     }
 }
 
 /// The conditions that must all hold and compare a column with a value.
-fn compared(condition: &[Word], table: &[&str]) -> BTreeSet<(String, BTreeSet<String>)> {
+fn compared(condition: &[Word], prefix: &str, table: &[&str]) -> BTreeSet<(String, Value)> {
     let mut depth = 0_usize;
     let one_of_several = condition.iter().any(|word| {
         match word {
@@ -255,8 +309,12 @@ fn compared(condition: &[Word], table: &[&str]) -> BTreeSet<(String, BTreeSet<St
     for part in split(condition, |word| word.is(&["and"])) {
         let sides = split(part, |word| *word == Word::Symbol(b'='));
         let [left, right] = sides[..] else { continue };
+        // `+=` and `=-` are operators of their own.
+        if left.last().is_some_and(is_operator) || right.first().is_some_and(is_operator) {
+            continue;
+        }
         for (one, other) in [(left, right), (right, left)] {
-            if let (Some(column), Some(names)) = (column(one, table), value(other, table)) {
+            if let (Some(column), Some(names)) = (column(one, prefix), value(other, table)) {
                 found.insert((column, names));
             }
         }
@@ -264,8 +322,8 @@ fn compared(condition: &[Word], table: &[&str]) -> BTreeSet<(String, BTreeSet<St
     found
 }
 
-/// The names in a value; `None`: it may be something else, or of a type that no word in it tells.
-fn value(words: &[Word], table: &[&str]) -> Option<BTreeSet<String>> {
+/// A value; `None`: it may be something else.
+fn value(words: &[Word], table: &[&str]) -> Option<Value> {
     /// Functions that give the type of their arguments.
     const CALLS: &[&str] = &["coalesce", "lower", "upper", "greatest", "least", "nullif"];
     const RELATED: &[&str] = &[
@@ -277,7 +335,7 @@ fn value(words: &[Word], table: &[&str]) -> Option<BTreeSet<String>> {
         let next = words.get(at + 1);
         let after_dot = at.checked_sub(1).is_some_and(|at| words[at] == Word::Symbol(b'.'));
         match word {
-            Word::Text(_) | Word::Other => {}
+            Word::Text(_) | Word::Integer | Word::Other => {}
             Word::Symbol(symbol) if b"().,:[]+-".contains(symbol) => {}
             Word::Symbol(_) => return None,
             word => {
@@ -285,7 +343,7 @@ fn value(words: &[Word], table: &[&str]) -> Option<BTreeSet<String>> {
                 if word.is(RELATED) || next == Some(&Word::Symbol(b'(')) && !word.is(CALLS) {
                     return None;
                 }
-                if next == Some(&Word::Symbol(b'.')) && !after_dot {
+                if next == Some(&Word::Symbol(b'.')) {
                     // Of another row.
                     if table.contains(&name) {
                         return None;
@@ -297,11 +355,59 @@ fn value(words: &[Word], table: &[&str]) -> Option<BTreeSet<String>> {
         }
     }
     // The row itself is no value either.
-    (!words.is_empty() && !table.iter().any(|name| names.contains(*name))).then_some(names)
+    let is_value = !words.is_empty() && !table.iter().any(|name| names.contains(*name));
+    let variable = match words {
+        [name] => name.name().map(str::to_owned),
+        _ => None,
+    };
+    is_value.then(|| Value { names, is_typed: is_typed(words), variable })
+}
+
+/// Their values equal no more than one value of `int8` and of `varchar`.
+const TYPES: &[&str] = &["int", "integer", "bigint", "smallint", "int2", "int4", "int8", "text", "varchar"];
+
+/// Variables that plpgsql declares with such a type, and with no other one anywhere; and all others that it declares.
+pub(super) fn declared(words: &[Word]) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (mut typed, mut others) = (BTreeSet::new(), BTreeSet::new());
+    for (at, word) in words.iter().enumerate() {
+        let (Some(name), Some(before)) = (word.name(), at.checked_sub(1).map(|at| &words[at])) else { continue };
+        if before.is(&["for", "foreach"]) {
+            others.insert(name.to_owned());
+        }
+        let rest = words.get(at + 1..).unwrap_or_default();
+        let rest = if rest.first().is_some_and(|word| word.is(&["constant"])) { &rest[1..] } else { rest };
+        if !(before.is(&["declare"]) || *before == Word::Symbol(b';'))
+            || rest.first().is_none_or(|of| of.name().is_none())
+        {
+            continue;
+        }
+        let is_typed = rest[0].is(TYPES)
+            && rest
+                .get(1)
+                .is_some_and(|end| matches!(end, Word::Symbol(b';' | b':' | b'=')) || end.is(&["not", "default"]));
+        if is_typed {
+            typed.insert(name.to_owned())
+        } else {
+            others.insert(name.to_owned())
+        };
+    }
+    (typed.difference(&others).cloned().collect(), others)
+}
+
+/// A literal without a fraction, or `name::type`.
+fn is_typed(words: &[Word]) -> bool {
+    match words {
+        [Word::Text(text)] => text.starts_with('\''),
+        [Word::Integer] => true,
+        [value @ .., Word::Symbol(b':'), Word::Symbol(b':'), of] => {
+            of.is(TYPES) && matches!(value, [_] | [_, Word::Symbol(b'.'), _])
+        }
+        _ => false,
+    }
 }
 
 /// One item of ORDER BY, if it is a column.
-fn ordered_by(item: &[Word], table: &[&str]) -> Option<String> {
+fn ordered_by(item: &[Word], table: &str) -> Option<String> {
     let mut item = item;
     if let [rest @ .., nulls, which] = item
         && nulls.is(&["nulls"])
@@ -317,12 +423,19 @@ fn ordered_by(item: &[Word], table: &[&str]) -> Option<String> {
     column(item, table)
 }
 
-/// Whether a name in ORDER BY means the column: what is selected is not called so, unless it is the column itself.
-fn is_plain(selected: &[Word], name: &str, table: &[&str]) -> bool {
-    split(selected, |word| *word == Word::Symbol(b',')).into_iter().all(|item| {
-        let named = item.iter().any(|word| word.name() == Some(name));
-        !named || column(item, table).is_some()
+/// Whether a name in ORDER BY means the column: nothing else that is selected can be called so. What has no name of its own gets one from
+/// PostgreSQL.
+fn is_plain(selected: &[Word], name: &str, table: &str) -> bool {
+    split(selected, |word| *word == Word::Symbol(b',')).into_iter().all(|item| match item {
+        [Word::Symbol(b'*')] => true,
+        [of, Word::Symbol(b'.'), Word::Symbol(b'*')] => of.name() == Some(table),
+        [.., word, alias] if word.is(&["as"]) => alias.name().is_some_and(|alias| alias != name),
+        item => column(item, table).is_some(),
     })
+}
+
+fn is_operator(word: &Word) -> bool {
+    matches!(word, Word::Symbol(byte) if b"+-*/<>=~!@#%^&|`?".contains(byte))
 }
 
 #[cfg(test)]

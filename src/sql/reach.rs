@@ -232,9 +232,16 @@ impl Reach {
             self.open(format!("{place}: {why}"));
         }
         for query in &code.ordered {
-            self.order_matters(query.clone(), place);
+            let mut query = query.clone();
+            query.know(&code.typed);
+            self.order_matters(query, place);
         }
-        self.keys.note(code.floats, code.blanks);
+        if code.words.contains("variable_conflict") {
+            self.keys.distrust();
+        }
+        if code.takes_first {
+            self.keys.first_of(code.calls.iter().map(|call| &call.name));
+        }
         let own = |name: &&Name| name.schema.as_deref() == Some("pgtandem");
         if code.calls.iter().chain(&code.written).any(|name| own(&name)) {
             self.varies(format!("{place}: it uses the schema pgtandem, which belongs to pgtandem itself"));
@@ -417,7 +424,7 @@ impl Reach {
         {
             self.many.get_or_insert(format!("{name} is called for one row after the other"));
         }
-        self.keys.note(fact.floats, fact.blanks);
+        self.keys.called(&function.name, fact.returns_set);
         if fact.config.as_deref().is_some_and(|config| config.contains("variable_conflict")) {
             self.keys.distrust();
         }
@@ -440,16 +447,27 @@ impl Reach {
         match (&fact.body, fact.language.as_str()) {
             _ if varies => self.varies(format!("{name}() gives another value on another server")),
             (Some(body), "sql") => {
-                let body = sql_body(body);
-                self.body(scan(body, false), &place, sees_snapshot);
+                let body = sql_body(body, fact.has_head);
+                let code = scan(body, false);
+                if !fact.returns_set {
+                    self.keys.first_of(code.calls.iter().map(|call| &call.name));
+                }
+                self.body(code, &place, sees_snapshot);
                 match first_row(body) {
                     _ if fact.returns_set => {}
                     FirstRow::Certain => {}
-                    FirstRow::Ordered(query) => self.order_matters(query, &place),
+                    FirstRow::Ordered(mut query) => {
+                        query.know(fact.typed.as_ref().unwrap_or(&BTreeSet::new()));
+                        self.order_matters(query, &place);
+                    }
                     FirstRow::Any(why) => self.open(format!("{place}: {why}")),
                 }
             }
-            (Some(body), "plpgsql") => self.body(scan(body, false), &place, sees_snapshot),
+            (Some(body), "plpgsql") => {
+                let mut code = scan(body, false);
+                code.type_arguments(fact.arguments.iter().flatten(), fact.typed.iter().flatten());
+                self.body(code, &place, sees_snapshot);
+            }
             (_, language) => {
                 // What C functions do is not seen; those that their owner calls stable are believed.
                 self.stays |= language != "c" || function.volatility == "v";
@@ -508,7 +526,6 @@ impl Reach {
             _ => {}
         }
         self.has_floats |= fact.floats;
-        self.keys.note(fact.floats, fact.blanks);
         self.keys.learn(fact);
         if self.seen_relations.insert(fact.oid) {
             if let Some(view) = &fact.view {

@@ -40,9 +40,11 @@ pub(super) struct FunctionFact {
     /// The expressions of its arguments' defaults.
     pub(super) defaults: Option<String>,
     pub(super) returns_set: bool,
-    /// It has arguments of floating point; of type `character`.
-    pub(super) floats: bool,
-    pub(super) blanks: bool,
+    /// The catalog gives it with its head, because it has none of its own.
+    pub(super) has_head: bool,
+    pub(super) arguments: Option<Vec<String>>,
+    /// Those among them of types that the catalog compares for certain: see [`super::first_rows`].
+    pub(super) typed: Option<BTreeSet<String>>,
     pub(super) no_arguments: bool,
     pub(super) temporary: bool,
     #[serde(flatten)]
@@ -61,9 +63,8 @@ pub(super) struct RelationFact {
     /// It is one that the code writes to, or one that is reached from there by inheritance or cascades.
     pub(super) written: bool,
     pub(super) cascade: bool,
-    /// It has columns of floating point; of type `character`.
+    /// It has columns of floating point.
     pub(super) floats: bool,
-    pub(super) blanks: bool,
     /// Its columns and unique keys, if they were asked for.
     pub(super) columns: Option<BTreeSet<String>>,
     pub(super) keys: Option<Vec<Key>>,

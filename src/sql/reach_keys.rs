@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::first_rows::{Blurs, Key, Ordered};
+use super::first_rows::{AGGREGATES, Key, Ordered};
 use super::reach_answer::RelationFact;
 
 /// A table of that name.
@@ -19,7 +19,12 @@ pub(super) struct Keys {
     queries: BTreeSet<(Ordered, String)>,
     /// By their names, and by their numbers.
     tables: BTreeMap<String, BTreeMap<u32, Table>>,
-    blurs: Blurs,
+    /// Called by code that takes the first row of something.
+    first_of: BTreeSet<String>,
+    /// Functions of users that return sets.
+    sets: BTreeSet<String>,
+    /// One that has the name of an aggregate.
+    like_aggregate: Option<String>,
     /// A name may be a variable's though a column has it.
     distrusted: bool,
 }
@@ -37,10 +42,19 @@ impl Keys {
         self.queries.iter().map(|(query, _)| query.table.name.clone()).collect()
     }
 
-    /// There may be values of floating point, or of type `character`.
-    pub fn note(&mut self, floats: bool, blanks: bool) {
-        self.blurs.floats |= floats;
-        self.blurs.blanks |= blanks;
+    /// What is called by code that takes the first row of something.
+    pub fn first_of<'n>(&mut self, names: impl Iterator<Item = &'n String>) {
+        self.first_of.extend(names.cloned());
+    }
+
+    /// A function of users is met.
+    pub fn called(&mut self, name: &str, returns_set: bool) {
+        if returns_set {
+            self.sets.insert(name.to_owned());
+        }
+        if AGGREGATES.contains(&name) {
+            self.like_aggregate = Some(name.to_owned());
+        }
     }
 
     pub fn distrust(&mut self) {
@@ -62,8 +76,14 @@ impl Keys {
             let schema = query.table.schema.as_ref();
             let mut meant =
                 tables.values().filter(|table| schema.is_none_or(|schema| *schema == table.schema)).peekable();
-            meant.peek().is_some() && meant.all(|table| query.holds(&table.columns, &table.keys, self.blurs))
+            meant.peek().is_some() && meant.all(|table| query.holds(&table.columns, &table.keys))
         };
+        if let Some(name) = self.sets.intersection(&self.first_of).next() {
+            return Some(format!("which row {name}() gives first depends on the order in which a server finds them"));
+        }
+        if let Some(name) = self.like_aggregate.as_ref().filter(|name| self.first_of.contains(*name)) {
+            return Some(format!("{name}() is a function of users, and may be called for each row"));
+        }
         let uncertain = self.queries.iter().find(|(query, _)| self.distrusted || !certain(query));
         uncertain.map(|(query, place)| format!("{place}: {}", query.why))
     }

@@ -3,7 +3,8 @@
 /// A function's facts, of `p` in pg_proc.
 pub(super) const FUNCTION: &str = r"json_build_object('oid', p.oid::int8, 'schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
   'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text, 'language', l.lanname, 'config', pg_catalog.array_to_string(p.proconfig, ','),
-  'floats', p.proargtypes::pg_catalog.oid[] OPERATOR(pg_catalog.&&) '{700,701,1021,1022}'::oid[], 'blanks', p.proargtypes::pg_catalog.oid[] OPERATOR(pg_catalog.&&) '{1042,1014}'::oid[],
+  'has_head', p.prosrc = '', 'arguments', pg_catalog.array_to_json(p.proargnames), 'typed', (SELECT json_agg(x.name) FROM ROWS FROM (pg_catalog.unnest(p.proargnames),
+    pg_catalog.unnest(coalesce(p.proallargtypes, p.proargtypes::pg_catalog.oid[]))) AS x(name, type) WHERE x.name IS NOT NULL AND x.type = ANY ('{20,21,23,25,1043}'::oid[])),
   'defaults', pg_catalog.pg_get_expr(p.proargdefaults, 0::oid), 'returns_set', p.proretset, 'no_arguments', p.pronargs = 0::int4, 'temporary', y.nspname ~ '^pg_temp',
   'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')),
   'body', CASE WHEN l.lanname = ANY ('{sql,plpgsql}'::name[]) AND p.oid >= 16384::oid
@@ -11,19 +12,25 @@ pub(super) const FUNCTION: &str = r"json_build_object('oid', p.oid::int8, 'schem
 
 /// The unique keys of table `c` that hold at any moment: indexes that are valid, of columns alone, of all rows, not deferrable, and compare as
 /// the operators of PostgreSQL do. None where a name in code may be a variable and not a column.
+///
+/// A value of another type can equal several of `int8` (a float), `numeric` and `varchar` (a `character`): these are blurred. What is neither of
+/// them nor an integer, `text` or `uuid` can only be ordered by, and so can text while there are collations that take different texts for equal.
 pub(super) const KEYS: &str = r"(SELECT json_agg( json_build_object('columns', k.columns, 'not_null', k.not_null,
-      'blurred_by_floats', k.by_floats, 'blurred_by_blanks', k.by_blanks)) FROM (
-    SELECT json_agg(a.attname) AS columns, pg_catalog.bool_and(a.attnotnull) AS not_null, bool_or(x.type = ANY ('{20,1700}'::oid[])) AS by_floats,
-      bool_or(x.type = 1043::oid) AS by_blanks, pg_catalog.bool_and(a.attname IS NOT NULL AND NOT i.indclass[m.n OPERATOR(pg_catalog.-) 1] >= 16384::oid
+      'blurred', k.blurred, 'unsure', k.unsure)) FROM (
+    SELECT json_agg(a.attname) AS columns, pg_catalog.bool_and(a.attnotnull AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_constraint w
+        WHERE w.conrelid = c.oid AND w.contype = 'n' AND NOT w.convalidated)) AS not_null,
+      coalesce(json_agg(a.attname) FILTER (WHERE a.atttypid = ANY ('{20,1043}'::oid[])), '[]') AS blurred,
+      coalesce(json_agg(a.attname) FILTER (WHERE NOT a.atttypid = ANY ('{20,21,23,25,1043,2950}'::oid[])
+        OR a.attcollation <> 0::oid AND EXISTS (SELECT 1 FROM pg_catalog.pg_collation l WHERE NOT l.collisdeterministic)), '[]') AS unsure,
+      pg_catalog.bool_and(a.attname IS NOT NULL AND o.opcdefault AND NOT o.oid >= 16384::oid
         AND i.indcollation[m.n OPERATOR(pg_catalog.-) 1] = a.attcollation) AS plain
     FROM pg_catalog.pg_index i CROSS JOIN LATERAL pg_catalog.generate_series(1::int4, i.indnkeyatts::int4) AS m(n)
     LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[m.n OPERATOR(pg_catalog.-) 1] AND a.attnum > 0::int4
-    LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
-    CROSS JOIN LATERAL (SELECT CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END) x(type)
+    LEFT JOIN pg_catalog.pg_opclass o ON o.oid = i.indclass[m.n OPERATOR(pg_catalog.-) 1]
     WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
       AND coalesce(current_setting('plpgsql.variable_conflict', true), '') <> 'use_variable'
-      AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_operator o WHERE o.oprname = '=' AND o.oid >= 16384::oid
-        AND NOT o.oprleft >= 16384::oid AND NOT o.oprright >= 16384::oid)
+      AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_operator e WHERE e.oprname = '=' AND e.oid >= 16384::oid
+        AND (NOT e.oprleft >= 16384::oid OR NOT e.oprright >= 16384::oid))
     GROUP BY i.indexrelid) k WHERE k.plain)";
 
 /// Blanks around operators matter, see [`super::catalog::qualify`].
@@ -79,8 +86,6 @@ SELECT json_build_object(
     'written', f.written, 'cascade', f.cascade,
     'floats', EXISTS (SELECT 1 FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0::int4
       AND a.atttypid = ANY ('{700,701,1021,1022}'::oid[])),
-    'blanks', EXISTS (SELECT 1 FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0::int4
-      AND a.atttypid = ANY ('{1042,1014}'::oid[])),
     'columns', CASE WHEN c.relname = ANY (ARRAY[$ordered]::name[]) THEN (SELECT json_agg(a.attname)
       FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped) END,
     'keys', CASE WHEN c.relname = ANY (ARRAY[$ordered]::name[]) AND (c.relkind = 'p' OR NOT c.relhassubclass) THEN @keys END,

@@ -11,10 +11,9 @@ pub(super) fn part_of_query(text: &str) -> Code {
     code
 }
 
-/// The statements of a function in SQL, also of one with BEGIN ATOMIC or RETURN, which the catalog gives with its head. An empty body is
-/// given so, too.
-pub(super) fn sql_body(body: &str) -> &str {
-    if !body.starts_with("CREATE OR REPLACE") {
+/// The statements of a function in SQL, also of one with BEGIN ATOMIC or RETURN, which the catalog gives with its head, as an empty one.
+pub(super) fn sql_body(body: &str, has_head: bool) -> &str {
+    if !has_head {
         return body;
     }
     ["\nBEGIN ATOMIC", "\nRETURN "].iter().find_map(|head| body.split_once(head)).map_or("", |(_, rest)| rest)
@@ -35,7 +34,8 @@ pub(super) fn first_row(body: &str) -> FirstRow {
     let Some(words) = tokens(body) else { return FirstRow::Any(why) };
     let last = words.split(|word| *word == Word::Symbol(b';')).rfind(|part| !matches!(part, [] | [Word::Plain(_)]));
     let last = last.unwrap_or_default();
-    let reads = last.iter().any(|word| word.is(&["from", "returning", "values", "table"]));
+    let words = ["from", "returning", "table", "with", "union", "intersect", "except"];
+    let reads = last.iter().any(|word| word.is(&words));
     if !reads || first_rows::is_one_row(last, 0) {
         return FirstRow::Certain;
     }

@@ -11,7 +11,7 @@ use super::first_rows::{self, Ordered};
 use super::functions;
 use super::lex::{Kind, Lexer};
 use super::needs::Name;
-use super::scan_lists::{CLOCK, CLOSED, CLOSED_SETTINGS, FORBIDDEN, MANY, OPEN};
+use super::scan_lists::{CLOCK, CLOSED, CLOSED_SETTINGS, FORBIDDEN, MANY, NAME_BYTES_MAX, OPEN, SYSTEM_COLUMNS};
 
 /// An INSERT: for its defaults.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,13 +67,15 @@ pub struct Code {
     pub assigns_all: bool,
     /// It catches errors, which may be those of a lock that was not free.
     pub catches_errors: bool,
+    /// Variables of types that are compared for certain, and other ones that it declares.
+    pub typed: BTreeSet<String>,
+    pub declared: BTreeSet<String>,
+    /// It takes the first row of something: what a function gives as a set may come in any order.
+    pub takes_first: bool,
     /// What it does to one row depends on what is in tables, so on the rows before.
     pub reads: bool,
     float_aggregate: bool,
-    /// Values of floating point are named.
-    pub(super) floats: bool,
-    /// Values of type `character` are named.
-    pub(super) blanks: bool,
+    floats: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +85,7 @@ pub(super) enum Word {
     Quoted(String),
     Text(String),
     Symbol(u8),
+    Integer,
     Other,
 }
 
@@ -110,14 +113,19 @@ pub(super) fn tokens(text: &str) -> Option<Vec<Word>> {
     let mut words = Vec::new();
     for token in Lexer::new(text).filter(|token| token.kind.is_significant()) {
         let part = text.get(token.range)?;
+        // PostgreSQL cuts names at NAMEDATALEN.
+        if part.len() > NAME_BYTES_MAX && matches!(token.kind, Kind::Word | Kind::QuotedIdentifier) {
+            return None;
+        }
         words.push(match token.kind {
-            Kind::Word => Word::Plain(part.to_lowercase()),
+            Kind::Word => Word::Plain(part.to_ascii_lowercase()),
             Kind::QuotedIdentifier if part.starts_with('"') => {
-                Word::Quoted(part.trim_matches('"').replace("\"\"", "\""))
+                Word::Quoted(part.get(1..part.len() - 1)?.replace("\"\"", "\""))
             }
             // U&"..": its name is not what is written
             Kind::QuotedIdentifier | Kind::Unterminated => return None,
             Kind::String => Word::Text(part.to_owned()),
+            Kind::Integer | Kind::BigInteger => Word::Integer,
             Kind::Symbol => Word::Symbol(part.bytes().next().unwrap_or(b' ')),
             _ => Word::Other,
         });
@@ -147,10 +155,13 @@ pub fn scan(text: &str, outer: bool) -> Code {
         }
     }
     for statement in words.split(|word| *word == Word::Symbol(b';')) {
-        code.statement(statement);
+        code.statement(statement, outer);
     }
     if code.float_aggregate && code.floats {
         code.float_sum();
+    }
+    if !outer {
+        (code.typed, code.declared) = first_rows::declared(&words);
     }
     if code.words.contains("variable_conflict")
         && let Some(query) = code.ordered.pop_first()
@@ -192,10 +203,24 @@ impl Code {
 
     /// The order of a query's rows matters, whose word this is.
     fn order_matters(&mut self, words: &[Word], at: usize, outer: bool, why: &str) {
+        self.takes_first = true;
         match first_rows::query(words, at, why).filter(|_| !outer) {
             Some(query) => drop(self.ordered.insert(query)),
             None => self.open(why),
         }
+    }
+
+    /// Takes in the arguments of a function, and those of them whose type is compared for certain. A name that is declared, too, is in doubt.
+    pub fn type_arguments<'n>(
+        &mut self,
+        all: impl Iterator<Item = &'n String>,
+        typed: impl Iterator<Item = &'n String>,
+    ) {
+        let all: BTreeSet<&String> = all.collect();
+        let typed: Vec<&String> =
+            typed.filter(|name| !self.declared.contains(*name) && !self.typed.contains(*name)).collect();
+        self.typed.retain(|name| !all.contains(name));
+        self.typed.extend(typed.into_iter().cloned());
     }
 
     fn acts(&mut self, why: impl Into<String>) {
@@ -248,7 +273,7 @@ impl Code {
             Word::Text(text) if dates::looks_like_now(text) && !outer => {
                 self.open(format!("{text} may be read as a time of the clock"));
             }
-            Word::Text(_) | Word::Other => return,
+            Word::Text(_) | Word::Integer | Word::Other => return,
             Word::Symbol(symbol) => return self.operator(words, at, *symbol),
             _ => {}
         }
@@ -263,6 +288,9 @@ impl Code {
         } else if dotted {
             self.fields.insert(name.to_owned());
         }
+        if (dotted || word.plain().is_none()) && SYSTEM_COLUMNS.contains(&name) {
+            self.open(format!("it reads the system column {name}"));
+        }
         let Some(word) = word.plain().filter(|_| !dotted) else { return };
         let starts = starts_statement(before);
         if CLOCK.contains(&word) && !outer {
@@ -274,7 +302,6 @@ impl Code {
         if matches!(word, "float" | "float4" | "float8" | "real" | "double") {
             self.floats = true;
         }
-        self.blanks |= matches!(word, "char" | "character" | "bpchar" | "nchar");
         if let Some((_, why)) = FORBIDDEN.iter().find(|(known, _)| *known == word).filter(|_| starts && !outer) {
             self.varies(*why);
             self.acts(*why);
@@ -363,8 +390,12 @@ impl Code {
         };
         match (name.name.as_str(), literal) {
             ("current_setting", Some(setting)) => drop(self.settings.insert(setting)),
+            ("array", _) => self.open("ARRAY(SELECT ...) depends on the order in which a server finds rows"),
             ("current_setting", None) => self.open("it reads a setting whose name is not in the text"),
-            ("set_config", Some(setting)) if !CLOSED_SETTINGS.contains(&setting.as_str()) => {}
+            ("set_config", Some(setting)) if !CLOSED_SETTINGS.contains(&setting.as_str()) => {
+                let conflict = setting.contains("variable_conflict").then(|| "variable_conflict".to_owned());
+                self.words.extend(conflict);
+            }
             ("set_config", _) => {
                 self.varies(CLOSED);
                 self.acts(CLOSED);
@@ -378,7 +409,7 @@ impl Code {
     }
 
     /// One statement, up to a semicolon: what it writes, and whether it goes through rows.
-    fn statement(&mut self, words: &[Word]) {
+    fn statement(&mut self, words: &[Word], outer: bool) {
         let many = words.iter().enumerate().any(|(at, word)| {
             let distinct = at.checked_sub(1).is_some_and(|at| words[at].is(&["distinct"]));
             word.is(MANY) && !(distinct && word.is(&["from"]))
@@ -409,6 +440,10 @@ impl Code {
                 }
             };
             let Some((table, rest)) = table_at(words, at + place) else { continue };
+            if word.is(&["update"]) && !outer && first_rows::at_depth(words.get(rest..).unwrap_or_default(), &["from"])
+            {
+                self.open("UPDATE ... FROM takes the first of several rows that it finds for one");
+            }
             if word.is(&["insert"]) {
                 let columns = columns(words, rest);
                 let values = words.iter().skip(rest).any(|word| word.is(&["values"]));
@@ -428,15 +463,18 @@ impl Code {
 
     /// `SELECT ... INTO variable` takes the first row that comes. RETURNING ... INTO and STRICT fail with several.
     fn into(&mut self, words: &[Word], at: usize) {
+        self.takes_first = true;
         let strict = words.get(at + 1).is_some_and(|word| word.is(&["strict"]));
-        let returning = words.iter().take(at).any(|word| word.is(&["returning"]));
-        let select = words.iter().take(at).rposition(|word| word.is(&["select"]));
-        let aggregate = select.is_some_and(|select| first_rows::is_one_row(words, select));
-        let reads = words.iter().any(|word| word.is(&["from"]));
-        if !(strict || returning || aggregate || !reads) {
+        let returning =
+            first_rows::at_depth(&words[..at], &["returning"]) && !words.iter().any(|word| word.is(&["with"]));
+        let one_row = first_rows::select_before(words, at).is_some_and(|select| first_rows::is_one_row(words, select))
+            && !words.iter().any(|word| word.is(&["with"]));
+        if !(strict || returning || one_row) {
             let why = "SELECT INTO takes the first row that a server finds, unless it is STRICT";
-            // `INTO v` may stand before or behind the rest; of the client's own statement it makes a table.
-            self.order_matters(words, at, false, why);
+            // plpgsql takes INTO out of the text, wherever it stands: inside of parentheses it is not theirs. Of the client's own
+            // statement it makes a table.
+            let count = |symbol: u8| words[..at].iter().filter(|word| **word == Word::Symbol(symbol)).count();
+            if count(b'(') == count(b')') { self.order_matters(words, at, false, why) } else { self.open(why) }
         }
     }
 }

@@ -64,3 +64,7 @@ pub(super) const CLOSED_SETTINGS: &[&str] = &[
 ];
 /// They go through rows.
 pub(super) const MANY: &[&str] = &["from", "update", "delete", "merge", "using"];
+/// Wherever they stand, quoted or behind a dot, too.
+pub(super) const SYSTEM_COLUMNS: &[&str] = &["ctid", "xmin", "xmax", "cmin", "cmax", "tableoid"];
+/// Of a name that PostgreSQL does not cut: `NAMEDATALEN` less the end.
+pub(super) const NAME_BYTES_MAX: usize = 63;
