@@ -166,13 +166,15 @@ fn unfit(own: &str, record: &Record, newest: &MemberSet) -> Option<Judgement> {
             };
             Some(impossible(what, hint))
         }
-        NodeState::InSync | NodeState::Stale | NodeState::Suspect => None,
+        // Whoever was left behind has a generation; a fill begins with none.
+        NodeState::InSync | NodeState::Suspect => None,
+        NodeState::Stale if !record.generations.is_empty() => None,
         // It was a member, and was just being brought what it missed, in the order of the commits: it is as stale as before, or less.
         NodeState::Joining if !record.generations.is_empty() => None,
         NodeState::Blank => {
             Some(impossible(format!("{own} is empty, or its record was lost: nothing is known of its data"), recover()))
         }
-        NodeState::Seeding | NodeState::CatchingUp | NodeState::Joining => Some(impossible(
+        NodeState::Seeding | NodeState::CatchingUp | NodeState::Joining | NodeState::Stale => Some(impossible(
             format!("{own} was being filled and never became a member: its data are of no one moment"),
             recover(),
         )),

@@ -26,6 +26,8 @@ use crate::replicate::rejoin::Attempt;
 
 /// Time between two questions to a server.
 const ASK_MS: u64 = 500;
+/// Time between two attempts to let a node in that fail in the same way.
+const PAUSE_MS_MAX: u64 = 2_000;
 /// How long a follower may take to answer one.
 const ANSWER_MS_MAX: u64 = 10_000;
 /// Every so many questions the leader is asked on a new connection: a postmaster that hangs lets its backends go on.
@@ -228,6 +230,7 @@ async fn keep_away(hub: &Arc<Hub>) {
 /// Returns when it is a member, or has to be recovered.
 async fn let_in_again(hub: Arc<Hub>, node: String, kept: Arc<Kept>) {
     let mut said = String::new();
+    let mut pause_ms = ASK_MS;
     loop {
         match hub.rejoin(&node, &kept).await {
             Attempt::Joined(done) => {
@@ -241,6 +244,8 @@ async fn let_in_again(hub: Arc<Hub>, node: String, kept: Arc<Kept>) {
                 return;
             }
             Attempt::Later(why) => {
+                // What fails in the same way again and again is tried less often: everything waits a little for each attempt.
+                pause_ms = if said == why { (pause_ms * 2).min(PAUSE_MS_MAX) } else { ASK_MS };
                 if said != why {
                     tracing::info!(node, why, "a node that is away is waited for");
                     said.clone_from(&why);
@@ -248,7 +253,7 @@ async fn let_in_again(hub: Arc<Hub>, node: String, kept: Arc<Kept>) {
                 kept.note(&why);
             }
         }
-        tokio::time::sleep(Duration::from_millis(ASK_MS)).await;
+        tokio::time::sleep(Duration::from_millis(pause_ms)).await;
     }
 }
 

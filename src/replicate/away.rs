@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pgtandem_proto::membership::NodeState;
+use tokio_util::sync::CancellationToken;
 
 use crate::cluster::rejoin::Standing;
 use crate::observe::status::AwayView;
@@ -41,6 +42,10 @@ pub struct Kept {
     /// When it was lost.
     begun: Begun,
     state: Mutex<State>,
+    /// Cancelled when nothing is kept any more: an attempt to let the node in ends with that.
+    pub stopped: CancellationToken,
+    /// Held by the attempt that is under way.
+    pub attempt: tokio::sync::Mutex<()>,
 }
 
 /// How much was ever begun that is in no backlog.
@@ -129,6 +134,7 @@ impl Kept {
     pub fn end(&self, why: &str) {
         self.backlog.end();
         self.state().ended.get_or_insert_with(|| why.to_owned());
+        self.stopped.cancel();
     }
 
     /// Why nothing is kept any more, if so.
@@ -196,6 +202,8 @@ impl Hub {
             bytes_max,
             begun,
             state: Mutex::default(),
+            stopped: CancellationToken::new(),
+            attempt: tokio::sync::Mutex::default(),
         };
         if !is_quiet {
             kept.end(
@@ -258,6 +266,8 @@ mod tests {
             bytes_max: 1 << 20,
             begun: BEFORE,
             state: Mutex::default(),
+            stopped: CancellationToken::new(),
+            attempt: tokio::sync::Mutex::default(),
         }
     }
 

@@ -10,12 +10,14 @@ use pgtandem_proto::message::{Lsn, Reply, Request};
 
 use crate::agent::client::Control;
 use crate::cluster::members;
+use crate::cluster::rejoin::Standing;
 use crate::pg::build;
 use crate::recovery::replication::{
     CutDone, Drained, JoinDone, Replication, ReplicationError, ReplicationErrorKind as Kind,
 };
 use crate::replicate::applier::{Applier, leader_error, node_error, record_error};
 use crate::replicate::backlog::Backlog;
+use crate::replicate::follower::Connection;
 use crate::replicate::hub::{Hub, HubError, store_on};
 use crate::replicate::resolve;
 
@@ -29,6 +31,8 @@ const STORE_MS_MAX: u64 = 2000;
 const ABANDON_MS_MAX: u64 = 10_000;
 /// What a batch under way may take past the limit of the gate.
 const GRACE_MS: u64 = 500;
+/// How long a node that was away may take to be made ready for the join: losses of others wait for it.
+const READY_MS_MAX: u64 = 5_000;
 /// How long one attempt at the cut waits for work that it must not fall into (transactions with a `once` statement, mostly).
 const UNCUT_MS_MAX: u64 = 20_000;
 
@@ -140,11 +144,10 @@ impl Replication for Hub {
     }
 
     async fn abandon(&self, node: &str) {
-        if self.away.get(node).is_some() {
+        if let Some(kept) = self.away.get(node) {
             self.away.end(node, "a recovery of it was begun, or it was detached");
             // It may just be let in: that ends first, one way or the other.
-            let ends = self.changing.lock();
-            let _ended = tokio::time::timeout(Duration::from_millis(ABANDON_MS_MAX), ends).await;
+            let _ended = tokio::time::timeout(Duration::from_millis(ABANDON_MS_MAX), kept.attempt.lock()).await;
         }
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
     }
@@ -161,6 +164,15 @@ impl Replication for Hub {
     }
 }
 
+/// What a join needs behind the closed gate.
+struct Ready {
+    controls: Vec<(String, Control)>,
+    generations: Vec<String>,
+    standing: Standing,
+    leaders: HashMap<Arc<str>, Connection>,
+    spares: HashMap<Arc<str>, Vec<Connection>>,
+}
+
 impl Hub {
     /// Lets a node in that has all but the rest of its backlog.
     pub(super) async fn admit(
@@ -172,27 +184,11 @@ impl Hub {
         let _one_at_a_time = self.changing.lock().await;
         let larger = members::with(&self.view().set, node).map_err(|e| wrong_node(&e.into()))?;
         // All connections are made before the gate closes.
-        let mut controls = Vec::new();
-        for name in larger.nodes.iter().filter(|n| *n != node).chain(std::iter::once(&node.to_owned())) {
-            let config = self.node(name).map_err(|e| wrong_node(&e))?;
-            let control = Control::connect(&self.identity, config).await.map_err(|e| record_error(name, &e))?;
-            controls.push((name.clone(), control));
-        }
-        let generations = self.generations(&mut controls).await?;
-        applier.connect_everywhere().await?;
+        let limit = Duration::from_millis(if applier.away.is_some() { READY_MS_MAX } else { u64::MAX });
+        let ready = tokio::time::timeout(limit, self.make_ready(node, &larger, &mut applier, backlog)).await;
+        let late = || Err(node_error(node, &"it did not answer in time when it was to be let in"));
+        let Ready { mut controls, generations, standing, mut leaders, spares } = ready.unwrap_or_else(|_| late())?;
         let ignore = |_: Drained| ();
-        applier.apply(backlog, SHORT_MAX, None, &ignore).await?;
-        let standing = applier.standing().await?;
-        let mut leaders = HashMap::new();
-        if applier.away.is_some() {
-            leaders = applier.leaders().await?;
-            if let Some(generation) = generations.first() {
-                applier.write_generation(generation).await?;
-            }
-        }
-        let sessions = usize::try_from(self.counters.sessions.load(Ordering::Relaxed)).unwrap_or_default();
-        let spares = applier.spares(sessions).await?;
-        applier.apply(backlog, SHORT_MAX, None, &ignore).await?;
         let closed = self.close_gate().await?;
         let until = tokio::time::Instant::now() + Duration::from_millis(self.config.proxy.gate_ms_max);
         let rest = async {
@@ -235,6 +231,38 @@ impl Hub {
             follower.note_standing(standing);
         }
         Ok(JoinDone { gate_closed_unix_us: closed.closed_unix_us(), gate_ms: closed.closed_ms(), version })
+    }
+
+    /// What is done before the gate closes, while the member set can not change.
+    async fn make_ready(
+        &self,
+        node: &String,
+        larger: &MemberSet,
+        applier: &mut Applier<'_>,
+        backlog: &Backlog,
+    ) -> Result<Ready, ReplicationError> {
+        let mut controls = Vec::new();
+        for name in larger.nodes.iter().filter(|n| *n != node).chain(std::iter::once(&node.to_owned())) {
+            let config = self.node(name).map_err(|e| wrong_node(&e))?;
+            let control = Control::connect(&self.identity, config).await.map_err(|e| record_error(name, &e))?;
+            controls.push((name.clone(), control));
+        }
+        let generations = self.generations(&mut controls).await?;
+        applier.connect_everywhere().await?;
+        let ignore = |_: Drained| ();
+        applier.apply(backlog, SHORT_MAX, None, &ignore).await?;
+        let standing = applier.standing().await?;
+        let mut leaders = HashMap::new();
+        if applier.away.is_some() {
+            leaders = applier.leaders().await?;
+            if let Some(generation) = generations.first() {
+                applier.write_generation(generation).await?;
+            }
+        }
+        let sessions = usize::try_from(self.counters.sessions.load(Ordering::Relaxed)).unwrap_or_default();
+        let spares = applier.spares(sessions).await?;
+        applier.apply(backlog, SHORT_MAX, None, &ignore).await?;
+        Ok(Ready { controls, generations, standing, leaders, spares })
     }
 
     /// Some stored the larger set, one could not: the next version is without the node again, before the gate opens.

@@ -39,6 +39,9 @@ const QUIET_MS_MAX: u64 = 20_000;
 const UNLOGGED: &str = "SELECT count(*) FROM pg_catalog.pg_class WHERE relpersistence = 'u'";
 const GENERATION: &str = "SELECT id FROM pgtandem.generation WHERE one";
 
+/// How long its PostgreSQL may take before the backlog is applied: everything else waits for its sessions meanwhile.
+const BEGIN_MS_MAX: u64 = 30_000;
+
 /// What became of one attempt.
 #[derive(Debug)]
 pub enum Attempt {
@@ -57,6 +60,8 @@ struct Records {
 impl Hub {
     /// Tries to let a node in again that is away.
     pub async fn rejoin(&self, name: &str, kept: &Arc<Kept>) -> Attempt {
+        // A recovery waits for this one's end: its records must not come after.
+        let _attempt = kept.attempt.lock().await;
         if let Some(why) = self.why_ended(kept) {
             return Attempt::Never(why);
         }
@@ -83,10 +88,17 @@ impl Hub {
         };
         // As before: a person may need it as it is, and its agent keeps its PostgreSQL running.
         let set = self.view().set.clone();
-        if !members::contains(&set, name)
-            && let Err(e) = in_time(store_on(&mut control, &set, NodeState::Stale, None, None)).await
-        {
-            tracing::info!(node = name, error = e, "its record was not set back to stale");
+        if !members::contains(&set, name) {
+            let back = in_time(async {
+                // Somebody else's recovery of it may have begun.
+                if status(&mut control).await?.record.state == NodeState::Joining {
+                    store_on(&mut control, &set, NodeState::Stale, None, None).await?;
+                }
+                Ok(())
+            });
+            if let Err(error) = back.await {
+                tracing::info!(node = name, error, "its record was not set back to stale");
+            }
         }
         match self.why_ended(kept) {
             Some(why) => Attempt::Never(why),
@@ -132,6 +144,33 @@ impl Hub {
         records: &Records,
     ) -> Result<JoinDone, ReplicationError> {
         let name = &node.name;
+        let stopped = || differs(name, "it is no longer waited for");
+        let begin =
+            tokio::time::timeout(Duration::from_millis(BEGIN_MS_MAX), self.begin_return(node, kept, control, records));
+        let begun = tokio::select! {
+            biased;
+            () = kept.stopped.cancelled() => return Err(stopped()),
+            begun = begin => begun,
+        };
+        let late = || Err(node_error(name, &format!("its PostgreSQL did not answer within {} s", BEGIN_MS_MAX / 1000)));
+        let mut applier = begun.unwrap_or_else(|_| late())?;
+        tokio::select! {
+            biased;
+            () = kept.stopped.cancelled() => return Err(stopped()),
+            done = applier.apply(&kept.backlog, SHORT_MAX, None, &|_| ()) => done?,
+        }
+        self.admit(applier, &kept.backlog).await
+    }
+
+    /// Judges its server, decides what it holds prepared, and finds out where it stands.
+    async fn begin_return(
+        &self,
+        node: &NodeConfig,
+        kept: &Arc<Kept>,
+        control: &mut Control,
+        records: &Records,
+    ) -> Result<Applier<'_>, ReplicationError> {
+        let name = &node.name;
         let failed = |e: String| node_error(name, &e);
         let set = self.view().set.clone();
         in_time(store_on(control, &set, NodeState::Joining, None, None)).await.map_err(failed)?;
@@ -156,8 +195,7 @@ impl Hub {
         kept.settled();
         tracing::info!(node = %name, backlog = ?kept.backlog.size(), "a node that was away is brought what it missed");
         applier.away = Some((Arc::clone(kept), Chain::new(at)));
-        applier.apply(&kept.backlog, SHORT_MAX, None, &|_| ()).await?;
-        self.admit(applier, &kept.backlog).await
+        Ok(applier)
     }
 
     /// Whether its server is the one that it was, and has lost nothing.
