@@ -166,11 +166,10 @@ fn unfit(own: &str, record: &Record, newest: &MemberSet) -> Option<Judgement> {
             };
             Some(impossible(what, hint))
         }
-        // Whoever was left behind has a generation; a fill begins with none.
         NodeState::InSync | NodeState::Suspect => None,
-        NodeState::Stale if !record.generations.is_empty() => None,
-        // It was a member, and was just being brought what it missed, in the order of the commits: it is as stale as before, or less.
-        NodeState::Joining if !record.generations.is_empty() => None,
+        // A fill begins with no generation, so whoever has one was a member. Just being brought what it missed, in the order of the commits, it
+        // is as stale as before, or less.
+        NodeState::Stale | NodeState::Joining if !record.generations.is_empty() => None,
         NodeState::Blank => {
             Some(impossible(format!("{own} is empty, or its record was lost: nothing is known of its data"), recover()))
         }
