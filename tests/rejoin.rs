@@ -188,6 +188,52 @@ async fn it_is_killed_on_its_way_back() {
     load::assert_unharmed(&cluster, &seen);
 }
 
+/// A person is impatient: the recovery goes before what is under way, and nothing half done is left by that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recovery_goes_before_a_return_that_is_under_way() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    client.batch_execute("create table wide (id int primary key, v text); insert into wide select i, i from generate_series(1, 60000) i").await.unwrap();
+    lose(&cluster).await;
+    let statements = "update wide set v = v || 'x';".repeat(4);
+    client.batch_execute(&format!("begin; {statements} commit")).await.unwrap();
+    cluster.start_agent(1);
+    let begun = async || log(&cluster).contains("is brought what it missed");
+    assert!(common::comes(begun).await, "{}\n{}", cluster.status().0, cluster.logs());
+    cluster.recover(1);
+    cluster.wait_well().await;
+    cluster.assert_identical().await;
+}
+
+/// Its PostgreSQL stands still when it is just let in: what becomes of others is not kept waiting by that.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_stands_still_on_its_way_back_holds_nobody_up() {
+    let cluster = Cluster::up(&["--nodes", "3"]);
+    let client = cluster.connect("postgres").await;
+    client.batch_execute("create table wide (id int primary key, v text); insert into wide select i, i from generate_series(1, 60000) i").await.unwrap();
+    cluster.kill_agent(2);
+    cluster.kill_postgres(2);
+    cluster.wait_member(2, false).await;
+    let statements = "update wide set v = v || 'x';".repeat(4);
+    client.batch_execute(&format!("begin; {statements} commit")).await.unwrap();
+    cluster.start_agent(2);
+    let begun = async || log(&cluster).contains("is brought what it missed");
+    assert!(common::comes(begun).await, "{}\n{}", cluster.status().0, cluster.logs());
+    let stopped = cluster.signal_postgres(2, rustix::process::Signal::STOP);
+    cluster.kill_agent(1);
+    cluster.kill_postgres(1);
+    cluster.wait_member(1, false).await;
+    client.batch_execute("update wide set v = 'y' where id = 1").await.unwrap();
+    for pid in stopped {
+        // What still ran has ended meanwhile, perhaps.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
+    }
+    cluster.start_agent(1);
+    wait_again(&cluster, 2).await;
+    cluster.wait_well().await;
+    cluster.assert_identical().await;
+}
+
 /// Both followers are lost at once; each comes back.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_come_back() {
