@@ -108,7 +108,9 @@ impl Load {
 async fn wait_leader(cluster: &Cluster, index: usize) {
     wait_for(&format!("node{index} leads"), async || {
         let (status, _) = cluster.status();
-        status.contains(&format!("leader node{index}")) && !status.contains("no client is served")
+        // A proxy that has just been started answers questions before it listens for clients.
+        let listens = std::net::TcpStream::connect(("127.0.0.1", cluster.layout.proxy_port())).is_ok();
+        listens && status.contains(&format!("leader node{index}")) && !status.contains("no client is served")
     })
     .await;
 }
