@@ -76,9 +76,11 @@ impl Ordered {
 
 /// A query over one row: aggregates without groups. `select`: where it begins.
 pub(super) fn is_one_row(words: &[Word], select: usize) -> bool {
-    let Some(query) = words.get(select..end(words, select)).filter(|query| query[0].is(&["select"])) else {
+    let query = words.get(select..end(words, select)).unwrap_or_default();
+    // Bodies of functions need not be valid: they can begin with anything.
+    if !query.first().is_some_and(|word| word.is(&["select"])) {
         return false;
-    };
+    }
     let aggregate = query.get(1).is_some_and(|word| word.is(AGGREGATES)) && query.get(2) == Some(&Word::Symbol(b'('));
     // Without FROM there is one row, whatever is read inside of parentheses; of functions that return sets the catalog tells.
     let reads = at_depth(query, &["from"]);

@@ -163,3 +163,17 @@ fn an_argument_that_is_declared_again_is_in_doubt() {
     code.type_arguments(names(&["a", "b", "c"]).iter(), names(&["a", "b"]).iter());
     assert_eq!(code.typed.into_iter().collect::<Vec<_>>(), ["b"]);
 }
+
+/// What stands in the catalog need not be valid (`check_function_bodies`).
+#[test]
+fn texts_that_are_no_queries_are_no_one_row() {
+    for text in ["", ")", ") from t", "loop from t", "; select", "(", "select", "select from", "into", "for", "limit"] {
+        let words = super::super::scan::tokens(text).unwrap();
+        for at in 0..=words.len() {
+            assert!(!is_one_row(&words, at) || text.contains("select"), "{text}");
+            assert_eq!(query(&words, at, ""), None, "{text}");
+        }
+        assert_eq!(whole(&words, ""), None, "{text}");
+        let _ = (scan(text, false), declared(&words));
+    }
+}
