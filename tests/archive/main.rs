@@ -368,6 +368,8 @@ async fn whatever_is_killed_while_it_writes_leaves_nothing_half() {
     wait_for("the first base copy", async || streams(&cluster, 0, 0).iter().any(|stream| !stream.bases.is_empty()))
         .await;
     let node = cluster.connect_node(0, "bench").await;
+    // Its WAL would fill further segments in the middle of what follows.
+    node.batch_execute("alter table pgbench_accounts set (autovacuum_enabled = off)").await.expect("a setting");
     let well = || assert!(succeeded(&cluster.command(&["wal", "verify"]), &cluster).contains("All is well"));
     let mut unfinished = 0;
     for _ in 0..5 {
@@ -381,10 +383,14 @@ async fn whatever_is_killed_while_it_writes_leaves_nothing_half() {
     }
     assert!(unfinished > 0, "no copy was under way when its agent was killed");
 
-    let segment = *streams(&cluster, 0, 0)[0].segments().last().expect("a segment");
+    // The newest segment, and one that no base copy needs: while it is away, the archive is whole without it.
+    node.batch_execute("create table after_copies (n int)").await.expect("a table");
+    let row = node.query_one("select pg_walfile_name(pg_switch_wal())", &[]).await.expect("a segment's end");
+    let segment: String = row.get(0);
     let stored = streams(&cluster, 0, 0)[0].folder.join("wal").join(format!("{segment}.zst"));
+    wait_for("the segment is archived", async || stored.exists()).await;
     // PostgreSQL uses its own file again once it was archived.
-    let source = cluster.dir().join(segment.to_string());
+    let source = cluster.dir().join(&segment);
     std::fs::write(&source, pgtandem::archive::file::read(&stored, 1 << 30).expect("a segment").1).expect("a copy");
     let source = source.to_str().expect("a path");
     for _ in 0..10 {
