@@ -162,6 +162,22 @@ async fn all_kinds_of_changes_are_made_while_it_is_away() {
     same(&cluster, "postgres", "select md5(string_agg(t::text, ',' order by id)) from t").await;
 }
 
+/// Transactions are brought many in one, and what one of them leaves to the end of its own would be in the way of another.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_constraint_is_checked_at_the_end_of_a_transaction_and_the_table_truncated_in_the_next() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(&client, "create table t (id int primary key deferrable initially deferred, v text)").await;
+    run(&client, "insert into t select g, g from generate_series(1, 9) g").await;
+    cluster.kill_agent(1);
+    cluster.wait_member(1, false).await;
+    run_all(&client, &["update t set id = id + 1", "truncate t", "insert into t values (1, 'after it')"]).await;
+    cluster.start_agent(1);
+    wait_again(&cluster, 1).await;
+    assert_eq!(same(&cluster, "postgres", "select v from t").await, "after it");
+    cluster.assert_identical().await;
+}
+
 /// It is killed while it is brought what it missed, its PostgreSQL and its agent in turn: what was applied and what was not is told by its
 /// marks.
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,8 @@ use crate::recovery::replication::{Drained, ReplicationError, ReplicationErrorKi
 use crate::replicate::away::Kept;
 use crate::replicate::backlog::{Backlog, GivenUp, Next, Taken};
 use crate::replicate::chain::{Chain, Link};
-use crate::replicate::flight;
+use crate::replicate::effects::EffectLog;
+use crate::replicate::flight::{self, Decision};
 use crate::replicate::follower::{Answer, Connection, ServerError};
 use crate::replicate::hub::{Hub, within};
 use crate::replicate::resolve::{self, Verdict};
@@ -68,6 +69,21 @@ pub(super) fn record_error(node: &str, e: &impl std::fmt::Display) -> Replicatio
 /// The node is not what it was, so that nothing may be applied there.
 pub(super) fn differs(node: &str, why: impl std::fmt::Display) -> ReplicationError {
     ReplicationError::new(Kind::Differs, why.to_string(), format!("Type: pgtandem recover {node}"))
+}
+
+/// Applies the transactions in one; if the server refuses that, each in one of its own, as they were: what one leaves to its end, such as
+/// the check of a deferred key, stands in the way of a TRUNCATE behind it.
+async fn apply_work(connection: &mut Connection, work: &[(Arc<EffectLog>, Decision)]) -> Result<(), ServerError> {
+    match within(STANDSTILL_MS_MAX, flight::apply(connection, work)).await {
+        Err(e) if work.len() > 1 && !e.is_sick() => {
+            tracing::debug!(error = %e, transactions = work.len(), "they are applied one by one");
+            for one in work.chunks(1) {
+                within(STANDSTILL_MS_MAX, flight::apply(connection, one)).await?;
+            }
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 impl<'a> Applier<'a> {
@@ -224,8 +240,7 @@ impl<'a> Applier<'a> {
             self.definitions += u64::from(work.iter().any(|(log, _)| log.ddl));
             let connection = self.connection(&database).await?;
             connection.at_schema(definitions);
-            let applied = within(STANDSTILL_MS_MAX, flight::apply(connection, &work)).await;
-            applied.map_err(|e| match e {
+            apply_work(connection, &work).await.map_err(|e| match e {
                 e if is_away && !e.is_sick() => {
                     differs(&node, format!("a transaction did something else on it than on the leader: {e}"))
                 }
