@@ -9,8 +9,8 @@ use common::ask::{run, run_all, same, state, value};
 use common::fault::{Fault, Towards};
 use common::{Cluster, load, text, wait_for};
 
-/// How often a server is killed in a row.
-const KILLS: usize = 5;
+/// How often a server is killed in a row: once more, and it is kept out for a while.
+const KILLS: usize = pgtandem::replicate::flapping::FREE + 1;
 
 fn log(cluster: &Cluster) -> String {
     std::fs::read_to_string(cluster.layout.proxy_log()).unwrap_or_default()
@@ -42,7 +42,7 @@ async fn recovers(cluster: &Cluster) {
 /// Its agent and its PostgreSQL are gone, and are known to be.
 async fn lose(cluster: &Cluster) {
     cluster.kill_agent(1);
-    cluster.kill_postgres(1);
+    cluster.end_postgres(1).await;
     cluster.wait_member(1, false).await;
 }
 
@@ -50,9 +50,11 @@ async fn lose(cluster: &Cluster) {
 async fn meddle(cluster: &Cluster, sql: &str) {
     let pg_ctl = |arguments: &[&str]| {
         let mut command = common::running_as_user(&cluster.layout.plan.bin_dir.join("pg_ctl"));
-        command.arg("-D").arg(cluster.layout.pgdata(1)).args(["-w", "-l", "/dev/null"]).args(arguments);
+        let log = cluster.layout.pgdata(1).join("by_hand.log");
+        command.arg("-D").arg(cluster.layout.pgdata(1)).arg("-w").arg("-l").arg(&log).args(arguments);
         let output = command.stdin(std::process::Stdio::null()).output().unwrap();
-        assert!(output.status.success(), "{}", text(&output));
+        let log = std::fs::read_to_string(log).unwrap_or_default();
+        assert!(output.status.success(), "{}\n{log}", text(&output));
     };
     pg_ctl(&["start"]);
     run(&cluster.connect_node(1, "postgres").await, sql).await;
@@ -74,6 +76,10 @@ async fn its_postgresql_is_killed_again_and_again() {
         wait_again(&cluster, round).await;
         load::wait_writes(&cluster, &probe, 50).await;
     }
+    cluster.kill_postgres(1);
+    wait_status(&cluster, &["it came back 6 times within 10 minutes and was lost again: it is kept out for 10 s"])
+        .await;
+    wait_again(&cluster, KILLS + 1).await;
     cluster.wait_well().await;
     let seen = load::finish(&cluster, probe).await;
     load::assert_unharmed(&cluster, &seen);
@@ -394,6 +400,20 @@ async fn one_that_lost_a_transaction_stays_out() {
     run(&client, "insert into t values (3)").await;
     cluster.start_agent(1);
     wait_status(&cluster, &["what it misses is not kept", "node1 left the member set", "next: pgtandem recover"]).await;
+    recovers(&cluster).await;
+}
+
+/// The same, and nothing comes after it that would have to follow: the marks as a whole are compared.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_lost_the_last_transaction_stays_out() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(&client, "create table t (id int primary key)").await;
+    cluster.assert_identical().await;
+    lose(&cluster).await;
+    meddle(&cluster, "update pgtandem.mark set n = n - 1 where n = (select max(n) from pgtandem.mark)").await;
+    cluster.start_agent(1);
+    wait_status(&cluster, &["its marks in database postgres are not the leader's", "next: pgtandem recover"]).await;
     recovers(&cluster).await;
 }
 

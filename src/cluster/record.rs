@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::members;
 
 /// Generations that a record keeps, the newest first.
-pub const GENERATIONS_MAX: usize = 64;
+pub const GENERATIONS_MAX: usize = 1_000;
 /// Operators' overrides that a record keeps; the oldest and the newest are the ones that matter, so further ones
 /// are refused rather than dropped.
 pub const OVERRIDES_MAX: usize = 1000;

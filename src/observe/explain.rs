@@ -138,8 +138,13 @@ fn outside(node: &NodeView) -> Problem {
             format!("{name} was being filled and that ended before its files were whole{why}"),
             format!("{recover}    # starts from what is there"),
         ),
-        Some(NodeState::CatchingUp | NodeState::Joining) => problem(
+        Some(NodeState::CatchingUp) => problem(
             format!("{name} was being recovered and that ended before it became a member{why}"),
+            format!("{recover}    # starts from what is there"),
+        ),
+        // The end of a recovery, and the return of one that was away.
+        Some(NodeState::Joining) => problem(
+            format!("{name} was just being let in and that ended before it became a member{why}"),
             format!("{recover}    # starts from what is there"),
         ),
         Some(NodeState::InSync) => problem(

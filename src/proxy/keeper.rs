@@ -28,6 +28,8 @@ use crate::replicate::rejoin::Attempt;
 const ASK_MS: u64 = 500;
 /// Time between two attempts to let a node in that fail in the same way.
 const PAUSE_MS_MAX: u64 = 2_000;
+/// The same where the attempt got so far that statements of clients waited for it.
+const COSTLY_PAUSE_MS_MAX: u64 = 30_000;
 /// How long a follower may take to answer one.
 const ANSWER_MS_MAX: u64 = 10_000;
 /// Every so many questions the leader is asked on a new connection: a postmaster that hangs lets its backends go on.
@@ -231,9 +233,14 @@ async fn keep_away(hub: &Arc<Hub>) {
 async fn let_in_again(hub: Arc<Hub>, node: String, kept: Arc<Kept>) {
     let mut said = String::new();
     let mut pause_ms = ASK_MS;
+    tokio::select! {
+        () = tokio::time::sleep(kept.held_out_still()) => {}
+        () = kept.stopped.cancelled() => return,
+    }
     loop {
         match hub.rejoin(&node, &kept).await {
             Attempt::Joined(done) => {
+                hub.away.note_return(&node);
                 let (version, gate_ms) = (done.version, done.gate_ms);
                 tracing::info!(node, version, gate_ms, "a node that was away is a member again, without a copy");
                 return;
@@ -243,9 +250,10 @@ async fn let_in_again(hub: Arc<Hub>, node: String, kept: Arc<Kept>) {
                 tracing::warn!(node, why, "what it missed is not kept any more: it has to be recovered");
                 return;
             }
-            Attempt::Later(why) => {
-                // What fails in the same way again and again is tried less often: everything waits a little for each attempt.
-                pause_ms = if said == why { (pause_ms * 2).min(PAUSE_MS_MAX) } else { ASK_MS };
+            Attempt::Later { why, costs } => {
+                // What fails in the same way again and again is tried less often.
+                let longest_ms = if costs { COSTLY_PAUSE_MS_MAX } else { PAUSE_MS_MAX };
+                pause_ms = if said == why { (pause_ms * 2).min(longest_ms) } else { ASK_MS };
                 if said != why {
                     tracing::info!(node, why, "a node that is away is waited for");
                     said.clone_from(&why);

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::rejoin::Standing;
 use crate::observe::status::AwayView;
 use crate::replicate::backlog::{Backlog, Entry, GivenUp, is_repeatable};
+use crate::replicate::flapping::{REMEMBERED_S, Returns};
 use crate::replicate::hub::Hub;
 
 /// Transactions in files that are kept for one node: each is an open file, and clients need theirs.
@@ -26,6 +27,7 @@ const CODE: &str =
 #[derive(Debug, Default)]
 pub struct Away {
     nodes: Mutex<HashMap<String, Arc<Kept>>>,
+    returns: Mutex<HashMap<String, Returns>>,
 }
 
 /// What is kept for one node.
@@ -38,6 +40,8 @@ pub struct Kept {
     pub standing: Option<Standing>,
     since: Instant,
     lasts: Duration,
+    /// It came back and was lost so often that it is kept out for this long first.
+    pub held_out: Duration,
     bytes_max: u64,
     /// When it was lost.
     begun: Begun,
@@ -88,6 +92,16 @@ impl Away {
 
     fn put(&self, node: &str, kept: Kept) {
         self.nodes().insert(node.to_owned(), Arc::new(kept));
+    }
+
+    fn returns<T>(&self, node: &str, ask: impl FnOnce(&mut Returns) -> T) -> T {
+        let mut returns = self.returns.lock().unwrap_or_else(PoisonError::into_inner);
+        ask(returns.entry(node.to_owned()).or_default())
+    }
+
+    /// It became a member again by itself.
+    pub fn note_return(&self, node: &str) {
+        self.returns(node, |returns| returns.note(Instant::now()));
     }
 
     /// It is a member, or comes back another way.
@@ -161,8 +175,15 @@ impl Kept {
         self.state().ended.clone()
     }
 
+    /// Why it has not come back yet.
     pub fn note(&self, doing: &str) {
         self.state().doing = Some(doing.to_owned());
+    }
+
+    /// How long it is kept out still.
+    #[must_use]
+    pub fn held_out_still(&self) -> Duration {
+        self.held_out.saturating_sub(self.since.elapsed())
     }
 
     #[must_use]
@@ -176,7 +197,12 @@ impl Kept {
 
     /// Whether it answers and is being brought up to date.
     pub fn set_back(&self, is_back: bool) {
-        self.state().is_back = is_back;
+        let mut state = self.state();
+        state.is_back = is_back;
+        // What the last attempt ended with is no longer so.
+        if is_back {
+            state.doing = None;
+        }
     }
 }
 
@@ -193,18 +219,24 @@ impl Hub {
         let follower = view.followers.iter().find(|follower| follower.node.name == node);
         let (begun, is_quiet) = self.begun();
         let bytes_max = self.config.proxy.away_bytes_max;
+        let (returns, wait) = self.away.returns(node, |returns| returns.wait(Instant::now()));
         let kept = Kept {
             backlog: Backlog::for_long(bytes_max, FILES_MAX),
             epoch,
             standing: follower.and_then(|follower| follower.standing()),
             since: Instant::now(),
             lasts,
+            held_out: wait.min(lasts / 2),
             bytes_max,
             begun,
             state: Mutex::default(),
             stopped: CancellationToken::new(),
             attempt: tokio::sync::Mutex::default(),
         };
+        if !kept.held_out.is_zero() {
+            let (minutes, held_out) = (REMEMBERED_S / 60, kept.held_out.as_secs());
+            kept.note(&format!("it came back {returns} times within {minutes} minutes and was lost again: it is kept out for {held_out} s first"));
+        }
         if !is_quiet {
             kept.end(
                 "a statement outside transactions, a PREPARE TRANSACTION, or a transaction that calls or fires code was under way when \
@@ -263,6 +295,7 @@ mod tests {
             standing: None,
             since: Instant::now(),
             lasts,
+            held_out: Duration::ZERO,
             bytes_max: 1 << 20,
             begun: BEFORE,
             state: Mutex::default(),

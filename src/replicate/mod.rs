@@ -14,6 +14,7 @@ pub mod cuts;
 pub mod deltas;
 pub mod effects;
 pub mod exclusion;
+pub mod flapping;
 pub mod flight;
 pub mod follower;
 pub mod gate;

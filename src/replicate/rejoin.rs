@@ -46,10 +46,20 @@ const BEGIN_MS_MAX: u64 = 30_000;
 #[derive(Debug)]
 pub enum Attempt {
     Joined(JoinDone),
-    /// It may be tried again: why not now.
-    Later(String),
+    /// It may be tried again: why not now, and whether statements of clients had to wait for the attempt.
+    Later {
+        why: String,
+        costs: bool,
+    },
     /// It has to be recovered.
     Never(String),
+}
+
+impl Attempt {
+    /// Clients did not notice the attempt.
+    fn later(why: impl Into<String>) -> Self {
+        Self::Later { why: why.into(), costs: false }
+    }
 }
 
 struct Records {
@@ -66,7 +76,7 @@ impl Hub {
             return Attempt::Never(why);
         }
         if self.reign_epoch() != Some(kept.epoch) || members::contains(&self.view().set, name) {
-            return Attempt::Later("the member set is just being changed".into());
+            return Attempt::later("the member set is just being changed");
         }
         let (node, mut control, records) = match self.judge_return(name, kept).await {
             Ok(begin) => begin,
@@ -74,10 +84,10 @@ impl Hub {
         };
         let limit = Duration::from_millis(QUIET_MS_MAX);
         let Ok(_cut) = tokio::time::timeout(limit, self.nodewise.cut()).await else {
-            return Attempt::Later("a statement outside transactions is under way".into());
+            return Attempt::later("a statement outside transactions is under way");
         };
         let Some(_cutting) = self.cuts.cut(limit).await else {
-            return Attempt::Later("a transaction that calls or fires code is open".into());
+            return Attempt::later("a transaction that calls or fires code is open");
         };
         kept.set_back(true);
         let done = self.bring_back(&node, kept, &mut control, &records).await;
@@ -103,13 +113,13 @@ impl Hub {
         match self.why_ended(kept) {
             Some(why) => Attempt::Never(why),
             None if matches!(error.kind, Kind::Differs | Kind::Backlog) => Attempt::Never(error.what),
-            None => Attempt::Later(error.what),
+            None => Attempt::Later { why: error.what, costs: true },
         }
     }
 
     /// Whether it may come back now, by what its agent says.
     async fn judge_return(&self, name: &str, kept: &Kept) -> Result<(NodeConfig, Control, Records), Attempt> {
-        let later = |what: String| Attempt::Later(what);
+        let later = |what: String| Attempt::later(what);
         let node = self.node(name).map_err(|e| later(e.to_string()))?.clone();
         let leader = self.leader().map_err(|e| later(e.to_string()))?;
         let asked = in_time(async {

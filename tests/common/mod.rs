@@ -120,6 +120,18 @@ impl Cluster {
         signalled
     }
 
+    /// kill -9 of every process of a node's PostgreSQL, which can be started by hand then: gone is its shared memory, and the exit status
+    /// of its postmaster, without which PostgreSQL takes it for one that runs.
+    pub async fn end_postgres(&self, index: usize) {
+        let processes = self.signal_postgres(index, rustix::process::Signal::STOP);
+        for pid in &processes {
+            rustix::process::kill_process(*pid, rustix::process::Signal::KILL).expect("kill -9");
+        }
+        let are_gone =
+            async || processes.iter().all(|pid| !Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists());
+        wait_for("its processes are gone", are_gone).await;
+    }
+
     /// Another value in the configuration, and a proxy that has read it.
     pub async fn configure(&self, line: &str, instead: &str) {
         let path = self.config_path();
