@@ -512,3 +512,34 @@ async fn the_proxy_starts_again_with_the_leader_elsewhere() {
     assert_eq!(cluster.leader(), 0);
     cluster.assert_identical().await;
 }
+
+/// The hosts of the leader and of the other follower are cut off, one shortly after the other: that the first is just being taken out, which the
+/// leader is to be told, does not keep the proxy's own host from taking over.
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_lost_while_a_follower_is_taken_out() {
+    let cluster = Cluster::up(&["--nodes", "3"]);
+    cluster.configure("leader_ms_max = 10000", "leader_ms_max = 1000").await;
+    cluster.configure("follower_ms_max = 30000", "follower_ms_max = 1000").await;
+    let load = Load::start(&cluster).await;
+    load.writes(&cluster, 100).await;
+    cluster.kill_postgres(0);
+    wait_leader(&cluster, 1).await;
+    load.writes(&cluster, 100).await;
+    cluster.recover(0);
+    cluster.wait_well().await;
+    cluster.signal_agent(2, rustix::process::Signal::STOP);
+    let is_leaving = async || {
+        let log = std::fs::read_to_string(cluster.layout.proxy_log()).unwrap_or_default();
+        log.lines().any(|line| line.contains("follower leaves the member set") && line.contains("node2"))
+    };
+    wait_for("node2 is taken out", is_leaving).await;
+    cluster.signal_agent(1, rustix::process::Signal::STOP);
+    wait_leader(&cluster, 0).await;
+    load.writes(&cluster, 100).await;
+    for index in [1, 2] {
+        cluster.signal_agent(index, rustix::process::Signal::CONT);
+        cluster.recover(index);
+    }
+    cluster.wait_well().await;
+    load.finish(&cluster).await;
+}

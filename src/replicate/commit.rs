@@ -187,7 +187,7 @@ impl Commit<'_> {
     pub async fn prepare(&self, held: &mut Vec<Prepared>) -> Result<(u64, u64), PrepareError> {
         let lost = self.open.borrow_mut().as_mut().map(Halves::lost).unwrap_or_default();
         for lost in lost {
-            self.hub.lost(&lost.follower, lost.state, &lost.reason).await?;
+            self.lose(&lost.follower, lost.state, &lost.reason).await?;
         }
         loop {
             let view = self.hub.view();
@@ -231,10 +231,18 @@ impl Commit<'_> {
                         let state = if e.is_sick() { NodeState::Stale } else { NodeState::Suspect };
                         let reason =
                             format!("its half of a transaction in database {} failed: {}", self.database, told(&e));
-                        self.hub.lost(follower, state, &reason).await?;
+                        self.lose(follower, state, &reason).await?;
                     }
                 }
             }
+        }
+    }
+
+    /// A follower leaves the member set. If the reign ends meanwhile, the next one decides.
+    async fn lose(&self, follower: &Follower, state: NodeState, reason: &str) -> Result<(), PrepareError> {
+        match self.hub.lost(follower, state, reason).await {
+            Err(_) if self.hub.reign_epoch() != Some(self.epoch) => Err(PrepareError::ReignOver),
+            left => Ok(left?),
         }
     }
 

@@ -354,7 +354,11 @@ pub async fn finish(servers: &Servers<'_>, intent: &Intent, work: &Work, leader:
     }
     for (follower, error) in leaving {
         let reason = format!("it could not do what the leader did, {}: {error}", intent.in_short());
-        hub.lost(&follower, pgtandem_proto::membership::NodeState::Stale, &reason).await?;
+        let left = hub.lost(&follower, pgtandem_proto::membership::NodeState::Stale, &reason).await;
+        if hub.reign_epoch() != Some(servers.epoch) {
+            return Err(epoch_is_over());
+        }
+        left?;
     }
     // A new database is given out only when no crash can empty its marks again.
     servers.forget(Place::Leader).await?;

@@ -59,10 +59,19 @@ impl Hub {
         returns: bool,
     ) -> Result<(), HubError> {
         let mut leaving = vec![name.to_owned()];
+        let leader_lost = self.leader_lost();
         if returns {
             self.keep_for(name, state);
         }
-        let done = self.shrink_to_those_who_hear(set, name, state, reason, &mut leaving).await;
+        let done = tokio::select! {
+            biased;
+            done = self.shrink_to_those_who_hear(set, name, state, reason, &mut leaving) => done,
+            // Whoever leads next leaves out who does not answer then; it must not wait for a leader that does not hear of this.
+            () = leader_lost.cancelled() => Err(HubError::NotStored {
+                node: name.to_owned(),
+                why: "the leader was lost meanwhile".to_owned(),
+            }),
+        };
         if done.is_err() {
             // They are members still.
             for name in &leaving {
