@@ -315,7 +315,10 @@ async fn after_its_time_it_has_to_be_recovered() {
     let client = cluster.connect("postgres").await;
     run(&client, "create table t (id int primary key)").await;
     cluster.kill_agent(1);
+    // Until then it may read for itself, as its last lease says.
+    wait_status(&cluster, &["commits wait, because node1 is just taken out of the member set"]).await;
     cluster.wait_member(1, false).await;
+    assert!(!cluster.status().0.contains("just taken out"));
     run(&client, "insert into t values (1)").await;
     wait_status(&cluster, &["it was away for longer than 1 s (proxy.away_s_max)", "then: pgtandem recover node1"])
         .await;

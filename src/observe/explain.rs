@@ -230,6 +230,17 @@ pub fn held(node: &str, why: &str) -> Problem {
     )
 }
 
+/// Commits wait until a member has left the set: it may read for itself for as long as its last lease runs.
+#[must_use]
+pub fn leaving(node: &str, why: &str) -> Problem {
+    problem(
+        format!("commits wait, because {node} is just taken out of the member set: {why}"),
+        format!(
+            "nothing: they go on when the smaller set is stored and the last lease of {node} has ended, within seconds"
+        ),
+    )
+}
+
 /// The state in the words of the design.
 #[must_use]
 pub fn state_name(state: Option<NodeState>) -> &'static str {

@@ -59,6 +59,11 @@ pub trait StatusSource: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// Members that are just taken out, for which commits wait that long, and why.
+    fn leaving(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
     /// Why this proxy must not serve and what to do about it, if it waits for another node or for a person.
     fn waiting(&self) -> Option<Problem> {
         None

@@ -175,6 +175,8 @@ pub struct Hub {
     pub sequences: Sequences,
     /// Members for which commits wait.
     pub missing: Missing,
+    /// Members that are just taken out, and why.
+    pub leaving: Missing,
 }
 
 impl std::fmt::Debug for Hub {
@@ -220,6 +222,7 @@ impl Hub {
             started_ms: now_ms(),
             sequences: Sequences::default(),
             missing: Missing::default(),
+            leaving: Missing::default(),
         }
     }
 

@@ -12,7 +12,7 @@ use pgtandem_proto::membership::NodeState;
 use crate::config::Mode;
 use crate::replicate::hub::{Follower, Hub, HubError};
 
-/// Members for which commits wait, and why.
+/// Members for which commits wait, and why: until a person decides, or for the moment in which they leave.
 #[derive(Debug, Default)]
 pub struct Missing(Mutex<BTreeMap<String, String>>);
 
@@ -32,6 +32,27 @@ impl Missing {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, String>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One of them, until this is dropped.
+#[derive(Debug)]
+pub struct Listed<'a> {
+    list: &'a Missing,
+    node: String,
+}
+
+impl Missing {
+    #[must_use]
+    pub fn listed(&self, node: &str, why: &str) -> Listed<'_> {
+        self.note(node, why);
+        Listed { list: self, node: node.to_owned() }
+    }
+}
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        self.list.clear(&self.node);
     }
 }
 

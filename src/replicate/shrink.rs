@@ -58,6 +58,7 @@ impl Hub {
         reason: &str,
         returns: bool,
     ) -> Result<(), HubError> {
+        let _shown = self.leaving.listed(name, reason);
         let mut leaving = vec![name.to_owned()];
         let leader_lost = self.leader_lost();
         if returns {

@@ -78,6 +78,10 @@ impl StatusSource for Hub {
         self.missing.list()
     }
 
+    fn leaving(&self) -> Vec<(String, String)> {
+        self.leaving.list()
+    }
+
     fn waiting(&self) -> Option<Problem> {
         match &*self.reign.borrow() {
             Reign::Waiting(why) => Some(Problem::clone(why)),

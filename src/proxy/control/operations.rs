@@ -83,9 +83,9 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Operations<R, A, S> {
         let mut status = ClusterStatus::new(&self.cluster, Some(&set), Some(self.source.counters()), true, findings);
         status.once = self.source.once();
         let held = self.source.missing().into_iter().map(|(node, why)| explain::held(&node, &why));
-        status
-            .problems
-            .splice(0..0, self.source.not_served().map(|why| explain::not_served(&why)).into_iter().chain(held));
+        let leaving = self.source.leaving().into_iter().map(|(node, why)| explain::leaving(&node, &why));
+        let not_served = self.source.not_served().map(|why| explain::not_served(&why));
+        status.problems.splice(0..0, not_served.into_iter().chain(held).chain(leaving));
         status
     }
 
