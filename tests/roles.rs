@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::ask::{run_all, same, value};
+use common::ask::{run, run_all, same, state, value};
 use tokio_postgres::NoTls;
 
 /// Everything that a role is, and whose member.
@@ -167,4 +167,36 @@ async fn notifications_come_once_and_advisory_locks_hold() {
     assert!(client.batch_execute("begin; discard all").await.is_err());
     run_all(&client, &["rollback", "insert into t values (6)"]).await;
     cluster.assert_identical().await;
+}
+
+/// Row-level security is not for the owner of a table: its policies are not called, and values of sequences and clocks are as ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_are_for_those_they_apply_to() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run_all(
+        &client,
+        &[
+            "create role owner_of; create role tenant; grant create on schema public to owner_of; set role owner_of",
+            "create table t (id serial primary key, who text default current_user, at timestamptz default clock_timestamp())",
+            "create policy own on t using (who = current_user); alter table t enable row level security",
+            "grant all on t to tenant; grant usage on sequence t_id_seq to tenant",
+            "insert into t (at) select now() from generate_series(1, 3)",
+            "update t set at = clock_timestamp() where id > 1",
+            "prepare renew as update t set at = clock_timestamp()",
+            "execute renew",
+        ],
+    )
+    .await;
+    // To this one they apply: what they call is not known to take the same clock on every server.
+    run(&client, "set role tenant").await;
+    assert_eq!(state(&client, "execute renew").await, "0A000");
+    assert_eq!(state(&client, "insert into t (at) values (now())").await, "0A000");
+    run(&client, "update t set who = 'nobody'").await;
+    // Neither to superusers; and to the owner if it says so.
+    run(&client, "reset role; execute renew; alter table t force row level security; set role owner_of").await;
+    assert_eq!(state(&client, "execute renew").await, "0A000");
+    run(&client, "update t set at = null where id = 1").await;
+    cluster.assert_identical().await;
+    assert_eq!(same(&cluster, "postgres", "select count(*) from t where at is null and who = 'owner_of'").await, "1");
 }

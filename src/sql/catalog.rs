@@ -254,7 +254,7 @@ SELECT json_build_object(
       WHERE t.root = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D'), 0),
     'rules', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_rewrite w ON w.ev_class = t.oid
       WHERE t.root = c.oid AND w.ev_type <> '1' AND w.ev_enabled <> 'D'),
-    'rls', c.relrowsecurity,
+    'rls', pg_catalog.row_security_active(c.oid),
     'children', c.relkind <> 'p' AND EXISTS (SELECT 1 FROM tree t WHERE t.root = c.oid AND t.oid <> c.oid),
     'foreign', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid WHERE t.root = c.oid AND k.relkind = 'f'),
     'truncate_trigger', (SELECT pg_catalog.min(s.oid::regclass::text) FROM truncated s JOIN pg_catalog.pg_trigger g ON g.tgrelid = s.oid

@@ -51,7 +51,7 @@ pub struct Relation {
     pub triggers: u32,
     /// Enabled rules here or in children and partitions.
     pub rules: bool,
-    /// Row-level security is enabled.
+    /// Row-level security applies to whoever asks: not to its owner unless it is forced, not to superusers.
     pub rls: bool,
     /// Children by inheritance that are not partitions.
     pub children: bool,
