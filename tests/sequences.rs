@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::Cluster;
+use common::ask::{run_all, same};
 use tokio_postgres::{Client, SimpleQueryMessage};
 
 /// Statements, one after the other through one session; after each all sequences are looked at. `=`: they must be equal afterwards.
@@ -214,5 +215,26 @@ async fn a_node_that_joins_does_not_give_a_value_again() {
     let last = value(&client, "select max(id) from t").await;
     assert!(value(&follower, "select last_value from t_id_seq").await >= last);
     cluster.wait_well().await;
+    cluster.assert_identical().await;
+}
+
+/// An extension such as citext brings aggregates of its own with the names of PostgreSQL's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sequence_is_set_to_an_aggregate_of_which_users_have_another_one() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run_all(
+        &client,
+        &[
+            "create table t (id serial primary key, v text); insert into t values (7), (9)",
+            "create function larger(text[], text[]) returns text[] immutable language sql as 'select greatest($1, $2)'",
+            "create aggregate max (text[]) (sfunc = larger, stype = text[])",
+            // What Django, Rails and many a migration write.
+            "select setval(pg_get_serial_sequence('t', 'id'), coalesce(max(id), 1), max(id) is not null) from t",
+            "insert into t (v) select (max(string_to_array(v, ','))) [1] from t",
+        ],
+    )
+    .await;
+    assert_eq!(same(&cluster, "postgres", "select max(id) from t").await, "10");
     cluster.assert_identical().await;
 }

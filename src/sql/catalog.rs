@@ -319,6 +319,10 @@ SELECT json_build_object(
           JOIN pg_catalog.pg_proc q ON q.oid = m.m[1]::oid WHERE q.provolatile <> 'i'))
         THEN 'v' ELSE p.provolatile::text END,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
+      'immutable_parts', p.prokind = 'a' AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_aggregate g CROSS JOIN LATERAL pg_catalog.unnest(ARRAY[
+          g.aggtransfn::oid, g.aggfinalfn::oid, g.aggcombinefn::oid, g.aggserialfn::oid, g.aggdeserialfn::oid, g.aggmtransfn::oid,
+          g.aggminvtransfn::oid, g.aggmfinalfn::oid]) u(oid)
+        JOIN pg_catalog.pg_proc q ON q.oid = u.oid WHERE g.aggfnoid::oid = p.oid AND q.provolatile <> 'i'),
       'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates) OR u.oid >= 16384::oid),
       'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]),
       'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')))) AS fact

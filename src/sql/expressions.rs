@@ -211,6 +211,9 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
     if functions::is_order_dependent(&name.name) {
         look.order = Some(format!("{}(), whose result depends on the order of rows", name.name));
     }
+    if candidates_of(facts, &name).any(|candidate| !candidate.builtin && candidate.kind != "f") {
+        look.order = Some(format!("{name}(), an aggregate whose result may depend on the order of rows"));
+    }
     look.float_aggregate |= functions::is_float_aggregate(&name.name);
     let Some(candidates) = facts.functions.get(&name) else {
         look.missing = true;
@@ -246,9 +249,13 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
     }
 }
 
+fn candidates_of<'a>(facts: &'a Facts, name: &Name) -> impl Iterator<Item = &'a Function> {
+    facts.functions.get(name).into_iter().flatten()
+}
+
 /// `t.f`, where f may be a function of the row.
 fn call_of_row(look: &mut Look, name: &Name, facts: &Facts) {
-    for function in facts.functions.get(name).into_iter().flatten() {
+    for function in candidates_of(facts, name) {
         if function.of_row && !function.builtin {
             let effect = functions::effect(std::slice::from_ref(function), Some(1)).unwrap_or(Effect::Unknown);
             look.note(effect, || format!("the function {name}()"));

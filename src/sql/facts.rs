@@ -185,6 +185,9 @@ pub struct Function {
     pub builtin: bool,
     /// pg_proc.prokind: f, a, w or p
     pub kind: String,
+    /// An aggregate whose functions are all immutable: its own class says nothing of them.
+    #[serde(default)]
+    pub immutable_parts: bool,
     /// One argument that is a row: `t.f` can call it.
     pub of_row: bool,
     /// Takes or gives a date or time, or takes a type that is not built in and may be one.
