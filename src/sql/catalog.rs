@@ -91,6 +91,7 @@ pub(super) fn qualify(template: &str) -> String {
         .replace("::name", "::pg_catalog.name")
         .replace("@functions_of", FUNCTIONS_OF)
         .replace("@dates", DATE_TYPES)
+        .replace("@harmless", HARMLESS_EXTENSIONS)
 }
 
 /// Functions that a node tree calls: `@functions_of` stands after `LATERAL (` with the tree as `n.tree`.
@@ -101,6 +102,11 @@ const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolat
 /// Date and time types, their arrays and ranges (`pg_type.dat`).
 const DATE_TYPES: &str =
     "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
+
+/// Extensions of PostgreSQL's own distribution whose functions in C neither write nor run a text that they are given. The others have such
+/// functions: `dblink`, `tablefunc`, `xml2`, `lo`, `spi` and the like.
+const HARMLESS_EXTENSIONS: &str = "'{btree_gin,btree_gist,citext,cube,dict_int,dict_xsyn,earthdistance,fuzzystrmatch,hstore,intarray,isn,ltree,\
+     pg_trgm,pgcrypto,seg,unaccent,uuid-ossp}'::pg_catalog.name[]";
 
 /// Blanks around operators matter, see [`qualify`].
 const TEMPLATE: &str = r"WITH RECURSIVE
@@ -319,6 +325,8 @@ SELECT json_build_object(
           JOIN pg_catalog.pg_proc q ON q.oid = m.m[1]::oid WHERE q.provolatile <> 'i'))
         THEN 'v' ELSE p.provolatile::text END,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
+      'harmless', p.prolang = 13::oid AND EXISTS (SELECT 1 FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+        WHERE d.classid = 1255::oid AND d.objid = p.oid AND d.refclassid = 3079::oid AND d.deptype = 'e' AND e.extname = ANY (@harmless)),
       'immutable_parts', p.prokind = 'a' AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_aggregate g CROSS JOIN LATERAL pg_catalog.unnest(ARRAY[
           g.aggtransfn::oid, g.aggfinalfn::oid, g.aggcombinefn::oid, g.aggserialfn::oid, g.aggdeserialfn::oid, g.aggmtransfn::oid,
           g.aggminvtransfn::oid, g.aggmfinalfn::oid]) u(oid)
@@ -334,7 +342,10 @@ SELECT json_build_object(
 'operators', (SELECT json_agg( json_build_object('schema', a.nsp, 'name', a.name, 'fact', b.fact))
   FROM asked_operators a CROSS JOIN LATERAL (
     SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
-      'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text, 'of_row', false)) AS fact
+      'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
+      'harmless', p.prolang = 13::oid AND EXISTS (SELECT 1 FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+        WHERE d.classid = 1255::oid AND d.objid = p.oid AND d.refclassid = 3079::oid AND d.deptype = 'e' AND e.extname = ANY (@harmless)),
+      'of_row', false)) AS fact
     FROM pg_catalog.pg_operator o JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::oid
     JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace
     LEFT JOIN spaces s ON s.oid = o.oprnamespace

@@ -185,6 +185,9 @@ pub struct Function {
     pub builtin: bool,
     /// pg_proc.prokind: f, a, w or p
     pub kind: String,
+    /// Of an extension that is known not to write by it, although it may give another value on another server.
+    #[serde(default)]
+    pub harmless: bool,
     /// An aggregate whose functions are all immutable: its own class says nothing of them.
     #[serde(default)]
     pub immutable_parts: bool,

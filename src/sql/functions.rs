@@ -306,6 +306,7 @@ fn effect_of(function: &Function, arguments: Option<usize>) -> Effect {
     match (function.builtin, function.volatility.as_str()) {
         // the class of an aggregate says nothing of the functions that it is made of
         (false, "i") if function.kind == "f" || function.immutable_parts => Effect::Pure,
+        (false, _) if function.harmless => Effect::Varies,
         (false, _) => Effect::Unknown,
         (true, _) if WRITERS.contains(&name) => Effect::Writes,
         // age(t) counts from today
