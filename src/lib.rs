@@ -9,6 +9,7 @@ pub mod archive;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod crash;
 pub mod observe;
 pub mod pg;
 pub mod proxy;

@@ -6,11 +6,9 @@
 mod common;
 
 use std::io::BufRead;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use common::Cluster;
+use common::writer::Writers;
 use pgtandem::agent::client::Control;
 use pgtandem::agent::tls::Identity;
 use pgtandem_proto::membership::NodeState;
@@ -34,59 +32,6 @@ const VICTIMS: [Victim; 5] =
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
-}
-
-/// Inserts one number after the other, and remembers those that were acknowledged.
-struct Writer {
-    acknowledged: Arc<Mutex<Vec<i64>>>,
-    stop: Arc<AtomicBool>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Writer {
-    fn start(port: u16) -> Writer {
-        let (acknowledged, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
-        let (told, ended) = (Arc::clone(&acknowledged), Arc::clone(&stop));
-        let task = tokio::spawn(async move {
-            let mut next = 0_i64;
-            while !ended.load(Ordering::Relaxed) {
-                let Ok(client) = pgtandem::sandbox::compare::connect(port, "postgres").await else {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                    continue;
-                };
-                while !ended.load(Ordering::Relaxed) {
-                    // One whose outcome is not known may be there or not; its number is not used again.
-                    next += 1;
-                    if client.execute("insert into written values ($1)", &[&next]).await.is_err() {
-                        break;
-                    }
-                    told.lock().expect("no panic").push(next);
-                }
-            }
-        });
-        Writer { acknowledged, stop, task }
-    }
-
-    fn count(&self) -> usize {
-        self.acknowledged.lock().expect("no panic").len()
-    }
-
-    /// Waits until it has written `count` more.
-    async fn wait(&self, cluster: &Cluster, count: usize) {
-        let target = self.count() + count;
-        let began = std::time::Instant::now();
-        while self.count() < target {
-            assert!(began.elapsed() < 3 * common::LIMIT, "nobody can write\n{}", cluster.logs());
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    /// -> everything that was acknowledged
-    async fn stop(self) -> Vec<i64> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.task.await.expect("the writer");
-        std::mem::take(&mut self.acknowledged.lock().expect("no panic"))
-    }
 }
 
 /// Starts a recovery and kills the victim as soon as the phase is told. -> whether the phase came
@@ -141,10 +86,7 @@ async fn whoever_is_killed_in_whatever_phase() {
     let (rounds, seed) = (number("KILL_ROUNDS", 3), number("KILL_SEED", 1));
     let mut random = StdRng::seed_from_u64(seed);
     let cluster = Cluster::up(&["--scale", "1"]);
-    let client = cluster.connect("postgres").await;
-    client.batch_execute("create table written (n bigint primary key)").await.expect("a table");
-    drop(client);
-    let writer = Writer::start(cluster.layout.proxy_port());
+    let mut writer = Writers::start(&cluster, 1).await;
     for round in 0..rounds {
         let phase = PHASES[random.random_range(0..PHASES.len())];
         let victim = VICTIMS[random.random_range(0..VICTIMS.len())];
@@ -160,13 +102,8 @@ async fn whoever_is_killed_in_whatever_phase() {
         }
         writer.wait(&cluster, 5).await;
     }
-    let acknowledged = writer.stop().await;
+    writer.stop().await;
     cluster.wait_well().await;
     cluster.assert_identical().await;
-    for index in 0..2 {
-        let client = cluster.connect_node(index, "postgres").await;
-        let sql = "select count(*) from written where n = any($1)";
-        let found: i64 = client.query_one(sql, &[&acknowledged]).await.expect("a count").get(0);
-        assert_eq!(usize::try_from(found), Ok(acknowledged.len()), "acknowledged, and on node{index}");
-    }
+    writer.check(&cluster, 0..2, "at the end").await;
 }

@@ -17,6 +17,7 @@ use super::node::Node;
 use super::recovery::Running;
 use super::source::AgentSource;
 use crate::cluster::record as rules;
+use crate::crash::CrashPoint;
 use crate::sync::target::Target;
 
 /// How often a request that runs says how far it is, milliseconds. The caller's limit on silence is longer.
@@ -106,6 +107,7 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
         Request::Status => Ok(Reply::Status(Box::new(node.status()))),
         Request::Promise { epoch } => promise(node, epoch).await,
         Request::Store { members, state, uncertain, new_generation, note } => {
+            CrashPoint::AgentStores.reached(&node.config.name);
             let record = {
                 let _changing = node.generation.lock().await;
                 let before = node.record();
@@ -121,6 +123,7 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
                 }
                 record
             };
+            CrashPoint::AgentStored.reached(&node.config.name);
             if state == NodeState::InSync {
                 node.recovery.finish();
             }
@@ -182,10 +185,12 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             Ok(reply)
         }
         Request::Join { members, generations } => {
+            CrashPoint::AgentJoins.reached(&node.config.name);
             let record = node
                 .change_record(move |record| rules::join(record, &members, &generations))
                 .await
                 .map_err(|error| error.failure())?;
+            CrashPoint::AgentJoined.reached(&node.config.name);
             node.recovery.finish();
             cut_tunnels(node, Some(record.promised)).await?;
             Ok(Reply::Record(Box::new((*record).clone())))
@@ -216,6 +221,7 @@ async fn discard_fork(node: &Node, note: String) -> Result<Reply, Failure> {
 async fn promise(node: &Node, epoch: Epoch) -> Result<Reply, Failure> {
     let record =
         node.change_record(move |record| rules::promise(record, epoch)).await.map_err(|error| error.failure())?;
+    CrashPoint::AgentPromised.reached(&node.config.name);
     node.with_lease(crate::cluster::lease::Lease::forget);
     node.recovery.cancel_below(record.promised);
     cut_tunnels(node, Some(record.promised)).await?;

@@ -14,6 +14,7 @@ use crate::agent::client::{ClientError, Control};
 use crate::cluster::members::{self, MembersError};
 use crate::cluster::start::{self, Occasion, Other, Refusal};
 use crate::config::NodeConfig;
+use crate::crash::CrashPoint;
 use crate::observe::status::Problem;
 use crate::proxy::settle::{self, Found};
 use crate::replicate::follower::ServerError;
@@ -179,10 +180,14 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion<'_>) -> Result<(), ReignEr
         followers = promising;
     }
     let found = settle::leader(hub, epoch, &secret, survivors.as_deref()).await?;
+    CrashPoint::ReignSettled.reached(&leader.node.name);
     let mut staying = Vec::new();
     for follower in followers {
         match settle::follower(hub, &follower.node, epoch, &secret, &found).await {
-            Ok(None) => staying.push(follower),
+            Ok(None) => {
+                CrashPoint::ReignSettled.reached(&follower.node.name);
+                staying.push(follower);
+            }
             Ok(Some((database, Verdict::Ahead { mark, leader: ours, follower: theirs }))) => {
                 let (leader, follower) = (leader.node.name, follower.node.name);
                 return Err(ReignError::LeaderSuspect { leader, follower, database, mark, theirs, ours });
@@ -218,6 +223,7 @@ pub async fn raise(hub: &Arc<Hub>, occasion: Occasion<'_>) -> Result<(), ReignEr
         store_on(&mut member.control, &new, NodeState::InSync, generation.as_deref(), None)
             .await
             .map_err(|source| ReignError::Store { node: member.node.name.clone(), source })?;
+        CrashPoint::ReignStored.reached(&member.node.name);
     }
     for member in &mut dropped {
         if let Err(e) =
@@ -303,7 +309,9 @@ fn leaves(hub: &Hub, node: &str, reason: &str) {
 
 async fn promise(member: &mut Member, epoch: u64) -> Result<(), ReignError> {
     let promised = member.control.request(&Request::Promise { epoch }).await;
-    promised.map(|_| ()).map_err(|source| ReignError::Store { node: member.node.name.clone(), source })
+    promised.map_err(|source| ReignError::Store { node: member.node.name.clone(), source })?;
+    CrashPoint::ReignPromised.reached(&member.node.name);
+    Ok(())
 }
 
 /// Waits until the leader's PostgreSQL, which its agent starts, accepts connections.

@@ -11,6 +11,7 @@ use pgtandem_proto::message::PostgresState;
 
 use crate::agent::client::ClientError;
 use crate::cluster::start::{self, Candidate};
+use crate::crash::CrashPoint;
 use crate::proxy::reign;
 use crate::replicate::hub::{Hub, store_on};
 
@@ -66,7 +67,7 @@ pub(super) async fn take_over(hub: &Hub, epoch: u64) -> Taken {
     };
     let stored = store_on(&mut leader.control, &next, NodeState::InSync, Some(&generation), None);
     match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), stored).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(())) => CrashPoint::TakeoverStored.reached(&next.leader),
         // It has said no: everything is as it was.
         Ok(Err(error @ (ClientError::Failed { .. } | ClientError::Refused { .. }))) => {
             tracing::warn!(node = next.leader, %error, "it can not lead");
@@ -115,4 +116,5 @@ async fn tell(
             hub.wait_lease_out(node).await;
         }
     }
+    CrashPoint::TakeoverTold.reached(node);
 }

@@ -11,6 +11,7 @@ use pgtandem_proto::message::{Lsn, Reply, Request};
 use crate::agent::client::Control;
 use crate::cluster::members;
 use crate::cluster::rejoin::Standing;
+use crate::crash::CrashPoint;
 use crate::pg::build;
 use crate::recovery::replication::{
     CutDone, Drained, JoinDone, Replication, ReplicationError, ReplicationErrorKind as Kind,
@@ -188,6 +189,7 @@ impl Hub {
         let ready = tokio::time::timeout(limit, self.make_ready(node, &larger, &mut applier, backlog)).await;
         let late = || Err(node_error(node, &"it did not answer in time when it was to be let in"));
         let Ready { mut controls, generations, standing, mut leaders, spares } = ready.unwrap_or_else(|_| late())?;
+        CrashPoint::GrowReady.reached(node);
         let ignore = |_: Drained| ();
         let closed = self.close_gate().await?;
         let until = tokio::time::Instant::now() + Duration::from_millis(self.config.proxy.gate_ms_max);
@@ -199,6 +201,7 @@ impl Hub {
         // What was under way when the time is over may be half applied, so this attempt is not taken up again.
         let late = || node_error(node, &"it did not apply the rest of the backlog before proxy.gate_ms_max");
         tokio::time::timeout_at(until + Duration::from_millis(GRACE_MS), rest).await.unwrap_or_else(|_| Err(late()))?;
+        CrashPoint::GrowDrained.reached(node);
         let mut stored: Vec<String> = Vec::new();
         let mut failure = None;
         for (name, control) in &mut controls {
@@ -213,7 +216,10 @@ impl Hub {
             // Counted as stored even if that is not known: the smaller set goes there, too.
             stored.push(name.clone());
             failure = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {
-                Ok(Ok(())) => continue,
+                Ok(Ok(())) => {
+                    CrashPoint::GrowStored.reached(name);
+                    continue;
+                }
                 Ok(Err(e)) => Some(record_error(name, &e)),
                 Err(_) => Some(record_error(name, &"no answer in time")),
             };
@@ -226,6 +232,7 @@ impl Hub {
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         let version = larger.version;
         self.show(larger);
+        CrashPoint::GrowShown.reached(node);
         if let Some(follower) = self.view().followers.iter().find(|f| f.node.name == *node) {
             follower.put_spares(spares);
             follower.note_standing(standing);

@@ -19,6 +19,7 @@ use crate::agent::client::{ClientError, Control};
 use crate::cluster::members;
 use crate::cluster::rejoin::{self, Judgement};
 use crate::config::NodeConfig;
+use crate::crash::CrashPoint;
 use crate::pg::build;
 use crate::recovery::replication::{JoinDone, ReplicationError, ReplicationErrorKind as Kind};
 use crate::replicate::applier::{Applier, differs, leader_error, node_error};
@@ -184,6 +185,7 @@ impl Hub {
         let failed = |e: String| node_error(name, &e);
         let set = self.view().set.clone();
         in_time(store_on(control, &set, NodeState::Joining, None, None)).await.map_err(failed)?;
+        CrashPoint::ReturnMarked.reached(name);
         let mut applier = self.applier(name)?;
         // Of the reign that has the backlog, or of none.
         if applier.epoch != kept.epoch {
@@ -203,6 +205,7 @@ impl Hub {
             at.insert(database.to_string(), marks);
         }
         kept.settled();
+        CrashPoint::ReturnSettled.reached(name);
         tracing::info!(node = %name, backlog = ?kept.backlog.size(), "a node that was away is brought what it missed");
         applier.away = Some((Arc::clone(kept), Chain::new(at)));
         Ok(applier)

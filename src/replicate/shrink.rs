@@ -7,6 +7,7 @@ use pgtandem_proto::membership::{MemberSet, NodeState};
 
 use crate::agent::client::ClientError;
 use crate::cluster::members;
+use crate::crash::CrashPoint;
 use crate::replicate::hub::{Follower, Hub, HubError, Reign};
 
 /// How long a node that is leaving the set may take to be told so.
@@ -91,6 +92,7 @@ impl Hub {
         leaving: &mut Vec<String>,
     ) -> Result<(), HubError> {
         let mut smaller = members::without(set, name)?;
+        CrashPoint::ShrinkBegun.reached(name);
         self.dismiss(&smaller, name, state, reason).await?;
         let mut unheard = false;
         while let Some((member, why)) = self.store_on_members(&smaller, name).await? {
@@ -110,6 +112,7 @@ impl Hub {
             self.reign.send_replace(Reign::Starting);
         }
         self.show(smaller);
+        CrashPoint::ShrinkShown.reached(name);
         Ok(())
     }
 
@@ -117,9 +120,13 @@ impl Hub {
     async fn dismiss(&self, smaller: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
         self.note_reason(name, reason);
         let tell = self.store(self.node(name)?, smaller, state, None, Some(reason));
-        if let Err(e) = within_agent(TELL_MS_MAX, tell).await {
-            tracing::info!(node = name, error = %e, "the node that leaves could not be told; its lease is waited out");
-            self.wait_lease_out(name).await;
+        match within_agent(TELL_MS_MAX, tell).await {
+            Ok(()) => CrashPoint::ShrinkTold.reached(name),
+            Err(e) => {
+                tracing::info!(node = name, error = %e, "the node that leaves could not be told; its lease is waited out");
+                self.wait_lease_out(name).await;
+                CrashPoint::ShrinkLeaseOut.reached(name);
+            }
         }
         Ok(())
     }
@@ -136,7 +143,10 @@ impl Hub {
             loop {
                 let stored = self.store(node, set, NodeState::InSync, Some(&generation), None);
                 let why = match tokio::time::timeout_at(deadline, stored).await {
-                    Ok(Ok(())) => break,
+                    Ok(Ok(())) => {
+                        CrashPoint::ShrinkStored.reached(member);
+                        break;
+                    }
                     // Another reign has begun: no commit of this one may be acknowledged any more.
                     Ok(Err(e)) if e.is_old_epoch() => {
                         return Err(HubError::NotStored { node: left.to_owned(), why: e.to_string() });

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 
+use crate::crash::CrashPoint;
 use crate::pg::build::ClientError;
 use crate::replicate::backlog::Entry;
 use crate::replicate::commit::{self, Commit, PrepareError, Prepared};
@@ -101,6 +102,7 @@ impl Session {
             gid: flight::gid(&self.hub.config.cluster.name, self.epoch, mark.id, mark_n),
             owner: None,
         };
+        CrashPoint::CommitBegun.reached(&self.database);
         let mut held = Vec::new();
         let told = if serializable {
             self.decide_serializable(&log, &decision, &mut held, &open, chain).await
@@ -168,6 +170,7 @@ impl Session {
                 break pass;
             }
         };
+        CrashPoint::CommitPrepared.reached(&self.database);
         tracing::trace!(gid = decision.gid, prepared_us = started.elapsed().as_micros(), "members have prepared");
         self.decide_on_leader(log, decision, held, chain, (pass, closed)).await
     }
@@ -296,7 +299,9 @@ impl Session {
             }
         };
         entries.settle(committed);
-        if !committed {
+        if committed {
+            CrashPoint::CommitDecided.reached(&self.database);
+        } else {
             self.abandon(std::mem::take(held), decision).await?;
             return Err(End::RolledBack);
         }

@@ -4,16 +4,25 @@
 pub mod ask;
 pub mod fault;
 pub mod load;
+pub mod writer;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use pgtandem::crash::CrashPoint;
 use pgtandem::sandbox::{self, Layout, control};
 use tokio_postgres::Client;
 
 /// How long a test waits for a condition that must come true.
 pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// Names the folder in which daemons look for points at which they are to end.
+const CRASH: &str = "PGTANDEM_CRASH";
+
+fn crash_dir(dir: &Path) -> PathBuf {
+    dir.join("crash")
+}
 
 /// A running cluster. Its processes end and its folder goes when this is dropped.
 pub struct Cluster {
@@ -50,7 +59,9 @@ impl Cluster {
     pub fn up(arguments: &[&str]) -> Self {
         let folder = folder();
         let dir = folder.path().join("d");
-        let output = pgtandem().args(["sandbox", "up", "--dir"]).arg(&dir).args(arguments).output().expect("pgtandem");
+        let mut command = pgtandem();
+        command.args(["sandbox", "up", "--dir"]).arg(&dir).args(arguments).env(CRASH, crash_dir(&dir));
+        let output = command.output().expect("pgtandem");
         let layout = Layout::load(&dir);
         assert!(output.status.success(), "sandbox up failed: {}", text(&output));
         Self { layout: layout.expect("a sandbox"), folder }
@@ -226,6 +237,7 @@ impl Cluster {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.layout.proxy_log()).expect("a log");
         let mut command = self.as_user();
         command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
+        command.env(CRASH, crash_dir(self.dir()));
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("pgtandem")
     }
 
@@ -238,8 +250,54 @@ impl Cluster {
 
     /// `sandbox up` once more: starts what was killed; returns when it answers.
     pub fn start_again(&self) {
-        let output = pgtandem().args(["sandbox", "up", "--dir"]).arg(self.dir()).output().expect("pgtandem");
+        let output = self.try_start_again();
         assert!(output.status.success(), "sandbox up: {}\n{}", text(&output), self.logs());
+    }
+
+    /// The same, where it may fail.
+    pub fn try_start_again(&self) -> Output {
+        let mut command = pgtandem();
+        command.args(["sandbox", "up", "--dir"]).arg(self.dir()).env(CRASH, crash_dir(self.dir()));
+        command.output().expect("pgtandem")
+    }
+
+    /// The next process that comes by this point ends there as by kill -9.
+    pub fn arm(&self, point: CrashPoint, of: &str) {
+        self.put_crash_file(point, of, "KILL");
+    }
+
+    /// The next process that comes by this point stands still there.
+    pub fn arm_stop(&self, point: CrashPoint, of: &str) {
+        self.put_crash_file(point, of, "STOP");
+    }
+
+    fn put_crash_file(&self, point: CrashPoint, of: &str, content: &str) {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = crash_dir(self.dir());
+        if !folder.exists() {
+            std::fs::create_dir(&folder).expect("a folder");
+            // The daemons take files out of it.
+            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o777)).expect("a folder");
+        }
+        std::fs::write(folder.join(point.file_name(of)), content).expect("a file");
+    }
+
+    /// Waits until somebody has come by.
+    pub async fn wait_reached(&self, point: CrashPoint, of: &str) {
+        let file = crash_dir(self.dir()).join(point.file_name(of));
+        assert!(comes(async || !file.exists()).await, "nobody came by {point:?} of {of}\n{}", self.logs());
+    }
+
+    /// Waits until the proxy stands still.
+    pub async fn wait_proxy_stopped(&self) {
+        let pid = pid_in(&self.layout.proxy_pid_file());
+        wait_for("the proxy stands still", async || state_of(pid) == Some('T')).await;
+    }
+
+    /// Waits until the daemon that came by a point is gone.
+    pub async fn wait_dead(&self, pid_file: &Path) {
+        let pid = pid_in(pid_file);
+        wait_for("it is dead", async || !runs(pid)).await;
     }
 
     /// `pgtandem recover`, which must succeed.
@@ -379,8 +437,13 @@ fn parent_of(pid: rustix::process::Pid) -> Option<rustix::process::Pid> {
 
 /// Whether there is such a process, and not only its exit status.
 fn runs(pid: rustix::process::Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    state_of(pid).is_some_and(|state| !['Z', 'X'].contains(&state))
+}
+
+/// See proc(5).
+fn state_of(pid: rustix::process::Pid) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// Waits for a condition; fails with `what` when it does not come true.
