@@ -7,6 +7,7 @@ mod common;
 
 use common::writer::Writers;
 use common::{Cluster, comes, text};
+use pgtandem::agent::record::peek;
 use pgtandem::crash::CrashPoint::{self, *};
 use pgtandem::sandbox::{compare, control};
 
@@ -26,6 +27,8 @@ enum Occasion {
     Recover,
     /// The same, and its host is lost at the step.
     RecoverHostLost,
+    /// node2 is told that it joins, and does not answer.
+    RecoverInVain,
     /// node2 was away, and comes back with what it missed.
     Return,
 }
@@ -50,7 +53,7 @@ const GROWS: &[(Occasion, CrashPoint, &str)] = &[
     (Occasion::Recover, GrowStored, "node2"),
     (Occasion::Recover, GrowShown, "node2"),
     (Occasion::Recover, AgentJoined, "node2"),
-    (Occasion::Recover, AgentJoins, "node2"),
+    (Occasion::RecoverInVain, ShrinkStored, "node0"),
 ];
 
 const RETURNS: &[(Occasion, CrashPoint, &str)] = &[
@@ -78,7 +81,8 @@ const COMMITS: &[(CrashPoint, bool)] = &[(CommitBegun, false), (CommitPrepared, 
 fn every_point_is_played() {
     let changes = [SHRINKS, GROWS, RETURNS].concat();
     let played = changes.iter().map(|(_, point, _)| *point).chain(TAKEOVERS.iter().chain(REIGNS).map(|(p, _)| *p));
-    let played: Vec<_> = played.chain(COMMITS.iter().map(|(point, _)| *point)).collect();
+    // The last one is that of a recovery in vain.
+    let played: Vec<_> = played.chain(COMMITS.iter().map(|(point, _)| *point)).chain([AgentJoins]).collect();
     let missing: Vec<_> = CrashPoint::ALL.into_iter().filter(|point| !played.contains(point)).collect();
     assert_eq!(missing, []);
 }
@@ -152,10 +156,13 @@ async fn at(cluster: &Cluster, writers: &Writers, (occasion, point, of): (Occasi
             cluster.kill_agent(2);
             cluster.kill_postgres(2);
         }
-        Occasion::Recover | Occasion::RecoverHostLost => {
+        Occasion::Recover | Occasion::RecoverHostLost | Occasion::RecoverInVain => {
             let detached = cluster.command(&["detach", "node2"]);
             assert!(detached.status.success(), "{what}: {}", text(&detached));
             cluster.arm(point, of);
+            if occasion == Occasion::RecoverInVain {
+                cluster.arm(AgentJoins, "node2");
+            }
             recovering = Some(cluster.start(&["recover", "node2", "--yes"]));
         }
     }
@@ -322,4 +329,37 @@ async fn the_id_of_a_transaction_that_the_leader_forgot_is_given_to_another() {
     assert_eq!(node.query_one(&became, &[]).await.unwrap().get::<_, String>(0), "committed");
     cluster.start_again();
     assert_value(&cluster, "rolled back", 0).await;
+}
+
+/// Nothing is acknowledged on node0 alone before it is recorded there that node1 is no member: two agents end while node1 is let in, so that
+/// node1 believes that it is one, and node0's record said so, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_join_that_failed_is_undone_before_anything_is_acknowledged() {
+    let cluster = common::cluster();
+    let mut writers = Writers::start(&cluster, WRITERS).await;
+    let detached = cluster.command(&["detach", "node1"]);
+    assert!(detached.status.success(), "{}", text(&detached));
+    cluster.arm_stop(GrowStored, "node0");
+    let recovering = cluster.start(&["recover", "node1", "--yes"]);
+    cluster.wait_reached(GrowStored, "node0").await;
+    cluster.wait_proxy_stopped().await;
+    cluster.kill_agent(0);
+    cluster.arm(AgentJoined, "node1");
+    cluster.signal_proxy(rustix::process::Signal::CONT);
+    wait_killed(&cluster, AgentJoined, "node1").await;
+    cluster.start_agent(0);
+    writers.wait(&cluster, 20).await;
+    let members = || peek(&cluster.layout.node_dir(0)).and_then(|record| record.members).map(|set| set.nodes);
+    assert_eq!(members(), Some(vec!["node0".to_owned()]), "{}", cluster.logs());
+    assert!(!recovering.wait_with_output().unwrap().status.success());
+    // Nobody is told meanwhile.
+    cluster.kill_proxy();
+    writers.stop().await;
+    cluster.start_agent(1);
+    let asked = cluster.command(&["promote", "--node", "node1", "--dry-run"]);
+    assert!(text(&asked).contains("ACKNOWLEDGED WRITES WILL BE LOST"), "{}", text(&asked));
+    cluster.start_again();
+    do_what_status_says(&cluster, "at the end").await;
+    cluster.assert_identical().await;
+    writers.check(&cluster, 0..2, "at the end").await;
 }

@@ -19,7 +19,7 @@ use crate::recovery::replication::{
 use crate::replicate::applier::{Applier, leader_error, node_error, record_error};
 use crate::replicate::backlog::Backlog;
 use crate::replicate::follower::Connection;
-use crate::replicate::hub::{Hub, HubError, store_on};
+use crate::replicate::hub::{Hub, HubError, Reign, store_on};
 use crate::replicate::resolve;
 
 /// A backlog of at most that many transactions is short: the rest is applied while the gate is closed.
@@ -202,7 +202,6 @@ impl Hub {
         let late = || node_error(node, &"it did not apply the rest of the backlog before proxy.gate_ms_max");
         tokio::time::timeout_at(until + Duration::from_millis(GRACE_MS), rest).await.unwrap_or_else(|_| Err(late()))?;
         CrashPoint::GrowDrained.reached(node);
-        let mut stored: Vec<String> = Vec::new();
         let mut failure = None;
         for (name, control) in &mut controls {
             let is_new = name == node;
@@ -213,8 +212,6 @@ impl Hub {
                 }
                 store_on(control, &larger, NodeState::InSync, None, None).await
             };
-            // Counted as stored even if that is not known: the smaller set goes there, too.
-            stored.push(name.clone());
             failure = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {
                 Ok(Ok(())) => {
                     CrashPoint::GrowStored.reached(name);
@@ -226,7 +223,7 @@ impl Hub {
             break;
         }
         if let Some(failure) = failure {
-            self.shrink_out(&larger, node, &stored).await?;
+            self.shrink_out(&larger, node, &failure.what).await?;
             return Err(failure);
         }
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
@@ -272,30 +269,26 @@ impl Hub {
         Ok(Ready { controls, generations, standing, leaders, spares })
     }
 
-    /// Some stored the larger set, one could not: the next version is without the node again, before the gate opens.
-    async fn shrink_out(&self, larger: &MemberSet, node: &str, stored: &[String]) -> Result<(), ReplicationError> {
-        let smaller = members::without(larger, node).map_err(|e| wrong_node(&e.into()))?;
-        // The node may have stored the larger set, and could be made the leader: from here on its data go another way.
-        let generation = format!("{:032x}", rand::random::<u128>());
-        for name in stored.iter().chain(smaller.nodes.iter()) {
-            let config = self.node(name).map_err(|e| wrong_node(&e))?;
-            let leaves = name == node;
-            let state = if leaves { NodeState::Stale } else { NodeState::InSync };
-            let generation = (!leaves).then_some(generation.as_str());
-            let store = self.store(config, &smaller, state, generation, None);
-            let told = match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), store).await {
-                Ok(told) => told.map_err(|e| e.to_string()),
-                Err(_) => Err("no answer in time".to_owned()),
-            };
-            // A node that could not be told has marks that are behind, or is told by the next contact.
-            if let Err(error) = told {
-                tracing::warn!(node = %name, error, "the smaller member set is not stored there yet");
-            }
-        }
+    /// The larger set could not be stored everywhere: the next version is without the node again, and is on all that remain before the gate
+    /// opens, as at any loss. If that can not be had this reign is over, and the next one asks everybody.
+    async fn shrink_out(&self, larger: &MemberSet, node: &str, reason: &str) -> Result<(), ReplicationError> {
+        let mut leaving = Vec::new();
+        let undone = async {
+            let smaller = members::without(larger, node)?;
+            // It may have stored the larger set, but nobody has granted it a lease under that: there is none to be waited out.
+            self.tell_left(&smaller, node, NodeState::Stale, reason).await?;
+            self.record_without(smaller, node, &mut leaving).await
+        };
+        let undone: Result<(), HubError> = undone.await;
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         self.away.end(node, "it did not become a member when it was to be let in");
-        self.show(smaller);
-        Ok(())
+        undone.map_err(|e| {
+            for name in &leaving {
+                self.away.remove(name);
+            }
+            self.reign.send_replace(Reign::Starting);
+            record_error(node, &e)
+        })
     }
 }
 

@@ -91,9 +91,20 @@ impl Hub {
         reason: &str,
         leaving: &mut Vec<String>,
     ) -> Result<(), HubError> {
-        let mut smaller = members::without(set, name)?;
+        let smaller = members::without(set, name)?;
         CrashPoint::ShrinkBegun.reached(name);
         self.dismiss(&smaller, name, state, reason).await?;
+        self.record_without(smaller, name, leaving).await
+    }
+
+    /// The one that leaves needs no more telling: stores the smaller set on those that remain, and shows it. Each other follower that can not
+    /// be told leaves, too.
+    pub(super) async fn record_without(
+        &self,
+        mut smaller: MemberSet,
+        name: &str,
+        leaving: &mut Vec<String>,
+    ) -> Result<(), HubError> {
         let mut unheard = false;
         while let Some((member, why)) = self.store_on_members(&smaller, name).await? {
             if self.protects() {
@@ -118,17 +129,30 @@ impl Hub {
 
     /// Tells a node that it is left behind, or waits its lease out.
     async fn dismiss(&self, smaller: &MemberSet, name: &str, state: NodeState, reason: &str) -> Result<(), HubError> {
-        self.note_reason(name, reason);
-        let tell = self.store(self.node(name)?, smaller, state, None, Some(reason));
-        match within_agent(TELL_MS_MAX, tell).await {
-            Ok(()) => CrashPoint::ShrinkTold.reached(name),
-            Err(e) => {
-                tracing::info!(node = name, error = %e, "the node that leaves could not be told; its lease is waited out");
-                self.wait_lease_out(name).await;
-                CrashPoint::ShrinkLeaseOut.reached(name);
-            }
+        if !self.tell_left(smaller, name, state, reason).await? {
+            tracing::info!(node = name, "its lease is waited out");
+            self.wait_lease_out(name).await;
+            CrashPoint::ShrinkLeaseOut.reached(name);
         }
         Ok(())
+    }
+
+    /// Tells a node that it is left behind. False: it could not be told.
+    pub(super) async fn tell_left(
+        &self,
+        smaller: &MemberSet,
+        name: &str,
+        state: NodeState,
+        reason: &str,
+    ) -> Result<bool, HubError> {
+        self.note_reason(name, reason);
+        let tell = self.store(self.node(name)?, smaller, state, None, Some(reason));
+        let told = within_agent(TELL_MS_MAX, tell).await;
+        match &told {
+            Ok(()) => CrashPoint::ShrinkTold.reached(name),
+            Err(e) => tracing::info!(node = name, error = %e, "the node that leaves could not be told"),
+        }
+        Ok(told.is_ok())
     }
 
     /// Stores the set on each of its members, the leader first. Gives a follower on which it could not be, and why.
