@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub mod ask;
+pub mod clock;
 pub mod fault;
 pub mod load;
 pub mod writer;
@@ -143,12 +144,17 @@ impl Cluster {
         wait_for("its processes are gone", are_gone).await;
     }
 
-    /// Another value in the configuration, and a proxy that has read it.
-    pub async fn configure(&self, line: &str, instead: &str) {
+    /// Another value in the configuration, for whoever is started from here on.
+    pub fn write_setting(&self, line: &str, instead: &str) {
         let path = self.config_path();
         let text = std::fs::read_to_string(&path).expect("the configuration");
         assert!(text.contains(line), "{text}");
         std::fs::write(&path, text.replace(line, instead)).expect("the configuration");
+    }
+
+    /// The same, and a proxy that has read it.
+    pub async fn configure(&self, line: &str, instead: &str) {
+        self.write_setting(line, instead);
         self.kill_proxy();
         self.start_again();
         self.wait_well().await;
@@ -187,7 +193,12 @@ impl Cluster {
 
     /// The agent of a node, and nothing else of its host.
     pub fn start_agent(&self, index: usize) {
-        let child = self.daemon(&["agent", "--node", &Layout::node_name(index)], &self.config_path());
+        self.start_agent_in(index, &[]);
+    }
+
+    /// The same, in this environment, which its PostgreSQL inherits.
+    pub fn start_agent_in(&self, index: usize, environment: &[(&str, PathBuf)]) {
+        let child = self.daemon(&["agent", "--node", &Layout::node_name(index)], &self.config_path(), environment);
         std::fs::write(self.layout.agent_pid_file(index), format!("{}\n", child.id())).expect("a pid file");
         std::thread::spawn(move || child.wait_with_output());
         let started = Instant::now();
@@ -199,7 +210,12 @@ impl Cluster {
 
     /// `pgtandem proxy` of a node, as on its own host; `sandbox down` finds it.
     pub fn start_proxy(&self, index: usize) {
-        let child = self.daemon(&["proxy", "--node", &Layout::node_name(index)], &self.config_path());
+        self.start_proxy_in(index, &[]);
+    }
+
+    /// The same, in this environment.
+    pub fn start_proxy_in(&self, index: usize, environment: &[(&str, PathBuf)]) {
+        let child = self.daemon(&["proxy", "--node", &Layout::node_name(index)], &self.config_path(), environment);
         std::fs::write(self.layout.proxy_pid_file(), format!("{}\n", child.id())).expect("a pid file");
         // It belongs to the sandbox now, and is waited for by whoever starts the test.
         std::thread::spawn(move || child.wait_with_output());
@@ -229,15 +245,15 @@ impl Cluster {
         }
         let path = self.dir().join(format!("other-{node}.toml"));
         std::fs::write(&path, toml::to_string(&config).expect("a configuration")).expect("a configuration");
-        let child = self.daemon(&["proxy", "--node", &node], &path);
+        let child = self.daemon(&["proxy", "--node", &node], &path, &[]);
         OtherProxy { child, config: path, port: free.port() }
     }
 
-    fn daemon(&self, arguments: &[&str], config: &Path) -> std::process::Child {
+    fn daemon(&self, arguments: &[&str], config: &Path, environment: &[(&str, PathBuf)]) -> std::process::Child {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.layout.proxy_log()).expect("a log");
         let mut command = self.as_user();
         command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
-        command.env(CRASH, crash_dir(self.dir()));
+        command.env(CRASH, crash_dir(self.dir())).envs(environment.iter().map(|(name, value)| (name, value)));
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("pgtandem")
     }
 
