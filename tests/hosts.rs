@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Output;
 
+use common::page::commands;
 use common::{Cluster, load, text, wait_for};
 use pgtandem::sandbox::compare;
 
@@ -103,18 +104,6 @@ async fn a_record_can_not_be_written() {
     cluster.recover(1);
     let seen = load::finish(&cluster, probe).await;
     load::assert_unharmed(&cluster, &seen);
-}
-
-/// Commands of a block of docs/failover.md, with the sandbox's names of nodes.
-fn commands(block: usize, a: &str, b: &str) -> Vec<Vec<String>> {
-    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/failover.md")).unwrap();
-    let block = page.split("```").filter(|part| part.trim_start().starts_with("pgtandem")).nth(block).unwrap();
-    let word = |word: &str| match word {
-        "a" => a.to_owned(),
-        "b" => b.to_owned(),
-        word => word.to_owned(),
-    };
-    block.trim().lines().map(|line| line.split_whitespace().skip(1).map(word).collect()).collect()
 }
 
 fn typed(cluster: &Cluster, command: &[String], more: &[&str]) -> Output {

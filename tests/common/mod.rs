@@ -5,6 +5,7 @@ pub mod ask;
 pub mod clock;
 pub mod fault;
 pub mod load;
+pub mod page;
 pub mod writer;
 
 use std::path::{Path, PathBuf};

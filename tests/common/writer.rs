@@ -1,13 +1,17 @@
 //! Clients that insert one number after the other and remember what they were told, through whatever happens to the proxy.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use super::{Cluster, LIMIT};
 
+/// Lets a number in twice, so that it would be seen.
+pub const TABLE: &str = "create table written (n bigint)";
 /// Each has numbers of its own from here on: this many.
 const NUMBERS: i64 = 1 << 40;
 
@@ -26,15 +30,24 @@ pub struct Writers {
 }
 
 impl Writers {
-    /// Makes the table `written`, which lets a number in twice, and starts.
+    /// Makes the table and starts.
     pub async fn start(cluster: &Cluster, count: i64) -> Self {
         let client = cluster.connect("postgres").await;
-        client.batch_execute("create table written (n bigint)").await.expect("a table");
-        let writers = Self { told: Arc::default(), stop: Arc::default(), tasks: Vec::new() };
-        let port = cluster.layout.proxy_port();
-        let write = |writer| tokio::spawn(write(port, writer * NUMBERS, writers.told.clone(), writers.stop.clone()));
-        let tasks = (0..count).map(write).collect();
-        Self { tasks, ..writers }
+        client.batch_execute(TABLE).await.expect("a table");
+        Self::on(&Handle::current(), cluster.layout.proxy_port(), 0..count)
+    }
+
+    /// On a runtime whose network reaches a proxy on this port. Each of the writers has numbers of its own.
+    pub fn on(runtime: &Handle, port: u16, writers: Range<i64>) -> Self {
+        let (told, stop) = (Arc::default(), Arc::default());
+        let write = |writer| runtime.spawn(write(port, writer * NUMBERS, Arc::clone(&told), Arc::clone(&stop)));
+        let tasks = writers.map(write).collect();
+        Self { told, stop, tasks }
+    }
+
+    /// What was acknowledged until now.
+    pub fn acknowledged(&self) -> Vec<i64> {
+        self.told.lock().expect("no panic").acknowledged.clone()
     }
 
     pub fn count(&self) -> usize {
