@@ -19,6 +19,8 @@ pub struct Cuts {
 struct State {
     uncut: usize,
     cutting: usize,
+    /// Work that waits for a join: the next cut does not overtake it, or several recoveries would keep it waiting one after the other.
+    waiting: usize,
     /// Work that was ever begun: none of it is in a backlog.
     begun: u64,
 }
@@ -30,6 +32,9 @@ pub struct Uncut(Arc<Cuts>);
 /// Held by a recovery from its cut to its join, or to its end.
 #[derive(Debug)]
 pub struct Cutting(Arc<Cuts>);
+
+/// Held by work that waits to be begun.
+struct Waiting<'a>(&'a Cuts);
 
 impl Cuts {
     fn state(&self) -> MutexGuard<'_, State> {
@@ -50,6 +55,8 @@ impl Cuts {
 
     /// Begins work, once no recovery is between its cut and its join. `None`: that took longer than `limit`.
     pub async fn begin(self: &Arc<Self>, limit: Duration) -> Option<Uncut> {
+        self.state().waiting += 1;
+        let _waiting = Waiting(self);
         let begun = self.wait_for(|state| {
             let free = state.cutting == 0;
             state.uncut += usize::from(free);
@@ -67,12 +74,28 @@ impl Cuts {
         (state.begun, state.uncut == 0)
     }
 
-    /// Keeps new work out, and waits for what is under way. `None`: that took longer than `limit`, and work may begin again.
+    /// Keeps new work out, and waits for what is under way, and for what waits for the join of another node. `None`: that took longer
+    /// than `limit`, and work may begin again.
     pub async fn cut(self: &Arc<Self>, limit: Duration) -> Option<Cutting> {
-        self.state().cutting += 1;
-        let cutting = Cutting(Arc::clone(self));
-        tokio::time::timeout(limit, self.wait_for(|state| state.uncut == 0)).await.ok()?;
-        Some(cutting)
+        let cut = async {
+            let entered = self.wait_for(|state| {
+                let free = state.waiting == 0;
+                state.cutting += usize::from(free);
+                free
+            });
+            entered.await;
+            let cutting = Cutting(Arc::clone(self));
+            self.wait_for(|state| state.uncut == 0).await;
+            cutting
+        };
+        tokio::time::timeout(limit, cut).await.ok()
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.state().waiting -= 1;
+        self.0.changed.notify_waiters();
     }
 }
 
@@ -114,6 +137,31 @@ mod tests {
         assert!((&mut second).now_or_never().is_none());
         drop(joining);
         assert!(second.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn several_cuts_do_not_keep_work_waiting_one_after_the_other() {
+        let cuts = Arc::new(Cuts::default());
+        let first = cuts.cut(LONG).await.unwrap();
+        let second = cuts.cut(LONG).await.unwrap();
+        let mut work = Box::pin(cuts.begin(LONG));
+        assert!((&mut work).now_or_never().is_none());
+        let mut third = Box::pin(cuts.cut(LONG));
+        assert!((&mut third).now_or_never().is_none(), "work waits already");
+        drop(first);
+        assert!((&mut third).now_or_never().is_none() && (&mut work).now_or_never().is_none());
+        drop(second);
+        // Whichever of the two looks first.
+        assert!((&mut third).now_or_never().is_none());
+        let begun = work.await.unwrap();
+        assert!((&mut third).now_or_never().is_none());
+        drop(begun);
+        third.await.unwrap();
+        // Nobody waits for work that has stopped waiting.
+        let cutting = cuts.cut(LONG).await.unwrap();
+        assert!(cuts.begin(SHORT).await.is_none());
+        drop(cuts.cut(LONG).await.unwrap());
+        drop(cutting);
     }
 
     #[tokio::test]

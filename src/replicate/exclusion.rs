@@ -20,6 +20,8 @@ struct State {
     flights: usize,
     /// Nodes between their cut and their join.
     cuts: usize,
+    /// Statements and transactions that wait for a join: the next cut does not overtake them.
+    waiting: usize,
     /// Prepared transactions of clients that are not finished.
     holds: usize,
     /// Statements and prepared transactions that were ever begun: none of them is in a backlog.
@@ -35,6 +37,24 @@ struct Running {
     databases: Vec<String>,
     /// The leader is done.
     following: bool,
+}
+
+/// Somebody who may have to wait for a join.
+struct Behind<'a> {
+    exclusion: &'a Exclusion,
+    waits: bool,
+}
+
+impl Behind<'_> {
+    /// Whether no node is between its cut and its join; from the first time on that one is, no other node is cut before this one has begun.
+    fn is_free(&mut self, state: &mut State) -> bool {
+        let free = state.cuts == 0;
+        if !free && !self.waits {
+            self.waits = true;
+            state.waiting += 1;
+        }
+        free
+    }
 }
 
 /// Why a DDL commit may not fly at once.
@@ -71,9 +91,10 @@ impl Exclusion {
     pub async fn begin(self: &Arc<Self>, pid: i32, databases: &[&str]) -> Statement {
         let running =
             || Running { pid, databases: databases.iter().map(|name| (*name).to_owned()).collect(), following: false };
+        let mut behind = Behind { exclusion: self, waits: false };
         self.state
             .wait_for(|state| {
-                (state.statement.is_none() && state.cuts == 0).then(|| {
+                (behind.is_free(state) && state.statement.is_none()).then(|| {
                     state.statement = Some(running());
                     state.begun += 1;
                 })
@@ -82,9 +103,11 @@ impl Exclusion {
         Statement(Arc::clone(self))
     }
 
-    /// Waits until no statement is under way and no client's transaction is prepared; none begins until this is dropped.
+    /// Waits until no statement is under way, no client's transaction is prepared, and none waits for the join of another node; none begins
+    /// until this is dropped.
     pub async fn cut(self: &Arc<Self>) -> Cut {
-        self.state.wait_for(|state| (state.statement.is_none() && state.holds == 0).then(|| state.cuts += 1)).await;
+        let is_quiet = |state: &State| state.statement.is_none() && state.holds == 0 && state.waiting == 0;
+        self.state.wait_for(|state| is_quiet(state).then(|| state.cuts += 1)).await;
         Cut(Arc::clone(self))
     }
 
@@ -94,7 +117,8 @@ impl Exclusion {
             state.holds += 1;
             state.begun += 1;
         };
-        self.state.wait_for(|state| (state.cuts == 0).then(|| begin(state))).await;
+        let mut behind = Behind { exclusion: self, waits: false };
+        self.state.wait_for(|state| behind.is_free(state).then(|| begin(state))).await;
         Hold(Arc::clone(self))
     }
 
@@ -191,6 +215,14 @@ impl Statement {
     }
 }
 
+impl Drop for Behind<'_> {
+    fn drop(&mut self) {
+        if self.waits {
+            self.exclusion.state.change(|state| state.waiting -= 1);
+        }
+    }
+}
+
 impl Drop for Statement {
     fn drop(&mut self) {
         self.0.state.change(|state| state.statement = None);
@@ -248,6 +280,30 @@ mod tests {
         assert!((&mut cut).now_or_never().is_none());
         drop(held);
         cut.await;
+    }
+
+    #[tokio::test]
+    async fn several_cuts_do_not_keep_anybody_waiting_one_after_the_other() {
+        let exclusion = Arc::new(Exclusion::default());
+        let first = exclusion.cut().await;
+        let second = exclusion.cut().await;
+        let mut statement = Box::pin(exclusion.begin(1, &[]));
+        let mut hold = Box::pin(exclusion.hold());
+        assert!((&mut statement).now_or_never().is_none() && (&mut hold).now_or_never().is_none());
+        let mut third = Box::pin(exclusion.cut());
+        assert!((&mut third).now_or_never().is_none(), "they wait already");
+        drop((first, second));
+        // Whoever looks first.
+        assert!((&mut third).now_or_never().is_none());
+        drop(statement.await);
+        drop(hold.await);
+        let third = third.await;
+        // Nobody waits for one that has stopped waiting.
+        let mut gives_up = Box::pin(exclusion.hold());
+        assert!((&mut gives_up).now_or_never().is_none());
+        drop(gives_up);
+        drop(exclusion.cut().await);
+        drop(third);
     }
 
     #[tokio::test]
