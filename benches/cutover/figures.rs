@@ -30,6 +30,8 @@ pub struct Figures {
     pub scale: u32,
     pub writers: usize,
     pub readers: usize,
+    /// What node1 is made to take to leave recovery, on top of what it takes.
+    pub leave_recovery_s: u32,
     pub recoveries: Vec<Recovery>,
     /// Median and worst over the recoveries of what has the same name there.
     pub write_pause_median_ms: f64,
@@ -75,6 +77,8 @@ pub struct Recovery {
     pub copy_write_gap_ms: f64,
     pub copy_write_p99_ms: f64,
     pub recovery_s: f64,
+    /// Largest number of transactions that waited in the backlog at once.
+    pub backlog_peak: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -141,6 +145,7 @@ impl Recovery {
             copy_write_gap_ms: ms(seen.write_gap(span.from, cut_gate.from).length),
             copy_write_p99_ms: ms(quantile(&seen.write_times(span.from, cut_gate.from), 0.99)),
             recovery_s: span.to.saturating_sub(span.from).as_secs_f64(),
+            backlog_peak: view.backlog_peak,
         })
     }
 }
@@ -182,6 +187,7 @@ impl Figures {
             scale: options.common.scale,
             writers: options.writers(),
             readers: usize::from(options.readers),
+            leave_recovery_s: options.leave_recovery_s,
             write_pause_median_ms,
             write_pause_max_ms,
             read_pause_median_ms,
@@ -229,7 +235,7 @@ impl Figures {
             String::new(),
             format!("  {:<52} {:>10} {:>10}", "milliseconds", "median", "worst"),
         ];
-        let rows: [(&str, Value); 16] = [
+        let rows: [(&str, Value); 17] = [
             ("pause of writes", |one| one.write_pause_ms),
             ("  at the cut", |one| one.cut.write_pause_ms),
             ("    longest time without a write", |one| one.cut.write_gap_ms),
@@ -245,6 +251,7 @@ impl Figures {
             ("while files are brought: longest time without a write", |one| one.copy_write_gap_ms),
             ("while files are brought: a write takes, p99", |one| one.copy_write_p99_ms),
             ("recovery, from the command to member", |one| one.recovery_s * 1000.0),
+            ("largest backlog, transactions", |one| one.backlog_peak as f64),
             ("attempts to close the gate, cut and join (2: none failed)", |one| {
                 f64::from(one.cut.attempts + one.join.attempts)
             }),

@@ -4,6 +4,7 @@
 //! make bench BENCH=cutover                                        20 recoveries, 4 writers, 2 readers, release build
 //! TMPDIR=/dev/shm make bench BENCH=cutover BENCH_ARGS='--scale 5'          on tmpfs
 //! TMPDIR=/dev/shm make bench BENCH=cutover BENCH_ARGS='--load pgbench'     16 clients of pgbench's TPC-B write
+//! make bench BENCH=cutover BENCH_ARGS='--leave-recovery-s 60 --recoveries 3'    node1 takes a minute to leave recovery
 //! cargo bench --profile dev --bench cutover -- --recoveries 2 --scale 1    a look at the benchmark itself
 //! ```
 //!
@@ -26,7 +27,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use pgtandem::observe::progress::RecoveryView;
-use pgtandem::sandbox::{self, Layout, compare, control, demo};
+use pgtandem::sandbox::{self, Layout, compare, control, demo, slow};
 
 use common::Common;
 use figures::{Figures, Span};
@@ -54,6 +55,9 @@ struct Options {
     /// Who writes and reads: the probe (increments; every counter is checked afterwards) or pgbench (TPC-B).
     #[arg(long, value_enum, default_value_t = Kind::Probe)]
     load: Kind,
+    /// How long PostgreSQL of node1 takes at the end of its recovery, by a `recovery_end_command` that does nothing else.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    leave_recovery_s: u32,
     /// How long the load runs undisturbed before each recovery and after the last one.
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(500..=600_000))]
     steady_ms: u64,
@@ -98,7 +102,13 @@ async fn measure(options: &Options, dir: &Path) -> anyhow::Result<Figures> {
         tls: false,
         archive: false,
     };
-    let layout = sandbox::up(&cluster, &|line| eprintln!("{line}")).await?;
+    let mut layout = sandbox::up(&cluster, &|line| eprintln!("{line}")).await?;
+    if options.leave_recovery_s > 0 {
+        // The configuration is read when daemons start.
+        sandbox::down(&layout).await?;
+        slow::leave_recovery_slowly(&layout, 1, options.leave_recovery_s)?;
+        layout = sandbox::up(&cluster, &|line| eprintln!("{line}")).await?;
+    }
     let (writers, readers) = (options.writers(), usize::from(options.readers));
     let load = Load::start(options.load, &layout, DATABASE, writers, readers, dir).await?;
     if !load.wait_until_it_works().await {
@@ -114,11 +124,12 @@ async fn measure(options: &Options, dir: &Path) -> anyhow::Result<Figures> {
         let one = recover(&layout, &load, number).await.with_context(|| format!("recovery {number}"))?;
         let gate = |ms: Option<f64>| ms.unwrap_or(f64::NAN);
         eprintln!(
-            "recovery {number} of {}: {:.1} s, gate closed {:.1} ms at the cut, {:.1} ms at the join",
+            "recovery {number} of {}: {:.1} s, gate closed {:.1} ms at the cut, {:.1} ms at the join, backlog of {}",
             options.recoveries,
             (one.span.to.saturating_sub(one.span.from)).as_secs_f64(),
             gate(one.view.cut_gate_ms),
             gate(one.view.join_gate_ms),
+            one.view.backlog_peak,
         );
         recovered.push(one);
     }

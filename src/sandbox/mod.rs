@@ -16,6 +16,7 @@ mod ports;
 pub mod probe;
 mod process;
 mod report;
+pub mod slow;
 mod stop;
 mod up;
 pub mod user;
