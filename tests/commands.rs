@@ -235,7 +235,7 @@ impl Replication for NoServers {
         unreachable!("no fill succeeds here")
     }
 
-    async fn join(&self, _: &str) -> Result<JoinDone, ReplicationError> {
+    async fn join(&self, _: &str, _: &(dyn Fn(&str) + Sync)) -> Result<JoinDone, ReplicationError> {
         unreachable!("no fill succeeds here")
     }
 

@@ -65,7 +65,7 @@ impl Replication for Quiet {
         Ok(())
     }
 
-    async fn join(&self, node: &str) -> Result<JoinDone, ReplicationError> {
+    async fn join(&self, node: &str, _: &(dyn Fn(&str) + Sync)) -> Result<JoinDone, ReplicationError> {
         let larger = members::with(&self.members(), node).map_err(broken)?;
         self.store(0, &larger, NodeState::InSync).await?;
         self.store(1, &larger, NodeState::InSync).await?;

@@ -49,6 +49,9 @@ pub struct RecoveryView {
     pub backlog_peak: u64,
     pub cut_attempts: u32,
     pub join_attempts: u32,
+    /// Why the cut or the join is not made yet.
+    #[serde(default)]
+    pub waits: Option<String>,
     /// How long the gate was closed: for that time commits waited, and nothing else.
     pub cut_gate_ms: Option<f64>,
     pub join_gate_ms: Option<f64>,
@@ -104,6 +107,7 @@ impl RecoveryView {
             backlog_peak: report.drained.peak,
             cut_attempts: report.cut_attempts,
             join_attempts: report.join_attempts,
+            waits: report.waits.clone(),
             cut_gate_ms: report.cut_gate_ms,
             join_gate_ms: report.join_gate_ms,
             cut_gate_closed_unix_us: report.cut_gate_closed_unix_us,
@@ -162,6 +166,9 @@ impl RecoveryView {
                 let _ = write!(line, "  attempt {}", self.join_attempts);
             }
             _ => {}
+        }
+        if let Some(waits) = &self.waits {
+            let _ = write!(line, "  ({waits})");
         }
         if let Some(seconds) = self.seconds_left {
             let (minutes, rest) = (seconds / 60, seconds % 60);
@@ -314,6 +321,8 @@ mod tests {
         report.phase = Phase::Draining;
         report.drained.left = 7;
         assert!(RecoveryView::new("b", &report).line().ends_with("0 transactions applied, 7 left"));
+        (report.phase, report.waits) = (Phase::Joining, Some("it waits until c is let in".into()));
+        assert_eq!(RecoveryView::new("b", &report).line(), "b: joining  (it waits until c is let in)");
     }
 
     #[test]

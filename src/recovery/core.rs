@@ -77,6 +77,8 @@ pub enum Input {
     },
     Progress(Progress),
     Drained(Drained),
+    /// The join under way waits for this.
+    Waits(String),
     /// Somebody wants this recovery to end: an operator, or a proxy that stops.
     Abort(Cause),
 }
@@ -174,6 +176,11 @@ impl Recovery {
             Input::StepFailed { cause, retriable } => self.handle_step_failed(now, cause, retriable),
             Input::Progress(progress) => self.handle_progress(now, progress),
             Input::Drained(drained) => self.handle_drained(now, drained),
+            Input::Waits(why) => {
+                if self.step == Some(Step::Join) {
+                    self.report.waits = Some(why);
+                }
+            }
             Input::Abort(cause) => {
                 if self.is_decided() {
                     return;
@@ -293,6 +300,7 @@ impl Recovery {
             _ => None,
         };
         if let Some(step) = again {
+            self.report.waits = Some(cause.what);
             if step == Step::Drain {
                 self.set_phase(now, Phase::Draining);
             }
@@ -353,6 +361,10 @@ impl Recovery {
             entry.1 += spent;
         } else {
             self.report.phases.push((left, spent));
+        }
+        // What the join waited for is told while it drains again, too.
+        if !matches!((left, phase), (Phase::Joining, Phase::Draining) | (Phase::Draining, Phase::Joining)) {
+            self.report.waits = None;
         }
         self.report.phase = phase;
         self.phase_since = now;

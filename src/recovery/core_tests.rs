@@ -189,6 +189,24 @@ fn a_failure_before_the_join_leaves_the_member_set_alone() {
 }
 
 #[test]
+fn what_the_join_waits_for_is_told_until_it_is_made() {
+    let mut bench = Bench::new(false);
+    for _ in 0..7 {
+        bench.input(Input::Waits("not joining yet".into()));
+        assert_eq!(bench.recovery.report().waits, None);
+        bench.succeed();
+    }
+    bench.input(Input::Waits("c is let in first".into()));
+    assert_eq!(bench.recovery.report().waits.as_deref(), Some("c is let in first"));
+    // What comes next is why it is tried again.
+    bench.fail(true);
+    assert_eq!(bench.recovery.report().waits, Some(cause().what));
+    bench.wait(RETRY_WAIT);
+    bench.finish();
+    assert_eq!((bench.recovery.report().phase, bench.recovery.report().waits.clone()), (Phase::Member, None));
+}
+
+#[test]
 fn a_failed_join_is_shrunk_out_before_anything_else() {
     let mut bench = Bench::new(false);
     for _ in 0..7 {

@@ -39,8 +39,13 @@ pub trait Replication: Send + Sync {
     /// other members and on `node` last, opens the gate.
     ///
     /// [`ReplicationErrorKind::Gate`] means that nothing was stored yet and the caller may drain and try again. After
-    /// any other error the implementation has shrunk the node out again before it opened the gate.
-    fn join(&self, node: &str) -> impl Future<Output = Result<JoinDone, ReplicationError>> + Send;
+    /// any other error the implementation has shrunk the node out again before it opened the gate. `on_wait` is told when another change of
+    /// the member set goes first: a sentence that says which.
+    fn join(
+        &self,
+        node: &str,
+        on_wait: &(dyn Fn(&str) + Sync),
+    ) -> impl Future<Output = Result<JoinDone, ReplicationError>> + Send;
 
     /// Drops the backlog of `node`; the node stays out, and does not come back by itself. Does nothing for a node without a backlog or
     /// for a member.

@@ -141,6 +141,8 @@ pub struct Report {
     /// Attempts at the cut and at the join; 1 each when all goes well.
     pub cut_attempts: u32,
     pub join_attempts: u32,
+    /// Why the cut or the join is not made yet: what it waits for, or why it is tried again. One sentence.
+    pub waits: Option<String>,
     /// `pg_verifybackup` was asked about the files, and found nothing wrong.
     pub verified: bool,
     /// Version of the member set that contains the node.
@@ -169,6 +171,7 @@ impl Report {
             join_gate_ms: None,
             cut_attempts: 0,
             join_attempts: 0,
+            waits: None,
             verified: false,
             version: None,
             phases: Vec::new(),

@@ -92,9 +92,12 @@ pub async fn run<R: Replication, A: Agents>(
 }
 
 fn count(recovery: &mut Recovery, counters: &mut watch::Receiver<Counters>) {
-    let now = *counters.borrow_and_update();
+    let now = counters.borrow_and_update().clone();
     recovery.handle(Instant::now(), Input::Progress(now.progress));
     recovery.handle(Instant::now(), Input::Drained(now.drained));
+    if let Some(waits) = now.waits {
+        recovery.handle(Instant::now(), Input::Waits(waits));
+    }
 }
 
 type Work<'a> = Pin<Box<dyn Future<Output = Input> + Send + 'a>>;
@@ -128,10 +131,12 @@ async fn stopped(stop: &Stop) -> Cause {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Counters {
     progress: Progress,
     drained: Drained,
+    /// What the join waits for.
+    waits: Option<String>,
 }
 
 struct Shell<'a, R, A: Agents> {
@@ -221,7 +226,11 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
                     note: None,
                 })
                 .await?;
-                return Ok(Done::Joined(self.replication.join(node).await?));
+                let counters = &self.counters;
+                let on_wait = |why: &str| counters.send_modify(|now| now.waits = Some(why.to_owned()));
+                let joined = self.replication.join(node, &on_wait).await;
+                counters.send_modify(|now| now.waits = None);
+                return Ok(Done::Joined(joined?));
             }
             Step::ShrinkOut => {
                 if members::contains(&self.replication.members(), node) {

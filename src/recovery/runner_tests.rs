@@ -76,7 +76,7 @@ impl Replication for World {
         self.error("drain")
     }
 
-    async fn join(&self, _: &str) -> Result<JoinDone, ReplicationError> {
+    async fn join(&self, _: &str, _: &(dyn Fn(&str) + Sync)) -> Result<JoinDone, ReplicationError> {
         self.happen("join").await;
         let mut busy = self.busy.lock().unwrap();
         if *busy > 0 {

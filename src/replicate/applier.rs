@@ -149,7 +149,7 @@ impl<'a> Applier<'a> {
         let mut moved = tokio::time::Instant::now();
         loop {
             if until.is_some_and(|until| tokio::time::Instant::now() >= until) {
-                let what = format!("the backlog for {} was not applied before proxy.gate_ms_max", self.node.name);
+                let what = format!("the backlog for {} was not applied in time", self.node.name);
                 return Err(ReplicationError::new(Kind::Gate, what, "It is tried again by itself."));
             }
             match backlog.next() {

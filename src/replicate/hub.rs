@@ -160,6 +160,8 @@ pub struct Hub {
     pub(crate) backlogs: Mutex<HashMap<String, Arc<Backlog>>>,
     /// Held while the member set changes.
     pub(crate) changing: tokio::sync::Mutex<()>,
+    /// The node that is just let in, by whoever holds `changing`.
+    pub(super) admitting: Mutex<Option<String>>,
     /// Why a node left the set, by name.
     reasons: Mutex<HashMap<String, String>>,
     /// When a node joined or left while this proxy ran, by name.
@@ -214,6 +216,7 @@ impl Hub {
             away: Away::default(),
             backlogs: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
+            admitting: Mutex::default(),
             reasons: Mutex::default(),
             changes: Mutex::default(),
             next_follower_id: AtomicU64::new(1),

@@ -4,6 +4,7 @@
 //! them on each follower and prepares; the [`gate`] lets the leader's COMMIT through; followers finish.
 //! [`hub::Hub`] is what all sessions share.
 
+mod admit;
 mod applier;
 pub mod away;
 pub mod backlog;

@@ -170,7 +170,7 @@ impl Hub {
             () = kept.stopped.cancelled() => return Err(stopped()),
             done = applier.apply(&kept.backlog, SHORT_MAX, None, &|_| ()) => done?,
         }
-        self.admit(applier, &kept.backlog).await
+        self.admit(applier, &kept.backlog, &|why| kept.note(why)).await
     }
 
     /// Judges its server, decides what it holds prepared, and finds out where it stands.
