@@ -313,13 +313,7 @@ async fn wait_for_follower(hub: Arc<Hub>, follower: Arc<Follower>) {
             match ask_follower(&hub, &follower, &mut connection).await {
                 Ok(()) if follower.is_hurt.load(Ordering::Acquire) => {
                     tracing::warn!(node = name, "a member answers again: a new epoch resolves what is in doubt there");
-                    hub.reign.send_if_modified(|reign| {
-                        let serves = matches!(reign, Reign::Serving { .. });
-                        if serves {
-                            *reign = Reign::Starting;
-                        }
-                        serves
-                    });
+                    hub.end_reign();
                 }
                 Ok(()) => hub.missing.clear(name),
                 Err(error) => hub.missing.note(name, &format!("its PostgreSQL does not answer: {error}")),

@@ -25,7 +25,7 @@ use crate::recovery::replication::{Drained, JoinDone, ReplicationError, Replicat
 use crate::replicate::applier::{Applier, node_error, record_error};
 use crate::replicate::backlog::Backlog;
 use crate::replicate::follower::Connection;
-use crate::replicate::hub::{Hub, HubError, Reign, lock, store_on};
+use crate::replicate::hub::{Hub, HubError, lock, store_on};
 use crate::replicate::join::{SHORT_MAX, wrong_node};
 
 /// How long one agent may take to store the larger set while the gate is closed.
@@ -221,20 +221,29 @@ impl Hub {
     /// opens, as at any loss. If that can not be had this reign is over, and the next one asks everybody.
     async fn shrink_out(&self, larger: &MemberSet, node: &str, reason: &str) -> Result<(), ReplicationError> {
         let mut leaving = Vec::new();
+        let leader_lost = self.leader_lost();
         let undone = async {
             let smaller = members::without(larger, node)?;
             // It may have stored the larger set, but nobody has granted it a lease under that: there is none to be waited out.
             self.tell_left(&smaller, node, NodeState::Stale, reason).await?;
             self.record_without(smaller, node, &mut leaving).await
         };
-        let undone: Result<(), HubError> = undone.await;
+        let undone: Result<(), HubError> = tokio::select! {
+            biased;
+            undone = undone => undone,
+            // Whoever leads next asks everybody.
+            () = leader_lost.cancelled() => Err(HubError::NotStored {
+                node: node.to_owned(),
+                why: "the leader was lost meanwhile".to_owned(),
+            }),
+        };
         self.backlogs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(node);
         self.away.end(node, "it did not become a member when it was to be let in");
         undone.map_err(|e| {
             for name in &leaving {
                 self.away.remove(name);
             }
-            self.reign.send_replace(Reign::Starting);
+            self.end_reign();
             record_error(node, &e)
         })
     }

@@ -148,6 +148,17 @@ impl Hub {
         std::mem::take(&mut *lock(&self.at_leader.lost)).cancel();
     }
 
+    /// Serves nobody from here on, if anybody is served: the next reign asks every member.
+    pub fn end_reign(&self) {
+        self.reign.send_if_modified(|reign| {
+            let serves = matches!(reign, Reign::Serving { .. });
+            if serves {
+                *reign = Reign::Starting;
+            }
+            serves
+        });
+    }
+
     /// Cancelled when this reign's leader is lost. Taken before the reign is looked at, so that no loss is missed.
     #[must_use]
     pub fn leader_lost(&self) -> CancellationToken {

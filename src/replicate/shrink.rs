@@ -8,7 +8,7 @@ use pgtandem_proto::membership::{MemberSet, NodeState};
 use crate::agent::client::ClientError;
 use crate::cluster::members;
 use crate::crash::CrashPoint;
-use crate::replicate::hub::{Follower, Hub, HubError, Reign};
+use crate::replicate::hub::{Follower, Hub, HubError};
 
 /// How long a node that is leaving the set may take to be told so.
 const TELL_MS_MAX: u64 = 1000;
@@ -120,7 +120,7 @@ impl Hub {
             self.dismiss(&smaller, &member, NodeState::Stale, &reason).await?;
         }
         if unheard {
-            self.reign.send_replace(Reign::Starting);
+            self.end_reign();
         }
         self.show(smaller);
         CrashPoint::ShrinkShown.reached(name);
