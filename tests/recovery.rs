@@ -131,7 +131,7 @@ fn a_node_is_recovered_again_and_again() {
         let names = vec!["a".to_owned(), "b".to_owned()];
         let recoveries = Recoveries::new(Arc::new(hub), Arc::new(agents), names, CancellationToken::new());
         let recover = async || -> Report {
-            let mut started = recoveries.start("b", Wishes { consent: true, verify: false }).unwrap();
+            let mut started = recoveries.start("b", Wishes { consent: true, ..Wishes::default() }).unwrap();
             started.report.wait_for(|report| report.ended).await.unwrap().clone()
         };
 
@@ -152,7 +152,7 @@ fn a_node_is_recovered_again_and_again() {
         assert_eq!(sql(&b, CONTENT).await, sql(&a, CONTENT).await);
 
         // Ended by an operator on its way: out, stopped, and the next attempt succeeds.
-        let mut third = recoveries.start("b", Wishes { consent: true, verify: false }).unwrap().report;
+        let mut third = recoveries.start("b", Wishes { consent: true, ..Wishes::default() }).unwrap().report;
         // Before its agent has begun to compare, its PostgreSQL would simply go on.
         third.wait_for(|report| report.progress.bytes_compared > 0).await.unwrap();
         recoveries.abort("b").unwrap();

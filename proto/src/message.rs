@@ -63,6 +63,10 @@ pub enum Request {
     BaseCopy,
     /// Between `Fill` and `CatchUp`: let `pg_verifybackup` and `pg_waldump` look at what was filled. Progress all along. -> `Done`
     VerifyFill,
+    /// What lies here that `KeepOld` would keep, and the room for it. -> `OldData`
+    OldData,
+    /// Before `Fill`: stop PostgreSQL, and keep a copy of its data directory beside it. The record stays. Progress all along. -> `Kept`
+    KeepOld { epoch: Epoch, source: String },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -76,6 +80,31 @@ pub enum Reply {
     /// What failed, where, why, and what to do next.
     Failed(Failure),
     BaseCopy(Box<BaseCopy>),
+    OldData(Box<OldData>),
+    Kept(Box<Kept>),
+}
+
+/// What lies on a node that is about to be filled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OldData {
+    /// Of its files; 0: there is nothing that a server could be started on.
+    pub bytes: u64,
+    /// Beside the data directory.
+    pub free_bytes: u64,
+    /// A link in it, which makes that it can not be kept; empty: there is none.
+    pub link: String,
+}
+
+/// A copy of a data directory that was kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Where it is on the node; empty: there was nothing to keep.
+    pub path: String,
+    pub bytes: u64,
+    /// It shares its blocks with the data directory, as long as they are the same.
+    pub shared: bool,
+    /// An earlier attempt has kept it.
+    pub earlier: bool,
 }
 
 /// A base copy that was taken.
@@ -196,6 +225,9 @@ pub struct Progress {
     pub damaged_pages: u64,
     /// What `pg_verifybackup` and `pg_waldump` have read.
     pub bytes_verified: u64,
+    /// What is kept of the old files before they are overwritten, and how much of it is copied.
+    pub bytes_to_keep: u64,
+    pub bytes_kept: u64,
 }
 
 // ---------------------------------------------------------------- files

@@ -139,6 +139,14 @@ fn control_is_as_it_always_was() {
     check("reply_failed", &Reply::Failed(failure()));
     check("request_base_copy", &Request::BaseCopy);
     check("request_verify_fill", &Request::VerifyFill);
+    check("request_old_data", &Request::OldData);
+    check("request_keep_old", &Request::KeepOld { epoch: 7, source: "a".into() });
+    check(
+        "reply_old_data",
+        &Reply::OldData(Box::new(OldData { bytes: 30 << 20, free_bytes: 9 << 30, link: "base/link".into() })),
+    );
+    let path = "/srv/data.old-1795424701".into();
+    check("reply_kept", &Reply::Kept(Box::new(Kept { path, bytes: 30 << 20, shared: true, earlier: false })));
     check(
         "reply_base_copy",
         &Reply::BaseCopy(Box::new(BaseCopy {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgtandem_proto::membership::{Epoch, NodeState};
-use pgtandem_proto::message::{Failure, FailureCode, Lsn, PostgresState, Reply, Request};
+use pgtandem_proto::message::{Failure, FailureCode, Lsn, OldData, PostgresState, Reply, Request};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::connection::{Connection, ConnectionError};
@@ -17,8 +17,10 @@ use super::node::Node;
 use super::recovery::Running;
 use super::source::AgentSource;
 use crate::cluster::record as rules;
+use crate::config::NodeConfig;
 use crate::crash::CrashPoint;
-use crate::sync::target::Target;
+use crate::sync::SyncError;
+use crate::sync::target::{self, Target};
 
 /// How often a request that runs says how far it is, milliseconds. The caller's limit on silence is longer.
 const PROGRESS_MS: u64 = 500;
@@ -196,6 +198,11 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             Ok(Reply::Record(Box::new((*record).clone())))
         }
         Request::DiscardFork { note } => discard_fork(node, note).await,
+        Request::OldData => {
+            let old = if is_brought(node) { OldData::default() } else { blocking(node, target::old_data).await? };
+            Ok(Reply::OldData(Box::new(old)))
+        }
+        Request::KeepOld { epoch, source } => keep_old(node, owner, epoch, &source).await,
         Request::BaseCopy => Ok(Reply::BaseCopy(Box::new(super::archive::base_copy(node).await?))),
     }
 }
@@ -241,6 +248,32 @@ async fn cut_tunnels(node: &Node, below: Option<Epoch>) -> Result<(), Failure> {
             hint: "try again; if it stays so, restart the agent of this node".to_owned(),
         }),
     }
+}
+
+/// What lies here was brought by an attempt that did not end.
+fn is_brought(node: &Node) -> bool {
+    matches!(node.record().state, NodeState::Seeding | NodeState::CatchingUp | NodeState::Joining)
+}
+
+async fn blocking<T: Send + 'static>(node: &Node, work: fn(&NodeConfig) -> Result<T, SyncError>) -> Result<T, Failure> {
+    let config = node.config.clone();
+    let done = tokio::task::spawn_blocking(move || work(&config)).await;
+    done.unwrap_or_else(|error| Err(SyncError::Internal(error.to_string()))).map_err(|error| error.failure())
+}
+
+async fn keep_old(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Reply, Failure> {
+    if is_brought(node) {
+        return Ok(Reply::Kept(Box::new(blocking(node, target::kept_before).await?)));
+    }
+    // As before a fill. The record stays: after a cut in the middle the next attempt must know that nothing was brought.
+    rules::enter(&node.record(), epoch, NodeState::Seeding)
+        .map_err(|error| super::node::ChangeError::from(error).failure())?;
+    node.postgres().postmaster().map_err(|error| error.failure())?;
+    let running = begin(node, owner, epoch, source)?;
+    node.tunnels.cut(None).await.unwrap_or_default();
+    node.supervisor.stop(false, "its data directory is being kept").await.map_err(|error| error.failure())?;
+    let kept = running.target.lock().await.keep_old().await.map_err(|error| error.failure())?;
+    Ok(Reply::Kept(Box::new(kept)))
 }
 
 async fn fill(node: &Node, owner: u64, epoch: Epoch, source: &str) -> Result<Reply, Failure> {

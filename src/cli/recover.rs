@@ -32,6 +32,10 @@ pub struct Recover {
     /// Let pg_verifybackup and pg_waldump look at the files and the WAL before the node's first start.
     #[arg(long)]
     verify: bool,
+    /// Keep the node's data directory as it was, beside it, as PGDATA.old-SECONDS: a lone PostgreSQL can be started on it. Takes up to the
+    /// size of the data again; no more is sent than without.
+    #[arg(long)]
+    keep_old: bool,
     /// Print a line of JSON for every step of progress, and the result or the error as the last one.
     #[arg(long)]
     json: bool,
@@ -59,7 +63,8 @@ impl Recover {
             .await
             .map_err(|error| explained(&error))?;
         loop {
-            let request = ControlRequest::Recover { node: self.node.clone(), yes, verify: self.verify };
+            let request =
+                ControlRequest::Recover { node: self.node.clone(), yes, verify: self.verify, keep_old: self.keep_old };
             client.send(&request).await.map_err(|error| explained(&error))?;
             match self.until_last(&mut client).await? {
                 Ok(view) => {
@@ -70,6 +75,12 @@ impl Recover {
                         let node = &self.node;
                         eprintln!(
                             "note: the recovery of {node} was under way already, without --verify: its files were not looked at."
+                        );
+                    }
+                    if self.keep_old && !view.keeps_old {
+                        let node = &self.node;
+                        eprintln!(
+                            "note: the recovery of {node} was under way already, without --keep-old: nothing was kept."
                         );
                     }
                     return Ok(ExitCode::SUCCESS);

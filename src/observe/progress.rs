@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use pgtandem_proto::message::Kept;
 use serde::{Deserialize, Serialize};
 
 use crate::recovery::report::{Failed, Phase, Report};
@@ -40,6 +41,15 @@ pub struct RecoveryView {
     /// What `pg_verifybackup` has read, where that was asked for, and whether it found nothing wrong.
     pub bytes_verified: u64,
     pub verified: bool,
+    /// Whether what lay on the node is to be kept, how much that is, how much of it is copied, and where it is in the end.
+    #[serde(default)]
+    pub keeps_old: bool,
+    #[serde(default)]
+    pub bytes_to_keep: u64,
+    #[serde(default)]
+    pub bytes_kept: u64,
+    #[serde(default)]
+    pub kept: Option<Kept>,
     /// How far the node's replay is behind the source, bytes of WAL; while it is a standby.
     pub lag_bytes: Option<u64>,
     /// Where the cut was made, as PostgreSQL writes positions.
@@ -99,6 +109,10 @@ impl RecoveryView {
             damaged_pages: progress.damaged_pages,
             bytes_verified: progress.bytes_verified,
             verified: report.verified,
+            keeps_old: report.keeps_old,
+            bytes_to_keep: progress.bytes_to_keep,
+            bytes_kept: progress.bytes_kept,
+            kept: report.kept.clone(),
             lag_bytes: (standby && progress.wal_replayed > 0)
                 .then(|| progress.wal_source.saturating_sub(progress.wal_replayed)),
             cut_lsn: report.x.map(|x| format!("{:X}/{:X}", x.0 >> 32, x.0 & 0xFFFF_FFFF)),
@@ -126,6 +140,10 @@ impl RecoveryView {
     pub fn line(&self) -> String {
         let mut line = format!("{}: {}", self.node, self.phase.name());
         match self.phase {
+            Phase::Seeding if self.bytes_total == 0 && self.bytes_to_keep > 0 => {
+                let (kept, old) = (bytes(self.bytes_kept), bytes(self.bytes_to_keep));
+                let _ = write!(line, "  {kept} of {old} of the old files kept");
+            }
             Phase::Seeding => {
                 let percent = self.bytes_compared.saturating_mul(100).checked_div(self.bytes_total).unwrap_or(0);
                 let _ = write!(
@@ -206,6 +224,14 @@ impl RecoveryView {
         );
         if self.verified {
             text.push_str("  verified   pg_verifybackup and pg_waldump found nothing wrong before the first start\n");
+        }
+        if let Some(Kept { path, bytes: size, shared, .. }) = &self.kept {
+            let shared = if *shared { ", which share their blocks with the new files where both agree" } else { "" };
+            let _ = writeln!(
+                text,
+                "  kept       the old files, {}{shared}; to remove them there: rm -r {path}",
+                bytes(*size)
+            );
         }
         if self.damaged_pages > 0 {
             let _ = writeln!(
@@ -304,6 +330,11 @@ mod tests {
         let line = RecoveryView::new("b", &report).line();
         assert_eq!(line, "b: seeding  1.0 GiB of 4.0 GiB compared (25%), 0 B sent");
         assert_eq!(RecoveryView::new("b", &report).bar(8), "[##......] ");
+        (report.progress.bytes_total, report.progress.bytes_to_keep, report.progress.bytes_kept) =
+            (0, 4 << 30, 3 << 30);
+        let line = RecoveryView::new("b", &report).line();
+        assert_eq!(line, "b: seeding  3.0 GiB of 4.0 GiB of the old files kept");
+        report.progress.bytes_total = 4 << 30;
         report.rates.compared = f64::from(1 << 24);
         let line = RecoveryView::new("b", &report).line();
         assert!(line.ends_with("0 B sent, 16.0 MiB/s, about 3 min 12 s left"), "{line}");

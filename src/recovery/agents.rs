@@ -4,7 +4,10 @@
 
 use std::future::Future;
 
-use pgtandem_proto::message::{Failure, FailureCode, Lsn, NodeFacts, NodeStatus, Progress, Reply, Request};
+use pgtandem_proto::membership::Epoch;
+use pgtandem_proto::message::{
+    Failure, FailureCode, Kept, Lsn, NodeFacts, NodeStatus, OldData, Progress, Reply, Request,
+};
 
 /// Connects to agents by the name of their node.
 pub trait Agents: Send + Sync + 'static {
@@ -50,6 +53,25 @@ pub(crate) async fn hold<C: AgentControl>(control: &mut C) -> Result<Lsn, Failur
     }
 }
 
+pub(crate) async fn old_data<C: AgentControl>(control: &mut C) -> Result<OldData, Failure> {
+    match ask(control, Request::OldData).await? {
+        Reply::OldData(old) => Ok(*old),
+        other => Err(unexpected("OldData", &other)),
+    }
+}
+
+pub(crate) async fn keep_old<C: AgentControl>(
+    control: &mut C,
+    epoch: Epoch,
+    source: String,
+    on_progress: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Kept, Failure> {
+    match control.request(Request::KeepOld { epoch, source }, on_progress).await? {
+        Reply::Kept(kept) => Ok(*kept),
+        other => Err(unexpected("KeepOld", &other)),
+    }
+}
+
 /// A request whose answer is Done or a record.
 pub(crate) async fn order<C: AgentControl>(
     control: &mut C,
@@ -72,6 +94,8 @@ fn unexpected(request: &str, reply: &Reply) -> Failure {
         Reply::Progress(_) => "Progress",
         Reply::Failed(_) => "Failed",
         Reply::BaseCopy(_) => "BaseCopy",
+        Reply::OldData(_) => "OldData",
+        Reply::Kept(_) => "Kept",
     };
     Failure {
         code: FailureCode::Peer,

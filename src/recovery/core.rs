@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use pgtandem_proto::message::{Lsn, Progress};
+use pgtandem_proto::message::{Kept, Lsn, Progress};
 
 use super::limits::{CUT_ATTEMPTS_MAX, JOIN_ATTEMPTS_MAX, RETRY_WAIT, stall_max};
 use super::pace::Pace;
@@ -17,6 +17,8 @@ pub struct Wishes {
     pub consent: bool,
     /// PostgreSQL's own programs look at the files before the node's first start.
     pub verify: bool,
+    /// What lies on the node is kept beside it.
+    pub keep_old: bool,
 }
 
 /// One piece of work for the runner. Only one is under way at any time.
@@ -26,6 +28,8 @@ pub enum Step {
     Preflight,
     /// Take the node out of the member set. -> [`Done::Plain`]
     Detach,
+    /// Keep what lies there. -> [`Done::Kept`], with progress
+    KeepOld,
     /// Bring the files. -> [`Done::Plain`], with progress
     Fill,
     /// Let other programs look at them. -> [`Done::Plain`], with progress
@@ -61,6 +65,7 @@ pub enum Done {
     },
     /// The end of every step that has nothing to tell.
     Plain(Step),
+    Kept(Kept),
     /// Nothing beyond this position was handed to the node.
     Held(Lsn),
     Cut(CutDone),
@@ -132,7 +137,7 @@ impl Recovery {
     pub fn new(now: Instant, wishes: Wishes) -> Self {
         let mut recovery = Self {
             wishes,
-            report: Report::new(),
+            report: Report { keeps_old: wishes.keep_old, ..Report::new() },
             told: Progress::default(),
             pace: Pace::default(),
             phase_since: now,
@@ -237,7 +242,7 @@ impl Recovery {
                     self.report.warn(warning);
                 }
                 if !is_member {
-                    self.enter(now, Phase::Seeding, Step::Fill);
+                    self.enter(now, Phase::Seeding, self.first_on_node());
                 } else if self.wishes.consent {
                     self.begin(now, Step::Detach);
                 } else {
@@ -249,7 +254,11 @@ impl Recovery {
                     self.fail_after(now, cause, false);
                 }
             }
-            (Step::Detach, Done::Plain(Step::Detach)) => self.enter(now, Phase::Seeding, Step::Fill),
+            (Step::Detach, Done::Plain(Step::Detach)) => self.enter(now, Phase::Seeding, self.first_on_node()),
+            (Step::KeepOld, Done::Kept(kept)) => {
+                self.report.keep(kept);
+                self.begin(now, Step::Fill);
+            }
             (Step::Fill, Done::Plain(Step::Fill)) if self.wishes.verify => self.begin(now, Step::Verify),
             (Step::Verify, Done::Plain(Step::Verify)) => {
                 self.report.verified = true;
@@ -314,7 +323,10 @@ impl Recovery {
     }
 
     fn handle_progress(&mut self, now: Instant, progress: Progress) {
-        let watched = matches!(self.step, Some(Step::Fill | Step::Verify | Step::CatchUp | Step::LeaveRecovery { .. }));
+        let watched = matches!(
+            self.step,
+            Some(Step::KeepOld | Step::Fill | Step::Verify | Step::CatchUp | Step::LeaveRecovery { .. })
+        );
         if !watched {
             return;
         }
@@ -348,6 +360,11 @@ impl Recovery {
         }
     }
 
+    /// What changes something on the node first.
+    fn first_on_node(&self) -> Step {
+        if self.wishes.keep_old { Step::KeepOld } else { Step::Fill }
+    }
+
     fn enter(&mut self, now: Instant, phase: Phase, step: Step) {
         self.set_phase(now, phase);
         self.begin(now, step);
@@ -372,7 +389,7 @@ impl Recovery {
 
     fn begin(&mut self, now: Instant, step: Step) {
         match step {
-            Step::Fill => self.fill_begun = true,
+            Step::KeepOld | Step::Fill => self.fill_begun = true,
             Step::Cut => {
                 self.cut_begun = true;
                 self.report.cut_attempts += 1;
@@ -441,6 +458,8 @@ fn grown(old: Progress, new: Progress) -> Progress {
         files_total: old.files_total.max(new.files_total),
         damaged_pages: old.damaged_pages.max(new.damaged_pages),
         bytes_verified: old.bytes_verified.max(new.bytes_verified),
+        bytes_to_keep: old.bytes_to_keep.max(new.bytes_to_keep),
+        bytes_kept: old.bytes_kept.max(new.bytes_kept),
     }
 }
 
@@ -449,6 +468,7 @@ fn describe(step: Step) -> &'static str {
     match step {
         Step::Preflight => "asking both nodes for their facts",
         Step::Detach => "detaching the member",
+        Step::KeepOld => "keeping the old files",
         Step::Fill => "bringing the files",
         Step::Verify => "letting pg_verifybackup read the files",
         Step::CatchUp => "catching up with the source",

@@ -19,7 +19,7 @@ struct Bench {
 
 impl Bench {
     fn new(consent: bool) -> Self {
-        Self::with(Wishes { consent, verify: false })
+        Self::with(Wishes { consent, ..Wishes::default() })
     }
 
     fn with(wishes: Wishes) -> Self {
@@ -72,10 +72,12 @@ impl Bench {
     fn input(&mut self, input: Input) {
         let answers = match &input {
             Input::Done(Done::Plain(step)) => {
-                let has_its_own = matches!(step, Step::Preflight | Step::HoldRelay | Step::Cut | Step::Join);
+                let has_its_own =
+                    matches!(step, Step::Preflight | Step::KeepOld | Step::HoldRelay | Step::Cut | Step::Join);
                 self.under_way == Some(*step) && !has_its_own
             }
             Input::Done(Done::Preflight { .. }) => self.under_way == Some(Step::Preflight),
+            Input::Done(Done::Kept(_)) => self.under_way == Some(Step::KeepOld),
             Input::Done(Done::Held(_)) => self.under_way == Some(Step::HoldRelay),
             Input::Done(Done::Cut(_)) => self.under_way == Some(Step::Cut),
             Input::Done(Done::Joined(_)) => self.under_way == Some(Step::Join),
@@ -96,6 +98,7 @@ impl Bench {
     fn succeed(&mut self) {
         let done = match self.under_way.expect("nothing is under way") {
             Step::Preflight => Done::Preflight { is_member: false, warnings: vec!["unlogged tables".into()] },
+            Step::KeepOld => Done::Kept(Kept { path: "/data.old-1".into(), bytes: 1, ..Kept::default() }),
             Step::HoldRelay => Done::Held(Lsn(0x0100_0000)),
             Step::Cut => Done::Cut(CutDone { x: Lsn(0x0100_0080), gate_closed_unix_us: 1_000_000, gate_ms: 2.5 }),
             Step::Join => Done::Joined(JoinDone { gate_closed_unix_us: 1_000_000, gate_ms: 3.5, version: 4 }),
@@ -364,8 +367,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn random_inputs_never_break_the_rules(consent: bool, verify: bool, moves in prop::collection::vec(any_move(), 0..80)) {
-        let mut bench = Bench::with(Wishes { consent, verify });
+    fn random_inputs_never_break_the_rules(consent: bool, verify: bool, keep_old: bool, moves in prop::collection::vec(any_move(), 0..80)) {
+        let mut bench = Bench::with(Wishes { consent, verify, keep_old });
         for step in moves {
             match step {
                 Move::Succeed if bench.under_way.is_some() => bench.succeed(),

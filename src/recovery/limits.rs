@@ -42,7 +42,7 @@ pub fn stall_max(step: Step) -> Duration {
     match step {
         Step::Preflight => PREFLIGHT_MAX,
         Step::Detach | Step::ShrinkOut => DETACH_MAX,
-        Step::Fill | Step::Verify => FILL_STALL_MAX,
+        Step::KeepOld | Step::Fill | Step::Verify => FILL_STALL_MAX,
         Step::CatchUp => CATCH_UP_STALL_MAX,
         Step::HoldRelay => HOLD_MAX,
         Step::Cut => CUT_MAX,

@@ -1,11 +1,11 @@
 //! May this node be recovered? Pure: the judgement over records and facts, before anything is touched.
 
 use pgtandem_proto::membership::{Epoch, MemberSet, NodeState, Record};
-use pgtandem_proto::message::{NodeFacts, NodeStatus, PostgresState};
+use pgtandem_proto::message::{NodeFacts, NodeStatus, OldData, PostgresState};
 
 use super::report::{Cause, CauseKind};
 use crate::cluster::{members, record};
-use crate::sync::facts::{Finding, compare};
+use crate::sync::facts::{Finding, SPARE_BYTES, compare};
 
 /// What the records say: refuses, or tells whether the node is a member now.
 pub fn judge_record(node: &str, set: &MemberSet, epoch: Epoch, target: &NodeStatus) -> Result<bool, Cause> {
@@ -113,6 +113,35 @@ pub fn judge_programs(node: &str, target: &NodeFacts) -> Result<(), Cause> {
     ))
 }
 
+/// Whether what lies on the node can be kept while it is filled with `data_bytes`: refuses, or says what room that takes.
+pub fn judge_room(node: &str, data_bytes: u64, old: &OldData) -> Result<Option<String>, Cause> {
+    if old.bytes == 0 {
+        return Ok(None);
+    }
+    if !old.link.is_empty() {
+        return Err(refused(
+            format!(
+                "the old data of {node} can not be kept: {} is a link, and what it leads to would be overwritten",
+                old.link
+            ),
+            "copy both by hand and leave --keep-old out",
+        ));
+    }
+    // Every block may come to differ, and the new files may be larger.
+    let needs = old.bytes.saturating_add(data_bytes.saturating_sub(old.bytes));
+    let (needs_mib, free_mib) = (needs.div_ceil(1 << 20), old.free_bytes >> 20);
+    if old.free_bytes < needs.saturating_add(SPARE_BYTES) {
+        return Err(refused(
+            format!(
+                "keeping the old data of {node} needs up to {needs_mib} MiB, besides {} MiB for WAL, and {free_mib} MiB are free there",
+                SPARE_BYTES >> 20
+            ),
+            "make room there, or leave --keep-old out",
+        ));
+    }
+    Ok(Some(format!("Keeping the old data of {node} needs up to {needs_mib} MiB; {free_mib} MiB are free.")))
+}
+
 fn refused(what: impl Into<String>, hint: impl Into<String>) -> Cause {
     Cause::new(CauseKind::Refused, what, hint)
 }
@@ -169,6 +198,22 @@ mod tests {
         let target = NodeFacts { programs_missing: vec!["pg_verifybackup".into()], ..NodeFacts::default() };
         let cause = judge_programs("b", &target).unwrap_err();
         assert_eq!(cause.what, "the bin_dir of b has no pg_verifybackup, which --verify needs");
+    }
+
+    #[test]
+    fn old_data_are_kept_only_where_there_is_room_for_both() {
+        let old = |bytes: u64, free_bytes: u64| OldData { bytes, free_bytes, link: String::new() };
+        assert_eq!(judge_room("b", 5 << 30, &old(0, 0)), Ok(None), "there is nothing to keep");
+        let said = judge_room("b", 4 << 30, &old(3 << 30, 9 << 30)).unwrap().unwrap();
+        assert_eq!(said, "Keeping the old data of b needs up to 4096 MiB; 9216 MiB are free.");
+        let cause = judge_room("b", 1 << 30, &old(3 << 30, (4 << 30) - 1)).unwrap_err();
+        assert!(
+            cause.what.contains("needs up to 3072 MiB, besides 1024 MiB for WAL, and 4095 MiB are free"),
+            "{cause}"
+        );
+        assert!(judge_room("b", 1 << 30, &old(3 << 30, 4 << 30)).is_ok());
+        let linked = OldData { link: "pg_tblspc/5".into(), ..old(1, 9 << 30) };
+        assert!(judge_room("b", 1, &linked).unwrap_err().what.contains("pg_tblspc/5 is a link"));
     }
 
     #[test]

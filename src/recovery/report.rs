@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use pgtandem_proto::message::{Lsn, Progress};
+use pgtandem_proto::message::{Kept, Lsn, Progress};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -145,6 +145,9 @@ pub struct Report {
     pub waits: Option<String>,
     /// `pg_verifybackup` was asked about the files, and found nothing wrong.
     pub verified: bool,
+    /// What lay on the node is to be kept, and where it is once it is; `None`: there was nothing, or it is not yet.
+    pub keeps_old: bool,
+    pub kept: Option<Kept>,
     /// Version of the member set that contains the node.
     pub version: Option<u64>,
     /// Time spent in each phase that has ended, in order.
@@ -173,12 +176,35 @@ impl Report {
             join_attempts: 0,
             waits: None,
             verified: false,
+            keeps_old: false,
+            kept: None,
             version: None,
             phases: Vec::new(),
             warnings: Vec::new(),
             failed: None,
             ended: false,
         }
+    }
+
+    /// Notes what was kept, and says so at once: somebody may want it although the recovery fails.
+    pub(super) fn keep(&mut self, kept: Kept) {
+        let Kept { path, bytes, .. } = &kept;
+        if path.is_empty() {
+            self.warn(
+                "Nothing is kept: there is no data directory on the node that a server could be started on.".into(),
+            );
+            return;
+        }
+        let size = bytes.div_ceil(1 << 20);
+        let where_to = format!("{path}, {size} MiB. To remove it there: rm -r {path}");
+        self.warn(if kept.earlier {
+            format!(
+                "What lies on the node now was brought by an earlier attempt. What that one found there is kept: {where_to}"
+            )
+        } else {
+            format!("What lay on the node is kept: {where_to}")
+        });
+        self.kept = Some(kept);
     }
 
     pub(super) fn warn(&mut self, warning: String) {

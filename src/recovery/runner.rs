@@ -186,6 +186,17 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
             Step::Detach => {
                 self.replication.remove(node, "an operator detached it in order to recover it").await?;
             }
+            Step::KeepOld => {
+                self.same_reign()?;
+                let source = self.replication.members().leader;
+                let mut control = self.take_target()?;
+                let counters = &self.counters;
+                let mut on_progress = |progress| counters.send_modify(|now| now.progress = progress);
+                let kept =
+                    agents::keep_old(&mut control, self.epoch, source, &mut on_progress).await.map_err(of_node)?;
+                self.put_target(control);
+                return Ok(Done::Kept(kept));
+            }
             Step::Fill => {
                 self.same_reign()?;
                 let source = self.replication.members().leader;
@@ -269,7 +280,11 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         if self.wishes.verify {
             preflight::judge_programs(self.node, &target_facts)?;
         }
-        let warnings = preflight::judge_facts(self.node, &set.leader, &source_facts, &target_facts)?;
+        let mut warnings = preflight::judge_facts(self.node, &set.leader, &source_facts, &target_facts)?;
+        if self.wishes.keep_old {
+            let old = agents::old_data(&mut target).await.map_err(of_node)?;
+            warnings.extend(preflight::judge_room(self.node, source_facts.data_bytes.unwrap_or(0), &old)?);
+        }
         let promise = Request::Promise { epoch: self.epoch };
         agents::order(&mut target, promise, &mut |_| {}).await.map_err(of_node)?;
         if !is_member && target_status.record.state == NodeState::InSync {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pgtandem_proto::membership::{MemberSet, Record};
-use pgtandem_proto::message::{FailureCode, Lsn, NodeFacts, NodeStatus, Reply};
+use pgtandem_proto::message::{FailureCode, Kept, Lsn, NodeFacts, NodeStatus, OldData, Reply};
 
 use super::super::agents::AgentControl;
 use super::super::recoveries::Recoveries;
@@ -146,6 +146,11 @@ impl AgentControl for Connection {
             Request::Promise { .. } => "promise",
             Request::Store { state: NodeState::Joining, .. } => "store joining",
             Request::Store { state: NodeState::Stale, .. } => "store stale",
+            Request::OldData => {
+                let old = OldData { bytes: 1 << 20, free_bytes: 1 << 40, link: String::new() };
+                return Ok(Reply::OldData(Box::new(old)));
+            }
+            Request::KeepOld { .. } => "keep",
             Request::Fill { .. } => "fill",
             Request::VerifyFill => "verify",
             Request::CatchUp { .. } => "catch up",
@@ -165,7 +170,11 @@ impl AgentControl for Connection {
         if self.world.breaks(name) {
             return Err(failure(&format!("{name} broke")));
         }
-        Ok(if name == "hold" { Reply::Lsn(Lsn(0x0300_0000)) } else { Reply::Done })
+        Ok(match name {
+            "hold" => Reply::Lsn(Lsn(0x0300_0000)),
+            "keep" => Reply::Kept(Box::new(Kept { path: "/data.old-1".into(), bytes: 3 << 20, ..Kept::default() })),
+            _ => Reply::Done,
+        })
     }
 }
 
@@ -191,7 +200,7 @@ fn facts() -> NodeFacts {
 }
 
 async fn recover(world: &Arc<World>, consent: bool) -> Report {
-    recover_as(world, Wishes { consent, verify: false }).await
+    recover_as(world, Wishes { consent, ..Wishes::default() }).await
 }
 
 async fn recover_as(world: &Arc<World>, wishes: Wishes) -> Report {
@@ -288,15 +297,39 @@ async fn a_member_needs_consent_and_one_that_was_left_behind_is_told_first() {
 }
 
 #[tokio::test]
+async fn what_is_kept_is_told_although_the_recovery_fails() {
+    let keep = Wishes { keep_old: true, ..Wishes::default() };
+    let world = Arc::new(World::default());
+    let report = recover_as(&world, keep).await;
+    assert_eq!(report.phase, Phase::Member);
+    assert_eq!(world.log()[..4], ["abandon", "b: promise", "b: keep", "b: fill"]);
+    assert!(report.warnings[0].contains("needs up to 1 MiB"), "{:?}", report.warnings);
+
+    for broken in ["keep", "fill"] {
+        let world = Arc::new(World::default());
+        *world.broken.lock().unwrap() = Some(broken);
+        let report = recover_as(&world, keep).await;
+        assert_eq!(report.failed.unwrap().phase, Phase::Seeding);
+        assert_eq!(report.kept.is_some(), broken == "fill");
+        let said = report
+            .warnings
+            .iter()
+            .any(|warning| warning.ends_with("/data.old-1, 3 MiB. To remove it there: rm -r /data.old-1"));
+        assert_eq!(said, broken == "fill", "{:?}", report.warnings);
+        assert!(world.log().contains(&"b: end".to_owned()));
+    }
+}
+
+#[tokio::test]
 async fn files_that_are_looked_at_are_not_started_before() {
     let world = Arc::new(World::default());
-    let report = recover_as(&world, Wishes { consent: false, verify: true }).await;
+    let report = recover_as(&world, Wishes { verify: true, ..Wishes::default() }).await;
     assert!(report.verified && report.phase == Phase::Member);
     assert_eq!(world.log()[..5], ["abandon", "b: promise", "b: fill", "b: verify", "b: catch up"]);
 
     let world = Arc::new(World::default());
     *world.broken.lock().unwrap() = Some("verify");
-    let report = recover_as(&world, Wishes { consent: false, verify: true }).await;
+    let report = recover_as(&world, Wishes { verify: true, ..Wishes::default() }).await;
     assert_eq!(report.failed.unwrap().phase, Phase::Seeding);
     assert!(!report.verified && !world.log().contains(&"b: catch up".to_owned()));
 }

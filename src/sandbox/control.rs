@@ -64,7 +64,7 @@ pub async fn ask(
 /// Recovers a node and waits for the end. One that is a member is detached first.
 pub async fn recover(layout: &Layout, node: &str) -> Result<Recovered, ControlError> {
     let (started, mut cut_at) = (Instant::now(), None);
-    let request = ControlRequest::Recover { node: node.to_owned(), yes: true, verify: false };
+    let request = ControlRequest::Recover { node: node.to_owned(), yes: true, verify: false, keep_old: false };
     let outcome = ask(layout, &request, |view| {
         if view.cut_gate_ms.is_some() {
             cut_at.get_or_insert_with(Instant::now);

@@ -22,6 +22,9 @@ pub enum ControlRequest {
         /// Let `pg_verifybackup` look at the files before the node's PostgreSQL is started.
         #[serde(default)]
         verify: bool,
+        /// Keep what lies on the node beside it.
+        #[serde(default)]
+        keep_old: bool,
     },
     Detach {
         node: String,
@@ -100,7 +103,7 @@ mod tests {
     fn requests_are_what_they_look_like() {
         let parse = |text: &str| serde_json::from_str::<ControlRequest>(text);
         assert_eq!(parse(r#"{"command":"status"}"#).unwrap(), ControlRequest::Status);
-        let recover = ControlRequest::Recover { node: "b".into(), yes: false, verify: false };
+        let recover = ControlRequest::Recover { node: "b".into(), yes: false, verify: false, keep_old: false };
         assert_eq!(parse(r#"{"command":"recover","node":"b"}"#).unwrap(), recover);
         assert!(parse(r#"{"command":"recover"}"#).is_err());
         assert!(parse(r#"{"command":"recover","node":"b","force":true}"#).is_err());

@@ -40,8 +40,8 @@ impl<R: Replication + 'static, A: Agents, S: StatusSource> Handler for Operation
         }
         let outcome = match request {
             ControlRequest::Status => Ok(Outcome::Status { status: Box::new(self.status().await) }),
-            ControlRequest::Recover { node, yes, verify } => {
-                let wishes = Wishes { consent: yes, verify };
+            ControlRequest::Recover { node, yes, verify, keep_old } => {
+                let wishes = Wishes { consent: yes, verify, keep_old };
                 return self.recover(&node, wishes, answers).await;
             }
             ControlRequest::Switch { node } => self.switch(&node).await.map(Outcome::Switch),

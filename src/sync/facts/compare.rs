@@ -5,7 +5,7 @@ use pgtandem_proto::message::NodeFacts;
 use super::AT_LEAST_SETTINGS;
 
 /// Room that a fill needs beyond the files: WAL made meanwhile, the new timeline's first segments.
-const SPARE_BYTES: u64 = 1 << 30;
+pub(crate) const SPARE_BYTES: u64 = 1 << 30;
 /// Names that one sentence lists.
 const NAMES_SHOWN_MAX: usize = 5;
 

@@ -10,6 +10,7 @@ use std::path::Path;
 use pgtandem_proto::message::NodeFacts;
 use tokio_postgres::Client;
 
+pub(crate) use compare::SPARE_BYTES;
 pub use compare::{Finding, compare};
 
 use super::error::SyncError;

@@ -1,6 +1,6 @@
 //! The node that is filled: files and WAL come in, PostgreSQL follows as a standby and leaves recovery at exactly X.
 //!
-//! Order of calls on a [`Target`]: [`Target::fill`], [`Target::verify`] if that is wanted, [`Target::catch_up`], [`Target::hold`],
+//! Order of calls on a [`Target`]: [`Target::keep_old`] if that is wanted, [`Target::fill`], [`Target::verify`] if that is wanted, [`Target::catch_up`], [`Target::hold`],
 //! [`Target::leave_recovery`]; [`Target::abort`] at any time. It keeps no record: the agent writes the node's state
 //! before each call. Whatever is interrupted leaves a data directory that either can not be started or is whole, and
 //! the next fill sends only what differs.
@@ -8,6 +8,7 @@
 mod fill;
 mod follow;
 mod journal;
+mod keep;
 mod layout;
 mod manifest;
 mod plan;
@@ -32,6 +33,7 @@ use super::link::Link;
 use super::relay::Relay;
 use crate::agent::postgres::Postgres;
 
+pub use keep::{kept_before, old_data};
 pub(in crate::sync) use layout::control_of;
 
 /// Longest silence of the source while something is due from it, seconds.
