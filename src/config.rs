@@ -44,6 +44,9 @@ pub struct ClusterConfig {
     /// What a recovery may read from the leader's disk in a second, bytes; 0: as much as it can.
     #[serde(default)]
     pub fill_bytes_per_s_max: u64,
+    /// A fill reads slower on the leader while the median time of a commit is above this part of what it was before, percent; 0: never.
+    #[serde(default)]
+    pub fill_latency_percent_max: u64,
     /// What becomes of writes when a follower is lost.
     #[serde(default)]
     pub mode: Mode,

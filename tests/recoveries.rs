@@ -6,7 +6,7 @@ mod common;
 
 use std::process::{Child, Output};
 
-use common::ask::run;
+use common::ask::{run, run_all};
 use common::fault::{Fault, Towards};
 use common::{Cluster, load, text, wait_for};
 use pgtandem::sandbox::{Layout, slow};
@@ -220,6 +220,40 @@ async fn a_node_that_takes_long_to_leave_recovery_is_not_noticed() {
     assert!(recovery["phase_ms"]["leaving_recovery"].as_f64().unwrap() >= 6000.0, "{recovery}");
     let (peak, applied) = (recovery["backlog_peak"].as_u64().unwrap(), recovery["backlog_applied"].as_u64().unwrap());
     assert!(peak > 100 && applied >= peak, "the backlog grew and was applied: {recovery}");
+    cluster.wait_well().await;
+    let seen = load::finish(&cluster, probe).await;
+    load::assert_unharmed(&cluster, &seen);
+}
+
+/// Commits take longer while the files are brought: the leader is read slower, which is said, until they are as fast as before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_reads_slower_while_commits_take_too_long() {
+    let cluster = common::cluster();
+    cluster.stay_away().await;
+    cluster.configure("fill_bytes_per_s_max = 0", "fill_bytes_per_s_max = 20971520").await;
+    cluster.kill_agent(0);
+    cluster.configure("fill_latency_percent_max = 0", "fill_latency_percent_max = 300").await;
+    let client = cluster.connect("postgres").await;
+    run(&client, "create table wide (id int primary key, v text)").await;
+    run(&client, "insert into wide select g, repeat(md5(g::text), 40) from generate_series(1, 150000) g").await;
+    let probe = load::start(&cluster).await;
+    lose(&cluster, &[1]).await;
+    load::wait_writes(&cluster, &probe, 500).await;
+    let recover = begin(&cluster, 1);
+    wait_for("files are compared", async || cluster.status().0.contains("/s, about")).await;
+    let leader = cluster.connect_node(0, "postgres").await;
+    run_all(
+        &leader,
+        &["alter system set commit_delay = 40000", "alter system set commit_siblings = 0", "select pg_reload_conf()"],
+    )
+    .await;
+    wait_for("it is slowed down", async || cluster.status().0.contains("held to ")).await;
+    run_all(
+        &leader,
+        &["alter system reset commit_delay", "alter system reset commit_siblings", "select pg_reload_conf()"],
+    )
+    .await;
+    succeeds(&cluster, recover);
     cluster.wait_well().await;
     let seen = load::finish(&cluster, probe).await;
     load::assert_unharmed(&cluster, &seen);

@@ -67,6 +67,8 @@ pub enum Request {
     OldData,
     /// Before `Fill`: stop PostgreSQL, and keep a copy of its data directory beside it. The record stays. Progress all along. -> `Kept`
     KeepOld { epoch: Epoch, source: String },
+    /// Of a node that is copied from: what the fill of `node` reads here is at most so much in a second; 0: as the configuration says. -> `Done`
+    Pace { node: String, bytes_per_s_max: u64 },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

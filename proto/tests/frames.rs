@@ -140,6 +140,7 @@ fn control_is_as_it_always_was() {
     check("request_base_copy", &Request::BaseCopy);
     check("request_verify_fill", &Request::VerifyFill);
     check("request_old_data", &Request::OldData);
+    check("request_pace", &Request::Pace { node: "b".into(), bytes_per_s_max: 8 << 20 });
     check("request_keep_old", &Request::KeepOld { epoch: 7, source: "a".into() });
     check(
         "reply_old_data",

@@ -203,6 +203,10 @@ async fn handle(node: &Arc<Node>, request: Request, owner: u64) -> Result<Reply,
             Ok(Reply::OldData(Box::new(old)))
         }
         Request::KeepOld { epoch, source } => keep_old(node, owner, epoch, &source).await,
+        Request::Pace { node: peer, bytes_per_s_max } => {
+            node.backups.pace(&peer, bytes_per_s_max);
+            Ok(Reply::Done)
+        }
         Request::BaseCopy => Ok(Reply::BaseCopy(Box::new(super::archive::base_copy(node).await?))),
     }
 }

@@ -250,6 +250,7 @@ fn limits(config: &Config) -> Result<(), Problem> {
         ("proxy.away_s_max", proxy.away_s_max, 0, 86_400),
         ("proxy.away_bytes_max", proxy.away_bytes_max, 1 << 20, 1 << 40),
         ("proxy.clients_max", proxy.clients_max as u64, 1, 1_000_000),
+        ("cluster.fill_latency_percent_max", config.cluster.fill_latency_percent_max, 0, 100_000),
         ("fence.dns_ms", config.fence.dns_ms, 200, 3_600_000),
         ("fence.command_ms_max", config.fence.command_ms_max, 1, 3_600_000),
     ] {

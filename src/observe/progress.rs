@@ -41,6 +41,13 @@ pub struct RecoveryView {
     /// What `pg_verifybackup` has read, where that was asked for, and whether it found nothing wrong.
     pub bytes_verified: u64,
     pub verified: bool,
+    /// While the files are brought slower than they could be: the limit, and how long a commit takes in the median, before the recovery and now.
+    #[serde(default)]
+    pub slowed_to_bytes_per_s: Option<u64>,
+    #[serde(default)]
+    pub commit_usual_ms: Option<f64>,
+    #[serde(default)]
+    pub commit_now_ms: Option<f64>,
     /// Whether what lay on the node is to be kept, how much that is, how much of it is copied, and where it is in the end.
     #[serde(default)]
     pub keeps_old: bool,
@@ -109,6 +116,9 @@ impl RecoveryView {
             damaged_pages: progress.damaged_pages,
             bytes_verified: progress.bytes_verified,
             verified: report.verified,
+            slowed_to_bytes_per_s: report.slowed.map(|slowed| slowed.bytes_per_s_max),
+            commit_usual_ms: report.slowed.map(|slowed| slowed.usual.as_secs_f64() * 1000.0),
+            commit_now_ms: report.slowed.map(|slowed| slowed.now.as_secs_f64() * 1000.0),
             keeps_old: report.keeps_old,
             bytes_to_keep: progress.bytes_to_keep,
             bytes_kept: progress.bytes_kept,
@@ -158,6 +168,12 @@ impl RecoveryView {
                     let _ = write!(line, ", {} verified", bytes(self.bytes_verified));
                 } else if self.compared_bytes_per_s > 0 {
                     let _ = write!(line, ", {}/s", bytes(self.compared_bytes_per_s));
+                }
+                if let (Some(limit), Some(usual), Some(now)) =
+                    (self.slowed_to_bytes_per_s, self.commit_usual_ms, self.commit_now_ms)
+                {
+                    let limit = bytes(limit);
+                    let _ = write!(line, ", held to {limit}/s: a commit takes {now:.1} ms instead of {usual:.1} ms");
                 }
             }
             Phase::CatchingUp => {
@@ -311,6 +327,7 @@ pub fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recovery::throttle::Slowed;
 
     #[test]
     fn bytes_are_readable() {
@@ -338,6 +355,13 @@ mod tests {
         report.rates.compared = f64::from(1 << 24);
         let line = RecoveryView::new("b", &report).line();
         assert!(line.ends_with("0 B sent, 16.0 MiB/s, about 3 min 12 s left"), "{line}");
+        report.slowed = Some(Slowed {
+            bytes_per_s_max: 8 << 20,
+            usual: Duration::from_millis(2),
+            now: Duration::from_micros(9500),
+        });
+        let line = RecoveryView::new("b", &report).line();
+        assert!(line.contains(", held to 8.0 MiB/s: a commit takes 9.5 ms instead of 2.0 ms"), "{line}");
         report.phase = Phase::CatchingUp;
         (report.progress.wal_source, report.progress.wal_replayed) = (101 << 20, 1 << 20);
         (report.rates.wal_replayed, report.rates.wal_made) = (f64::from(30 << 20), f64::from(10 << 20));

@@ -9,6 +9,7 @@ use super::limits::{CUT_ATTEMPTS_MAX, JOIN_ATTEMPTS_MAX, RETRY_WAIT, stall_max};
 use super::pace::Pace;
 use super::replication::{CutDone, Drained, JoinDone};
 use super::report::{Cause, CauseKind, Failed, Phase, Report};
+use super::throttle::Slowed;
 
 /// What the operator wants of a recovery besides its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,6 +85,8 @@ pub enum Input {
     Drained(Drained),
     /// The join under way waits for this.
     Waits(String),
+    /// The fill under way is slowed down, or is not any more.
+    Slowed(Option<Slowed>),
     /// Somebody wants this recovery to end: an operator, or a proxy that stops.
     Abort(Cause),
 }
@@ -181,6 +184,11 @@ impl Recovery {
             Input::StepFailed { cause, retriable } => self.handle_step_failed(now, cause, retriable),
             Input::Progress(progress) => self.handle_progress(now, progress),
             Input::Drained(drained) => self.handle_drained(now, drained),
+            Input::Slowed(slowed) => {
+                if self.step == Some(Step::Fill) {
+                    self.report.slowed = slowed;
+                }
+            }
             Input::Waits(why) => {
                 if self.step == Some(Step::Join) {
                     self.report.waits = Some(why);
@@ -397,6 +405,7 @@ impl Recovery {
             Step::Join => self.report.join_attempts += 1,
             _ => {}
         }
+        self.report.slowed = None;
         self.step = Some(step);
         self.retry = None;
         self.deadline = Some(now + stall_max(step));

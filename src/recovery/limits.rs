@@ -36,6 +36,13 @@ pub const LAG_BYTES_MAX: u64 = 4 << 20;
 /// Warnings kept with one recovery; more are counted, not kept.
 pub const WARNINGS_MAX: usize = 32;
 
+/// How often it is looked whether a fill slows commits down.
+pub const PACE_EVERY: Duration = Duration::from_secs(1);
+/// How long the source may take to be told how fast a fill may read.
+pub const PACE_MAX: Duration = Duration::from_secs(3);
+/// Before a fill: commits of this time tell how long one usually takes.
+pub const USUAL_OVER: Duration = Duration::from_secs(10);
+
 /// How long a step may show no progress.
 #[must_use]
 pub fn stall_max(step: Step) -> Duration {

@@ -5,6 +5,7 @@
 //! leaving recovery are the agents' work, asked for by the runner.
 
 use std::future::Future;
+use std::time::Duration;
 
 use pgtandem_proto::membership::{Epoch, MemberSet};
 use pgtandem_proto::message::Lsn;
@@ -21,6 +22,17 @@ pub trait Replication: Send + Sync {
 
     /// The member set under which commits are acknowledged now.
     fn members(&self) -> MemberSet;
+
+    /// The median of the time that commits took over the last `over`; `None`: there were too few, or nobody counts.
+    fn commit_median(&self, over: Duration) -> Option<Duration> {
+        let _ = over;
+        None
+    }
+
+    /// Above this part of what it was before, percent, that median slows a fill down; 0: never.
+    fn fill_latency_percent_max(&self) -> u64 {
+        0
+    }
 
     /// Waits until nothing is under way that forbids a cut, closes the gate, writes the marker record, reads X, turns
     /// the backlog on for `node`, opens the gate. A gate that could not be closed in its limit is

@@ -11,6 +11,7 @@ use thiserror::Error;
 use super::limits::WARNINGS_MAX;
 use super::pace::Rates;
 use super::replication::{Drained, ReplicationError, ReplicationErrorKind};
+use super::throttle::Slowed;
 
 /// Where a recovery is. In this order, without leaving one out; `Failed` can follow each but `Member`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -145,6 +146,8 @@ pub struct Report {
     pub waits: Option<String>,
     /// `pg_verifybackup` was asked about the files, and found nothing wrong.
     pub verified: bool,
+    /// Why the files are brought slower than they could be.
+    pub slowed: Option<Slowed>,
     /// What lay on the node is to be kept, and where it is once it is; `None`: there was nothing, or it is not yet.
     pub keeps_old: bool,
     pub kept: Option<Kept>,
@@ -176,6 +179,7 @@ impl Report {
             join_attempts: 0,
             waits: None,
             verified: false,
+            slowed: None,
             keeps_old: false,
             kept: None,
             version: None,

@@ -3,9 +3,10 @@
 //! Thin: what comes next and how long it may take is decided in `core`. The control connection to the node's agent is
 //! kept from Preflight to the end, because what the agent does for a recovery ends with that connection.
 
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pgtandem_proto::membership::{Epoch, NodeState};
 use pgtandem_proto::message::{Failure, Progress, Request};
@@ -15,10 +16,11 @@ use tracing::{info, warn};
 
 use super::agents::{self, Agents};
 use super::core::{Done, Input, Output, Recovery, Step, Wishes};
-use super::limits::LAG_BYTES_MAX;
+use super::limits::{LAG_BYTES_MAX, PACE_EVERY, PACE_MAX, USUAL_OVER};
 use super::preflight;
 use super::replication::{Drained, Replication};
 use super::report::{Cause, CauseKind, Report};
+use super::throttle::{self, Slowed, Throttle};
 use crate::cluster::members;
 
 /// How one recovery ends early.
@@ -95,6 +97,7 @@ fn count(recovery: &mut Recovery, counters: &mut watch::Receiver<Counters>) {
     let now = counters.borrow_and_update().clone();
     recovery.handle(Instant::now(), Input::Progress(now.progress));
     recovery.handle(Instant::now(), Input::Drained(now.drained));
+    recovery.handle(Instant::now(), Input::Slowed(now.slowed));
     if let Some(waits) = now.waits {
         recovery.handle(Instant::now(), Input::Waits(waits));
     }
@@ -137,6 +140,7 @@ struct Counters {
     drained: Drained,
     /// What the join waits for.
     waits: Option<String>,
+    slowed: Option<Slowed>,
 }
 
 struct Shell<'a, R, A: Agents> {
@@ -200,7 +204,13 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
             Step::Fill => {
                 self.same_reign()?;
                 let source = self.replication.members().leader;
-                self.order(Request::Fill { epoch: self.epoch, source }).await?;
+                // As it is before anything is read there.
+                let usual = self.replication.commit_median(USUAL_OVER);
+                tokio::select! {
+                    biased;
+                    filled = self.order(Request::Fill { epoch: self.epoch, source: source.clone() }) => filled?,
+                    never = self.pace(&source, usual) => match never {},
+                }
             }
             Step::Verify => self.order(Request::VerifyFill).await?,
             Step::CatchUp => {
@@ -315,6 +325,44 @@ impl<R: Replication, A: Agents> Shell<'_, R, A> {
         }
         self.put_target(control);
         Ok(())
+    }
+
+    /// Slows the fill down while commits take too long. What it can not tell the source it tells it a second later.
+    async fn pace(&self, source: &str, usual: Option<Duration>) -> Infallible {
+        let percent_max = self.replication.fill_latency_percent_max();
+        if percent_max == 0 || usual.is_none() {
+            return std::future::pending().await;
+        }
+        let mut throttle = Throttle::new(percent_max, usual);
+        let mut control: Option<A::Control> = None;
+        let (mut before, mut told) = (self.counters.borrow().progress.bytes_compared, 0);
+        loop {
+            tokio::time::sleep(PACE_EVERY).await;
+            let compared = self.counters.borrow().progress.bytes_compared;
+            let now = self.replication.commit_median(throttle::SECONDS * PACE_EVERY);
+            let slowed = throttle.handle(now, compared.saturating_sub(before));
+            before = compared;
+            let limit = slowed.map_or(0, |slowed| slowed.bytes_per_s_max);
+            if limit != told {
+                info!(node = self.node, bytes_per_s_max = limit, ?slowed, "the fill is told how fast it may read");
+                self.counters.send_modify(|now| now.slowed = slowed);
+            }
+            // A fill that was taken up again after a broken connection does not know its limit.
+            if limit == 0 && told == 0 {
+                continue;
+            }
+            told = limit;
+            let telling = async {
+                let mut asked = match control.take() {
+                    Some(asked) => asked,
+                    None => self.agents.connect(source).await?,
+                };
+                let request = Request::Pace { node: self.node.into(), bytes_per_s_max: limit };
+                agents::order(&mut asked, request, &mut |_| {}).await?;
+                Ok::<_, Failure>(asked)
+            };
+            control = tokio::time::timeout(PACE_MAX, telling).await.ok().and_then(Result::ok);
+        }
     }
 
     async fn source(&self) -> Result<A::Control, Broken> {

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use pgtandem_proto::membership::{MemberSet, NodeState};
 use pgtandem_proto::message::Request;
@@ -31,6 +31,7 @@ use crate::replicate::exclusion::Exclusion;
 use crate::replicate::flight::Decision;
 use crate::replicate::follower::{Connection, ServerError};
 use crate::replicate::gate::Gate;
+use crate::replicate::latency::Latencies;
 use crate::replicate::leader::AtLeader;
 use crate::replicate::marks::MarkPool;
 use crate::replicate::protection::Missing;
@@ -149,6 +150,8 @@ pub struct Hub {
     /// Grows by two with each DDL commit; odd while one is under way, so that nothing is planned between two catalogs.
     pub schema_number: AtomicU64,
     pub counters: Counters,
+    /// How long commits take.
+    latencies: Mutex<Latencies>,
     pub reign: watch::Sender<Reign>,
     /// Why no reign of this proxy may begin, whatever the records say.
     pub fenced: watch::Sender<Option<Arc<Problem>>>,
@@ -208,6 +211,7 @@ impl Hub {
             spill: Arc::new(spill),
             schema_number: AtomicU64::new(2),
             counters: Counters::default(),
+            latencies: Mutex::default(),
             reign: watch::Sender::new(Reign::Starting),
             fenced: watch::Sender::new(None),
             at_leader: AtLeader::default(),
@@ -227,6 +231,17 @@ impl Hub {
             missing: Missing::default(),
             leaving: Missing::default(),
         }
+    }
+
+    /// A commit has taken so long, from the client's word to the leader's.
+    pub fn note_commit(&self, took: Duration) {
+        lock(&self.latencies).handle(Instant::now(), took);
+    }
+
+    /// The median of the commits of the last time; `None`: there were too few.
+    #[must_use]
+    pub fn commit_median(&self, over: Duration) -> Option<Duration> {
+        lock(&self.latencies).median(Instant::now(), over)
     }
 
     /// Whether effects are kept at all: with one node configured everything is forwarded.

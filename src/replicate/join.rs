@@ -62,6 +62,14 @@ impl Replication for Hub {
         self.view().set.clone()
     }
 
+    fn commit_median(&self, over: Duration) -> Option<Duration> {
+        Hub::commit_median(self, over)
+    }
+
+    fn fill_latency_percent_max(&self) -> u64 {
+        self.config.cluster.fill_latency_percent_max
+    }
+
     async fn cut(&self, node: &str) -> Result<CutDone, ReplicationError> {
         self.node(node).map_err(|e| wrong_node(&e))?;
         let mut leader = self.leader_connection("postgres").await.map_err(|e| leader_error(&e))?;

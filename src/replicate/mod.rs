@@ -21,6 +21,7 @@ pub mod follower;
 pub mod gate;
 pub mod hub;
 pub mod join;
+mod latency;
 pub mod leader;
 pub mod maintain;
 pub mod marks;

@@ -43,6 +43,7 @@ impl Session {
     pub async fn commit(&mut self, chain: bool) -> Result<Told, End> {
         // A client that is gone is noticed before followers prepare, not in the middle of the decision.
         self.wire.flush_much_to_client().await?;
+        let begun = Instant::now();
         let mut sequences = None;
         if self.touched.is_used() {
             match self.carry_sequences().await? {
@@ -113,6 +114,7 @@ impl Session {
             self.cycle.committed = true;
             self.carried.end(true);
             self.hub.counters.commits.fetch_add(1, Ordering::Relaxed);
+            self.hub.note_commit(begun.elapsed());
             if let Some((generation, bounds)) = sequences {
                 self.hub.sequences.raise(generation, &self.database, bounds);
             }

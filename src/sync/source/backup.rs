@@ -63,6 +63,13 @@ impl Backups {
         self.lock().get(&(peer.to_owned(), start)).filter(|backup| !backup.ended.is_cancelled()).cloned()
     }
 
+    /// What is read for `peer` is at most so much in a second from now on; 0: as much as the configuration lets.
+    pub fn pace(&self, peer: &str, bytes_per_s_max: u64) {
+        for (_, backup) in self.lock().iter().filter(|((node, _), _)| node == peer) {
+            backup.throttle.paced.store(bytes_per_s_max, Ordering::Relaxed);
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Arc<Backup>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,13 +125,15 @@ impl Backup {
 pub struct Throttle {
     /// 0: no limit.
     bytes_per_s_max: u64,
+    /// A lower limit for the time being; 0: none.
+    paced: AtomicU64,
     /// When the next bytes are due.
     due: Mutex<Instant>,
 }
 
 impl Throttle {
     fn new(bytes_per_s_max: u64) -> Throttle {
-        Throttle { bytes_per_s_max, due: Mutex::new(Instant::now()) }
+        Throttle { bytes_per_s_max, paced: AtomicU64::new(0), due: Mutex::new(Instant::now()) }
     }
 
     /// Waits until `bytes` more may be read.
@@ -135,10 +144,9 @@ impl Throttle {
     }
 
     fn reserve(&self, bytes: u64, now: Instant) -> Option<Instant> {
-        if self.bytes_per_s_max == 0 {
-            return None;
-        }
-        let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_s_max as f64);
+        let limits = [self.bytes_per_s_max, self.paced.load(Ordering::Relaxed)];
+        let bytes_per_s_max = limits.into_iter().filter(|limit| *limit > 0).min()?;
+        let takes = Duration::from_secs_f64(bytes as f64 / bytes_per_s_max as f64);
         let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
         let earliest = now.checked_sub(Duration::from_millis(BURST_MS)).unwrap_or(now);
         let mine = (*due).max(earliest);
@@ -160,6 +168,14 @@ mod tests {
         }
         assert!(last >= now + Duration::from_millis(8500), "ten seconds' worth, the last of it at its beginning");
         assert_eq!(Throttle::new(0).reserve(1 << 40, now), None);
+        // The lower one of two limits counts, and none is left behind.
+        for (configured, paced) in [(0, 5), (9, 5), (5, 9), (5, 0)] {
+            let throttle = Throttle::new(configured << 20);
+            throttle.paced.store(paced << 20, Ordering::Relaxed);
+            let first = throttle.reserve(10 << 20, now).unwrap();
+            let next = throttle.reserve(1, now).unwrap() - first;
+            assert!((next.as_secs_f64() - 2.0).abs() < 0.01, "{next:?}");
+        }
     }
 
     #[test]
