@@ -153,6 +153,34 @@ fn files_that_find_no_room_are_told_and_only_the_rest_is_sent_later() {
     });
 }
 
+/// Half a copy of the old files is not left there, and nothing has happened to the files themselves.
+#[test]
+fn old_files_that_find_no_room_are_not_kept_and_stay_as_they_are() {
+    with_disk("old_files_that_find_no_room_are_not_kept_and_stay_as_they_are", async |disk| {
+        let cluster = start(|b| b.pgdata = disk.path("data")).await;
+        let source = cluster.source();
+        let mut target = Target::new(cluster.b.clone());
+        recovered(&cluster, &mut target, &source).await;
+        let before = cluster.fingerprint(&cluster.b).await;
+        let beside = || {
+            let names = fs::read_dir(&disk.0).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            names.filter(|name| name.starts_with("data.old-")).collect::<Vec<_>>()
+        };
+        disk.leave(20 << 20);
+        let failure = target.keep_old().await.unwrap_err().failure();
+        assert!(failure.what.contains("No space left on device"), "{failure:?}");
+        assert!(failure.hint.starts_with("Make room"), "{failure:?}");
+        assert_eq!(beside(), [""; 0]);
+        cluster.b.start().await.unwrap();
+        assert_eq!(cluster.fingerprint(&cluster.b).await, before);
+        disk.make_room();
+        let kept = target.keep_old().await.unwrap();
+        assert_eq!((beside().len(), kept.path.starts_with(disk.0.to_str().unwrap())), (1, true), "{kept:?}");
+        recovered(&cluster, &mut target, &source).await;
+        cluster.stop().await;
+    });
+}
+
 #[test]
 fn wal_that_finds_no_room_ends_the_fill() {
     with_disk("wal_that_finds_no_room_ends_the_fill", async |disk| {
