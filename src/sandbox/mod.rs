@@ -24,6 +24,7 @@ pub mod user;
 pub use error::SandboxError;
 pub use initdb::{SETTINGS, find_bin_dir};
 pub use layout::Layout;
+pub use process::is_alive;
 pub use report::{Report, report};
 pub use stop::{down, remove_folder};
 pub use up::{Options, refuse_unless_empty, up};

@@ -44,10 +44,13 @@ pub fn named_in(pid_file: &Path) -> Option<u32> {
 }
 
 /// Whether the process runs; one that ended and was not waited for does not.
+#[must_use]
 pub fn is_alive(pid: u32) -> bool {
     // proc(5): the state is the first word after the name, which is in parentheses and may contain anything.
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X'])))
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    let main_runs = stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']));
+    // Its other threads may end a moment later, and hold its files and ports until then.
+    main_runs || std::fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
 /// The command line, separated by blanks.

@@ -91,10 +91,10 @@ impl Cluster {
     }
 
     pub fn as_user(&self) -> Command {
-        if !sandbox::user::is_root() {
-            return pgtandem();
-        }
-        running_as_user(&self.layout.dir.join("bin/pgtandem"))
+        let mut command =
+            if sandbox::user::is_root() { running_as_user(&self.layout.dir.join("bin/pgtandem")) } else { pgtandem() };
+        command.env(CRASH, crash_dir(self.dir()));
+        command
     }
 
     /// A client of the proxy.
@@ -254,7 +254,7 @@ impl Cluster {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.layout.proxy_log()).expect("a log");
         let mut command = self.as_user();
         command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
-        command.env(CRASH, crash_dir(self.dir())).envs(environment.iter().map(|(name, value)| (name, value)));
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("pgtandem")
     }
 
@@ -454,7 +454,7 @@ fn parent_of(pid: rustix::process::Pid) -> Option<rustix::process::Pid> {
 
 /// Whether there is such a process, and not only its exit status.
 fn runs(pid: rustix::process::Pid) -> bool {
-    state_of(pid).is_some_and(|state| !['Z', 'X'].contains(&state))
+    u32::try_from(pid.as_raw_nonzero().get()).is_ok_and(sandbox::is_alive)
 }
 
 /// See proc(5).
