@@ -51,6 +51,17 @@ pub enum CrashPoint {
     /// The set of the new epoch is stored there. Of each member.
     ReignStored,
 
+    /// A planned change of the leader is stored there. Of the new leader first, then of each other member.
+    SwitchStored,
+    /// In the command of a person: the epoch of a promotion was promised there. Of each who is asked to.
+    PromotePromised,
+    /// The set of the promotion is stored there. Of each member, the promoted one last.
+    PromoteStored,
+    /// The epoch of a detachment without a proxy was promised there. Of each who remains.
+    DetachPromised,
+    /// The smaller set is stored there. Of each who remains, the leader last.
+    DetachStored,
+
     /// In the agent: a set is to be stored. Of its node, as in all that follow.
     AgentStores,
     /// It is durable, and whoever asked does not know.
@@ -61,7 +72,7 @@ pub enum CrashPoint {
 }
 
 impl CrashPoint {
-    pub const ALL: [CrashPoint; 24] = {
+    pub const ALL: [CrashPoint; 29] = {
         use CrashPoint as P;
         [
             P::CommitBegun,
@@ -83,6 +94,11 @@ impl CrashPoint {
             P::ReignPromised,
             P::ReignSettled,
             P::ReignStored,
+            P::SwitchStored,
+            P::PromotePromised,
+            P::PromoteStored,
+            P::DetachPromised,
+            P::DetachStored,
             P::AgentStores,
             P::AgentStored,
             P::AgentJoins,

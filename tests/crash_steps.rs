@@ -62,6 +62,12 @@ const RETURNS: &[(Occasion, CrashPoint, &str)] = &[
     (Occasion::Return, GrowStored, "node0"),
 ];
 
+/// The command of a person, and where it ends, or lets its proxy end: it is typed again each time.
+const DETACHES: &[(CrashPoint, &str)] = &[(DetachPromised, "node1"), (DetachStored, "node1"), (DetachStored, "node0")];
+const SWITCHES: &[(CrashPoint, &str)] = &[(SwitchStored, "node1"), (SwitchStored, "node0")];
+const PROMOTIONS: &[(CrashPoint, &str)] =
+    &[(PromotePromised, "node1"), (PromotePromised, "node2"), (PromoteStored, "node2"), (PromoteStored, "node1")];
+
 /// With two nodes: the leader of the moment is lost.
 const TAKEOVERS: &[(CrashPoint, &str)] = &[(TakeoverStored, "node1"), (TakeoverTold, "node1")];
 
@@ -80,7 +86,9 @@ const COMMITS: &[(CrashPoint, bool)] = &[(CommitBegun, false), (CommitPrepared, 
 #[test]
 fn every_point_is_played() {
     let changes = [SHRINKS, GROWS, RETURNS].concat();
-    let played = changes.iter().map(|(_, point, _)| *point).chain(TAKEOVERS.iter().chain(REIGNS).map(|(p, _)| *p));
+    let typed = DETACHES.iter().chain(SWITCHES).chain(PROMOTIONS);
+    let played = changes.iter().map(|(_, point, _)| *point);
+    let played = played.chain(TAKEOVERS.iter().chain(REIGNS).chain(typed).map(|(point, _)| *point));
     // The last one is that of a recovery in vain.
     let played: Vec<_> = played.chain(COMMITS.iter().map(|(point, _)| *point)).chain([AgentJoins]).collect();
     let missing: Vec<_> = CrashPoint::ALL.into_iter().filter(|point| !played.contains(point)).collect();
@@ -262,6 +270,68 @@ async fn a_new_epoch_is_raised() {
     writers.stop().await;
     cluster.wait_well().await;
     cluster.assert_identical().await;
+}
+
+/// The command ends at each of these points, and is typed again.
+async fn typed_again(cluster: &Cluster, points: &[(CrashPoint, &str)], words: &[&str]) {
+    for (point, of) in points {
+        cluster.arm(*point, of);
+        let output = cluster.command(words);
+        assert!(!output.status.success(), "{point:?} of {of}: {}", text(&output));
+        cluster.wait_reached(*point, of).await;
+        assert!(!serves(cluster).await, "{point:?} of {of}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_of_a_person_ends_half_way() {
+    let cluster = Cluster::up(&["--nodes", "3"]);
+    let mut writers = Writers::start(&cluster, WRITERS).await;
+    writers.wait(&cluster, 20).await;
+
+    // node2 is lost while no proxy runs.
+    cluster.kill_proxy();
+    cluster.kill_agent(2);
+    cluster.kill_postgres(2);
+    typed_again(&cluster, DETACHES, &["detach", "node2", "--yes"]).await;
+    let output = cluster.command(&["detach", "node2", "--yes"]);
+    assert!(output.status.success(), "{}", text(&output));
+    cluster.start_proxy(0);
+    writers.wait(&cluster, 20).await;
+    cluster.start_again();
+    do_what_status_says(&cluster, "after a detachment").await;
+    writers.check(&cluster, 0..3, "after a detachment").await;
+
+    // The proxy ends while it hands over; that of node1 serves then.
+    let other = cluster.other_proxy(1);
+    let other_serves = async || compare::connect(other.port, "postgres").await.is_ok();
+    for (point, of) in SWITCHES {
+        cluster.arm(*point, of);
+        let output = cluster.command(&["switch", "node1"]);
+        assert!(!output.status.success(), "{point:?} of {of}: {}", text(&output));
+        wait_killed(&cluster, *point, of).await;
+        assert!(comes(other_serves).await, "{point:?} of {of}: {}", cluster.logs());
+        cluster.start_proxy(0);
+        let stands_by = async || cluster.status().0.contains("the proxy of this cluster runs on node1");
+        assert!(comes(stands_by).await, "{}", cluster.status().0);
+        let back = cluster.command_with(&other.config, &["switch", "node0"]);
+        assert!(back.status.success(), "{}\n{}", text(&back), cluster.logs());
+        writers.wait(&cluster, 20).await;
+        cluster.wait_well().await;
+        writers.check(&cluster, 0..3, &format!("{point:?} of {of}")).await;
+    }
+    drop(other);
+
+    cluster.lose_host(0);
+    let promote = ["promote", "--node", "node1", "--peer-is-dead", "node0", "--yes"];
+    typed_again(&cluster, PROMOTIONS, &promote).await;
+    cluster.start_proxy(1);
+    writers.wait(&cluster, 20).await;
+    cluster.start_agent(0);
+    do_what_status_says(&cluster, "after a promotion").await;
+    writers.stop().await;
+    cluster.assert_identical().await;
+    writers.check(&cluster, 0..3, "after a promotion").await;
 }
 
 /// A table with one row, whose value must be `v`.

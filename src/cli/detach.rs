@@ -19,6 +19,7 @@ use super::records::{self, Found};
 use super::recover::{ask, explained};
 use crate::cluster::members;
 use crate::config::Config;
+use crate::crash::CrashPoint;
 use crate::proxy::control::SOCKET_NAME;
 use crate::proxy::control::client::{ControlClient, ControlClientError};
 use crate::proxy::control::message::{ControlAnswer, ControlRequest, Detached, Outcome};
@@ -224,6 +225,7 @@ async fn apply(node: &str, plan: &Plan, clients: &AgentClients) -> Result<(), Fa
     // No proxy of an older reign does anything on the remaining members from here on.
     for (name, _) in &plan.remaining {
         order(clients, name, Request::Promise { epoch: plan.set.epoch }).await?;
+        CrashPoint::DetachPromised.reached(name);
     }
     if plan.node_answers {
         let stale = Request::Store {
@@ -244,6 +246,7 @@ async fn apply(node: &str, plan: &Plan, clients: &AgentClients) -> Result<(), Fa
             note: Some(note.clone()),
         };
         order(clients, name, stays).await?;
+        CrashPoint::DetachStored.reached(name);
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ use super::{Explained, fence, here, status};
 use crate::cluster::lease::WAIT_OUT_MS;
 use crate::cluster::promote::{self, Case, Judgement, Plan, Stated};
 use crate::config::Config;
+use crate::crash::CrashPoint;
 use crate::observe::time;
 use crate::proxy::control::SOCKET_NAME;
 use crate::proxy::control::client::ControlClient;
@@ -192,8 +193,10 @@ impl Promote {
             hint: format!("{}; then the same command again", failure.hint),
         };
         order(clients, own, Request::Promise { epoch }).await.map_err(failed)?;
+        CrashPoint::PromotePromised.reached(own);
         for node in &plan.fenced {
             order(clients, node, Request::Fence { epoch }).await.map_err(failed)?;
+            CrashPoint::PromotePromised.reached(node);
         }
         let found = records::read(config, clients).await;
         let Some(plan) = promote::confirm(own, plan, &views(&found), &self.stated()) else {
@@ -222,8 +225,10 @@ impl Promote {
         };
         for node in &plan.staying {
             order(clients, node, stays(&note)).await.map_err(failed)?;
+            CrashPoint::PromoteStored.reached(node);
         }
         order(clients, own, stays(&note)).await.map_err(failed)?;
+        CrashPoint::PromoteStored.reached(own);
         for (node, state) in &plan.leaving {
             let leaves = Request::Store {
                 members: set.clone(),

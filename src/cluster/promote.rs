@@ -152,7 +152,12 @@ fn impossible(what: String, hint: String) -> Judgement {
 fn unfit(own: &str, record: &Record, newest: &MemberSet) -> Option<Judgement> {
     let recover = || format!("start the proxy on {}, then: pgtandem recover {own}", newest.proxy);
     match record.state {
-        NodeState::InSync if newest.leader == own && newest.proxy == own => {
+        // What only others have stored is a promotion that ended before it came to this node's own record: it is typed again.
+        NodeState::InSync
+            if newest.leader == own
+                && newest.proxy == own
+                && record.members.as_ref().is_some_and(|recorded| recorded.epoch == newest.epoch) =>
+        {
             let lost: Vec<_> = newest.nodes.iter().filter(|node| *node != own).map(String::as_str).collect();
             let what = format!("{own} is the leader already (member set of epoch {})", newest.epoch);
             let hint = match lost.first() {

@@ -99,6 +99,21 @@ fn a_node_that_leads_through_the_proxy_of_another_host_takes_over_the_proxy() {
     assert_eq!(promote("a", &[("a", Some(&a)), ("b", None)]).missing(&Stated::default()), ["--peer-is-dead b"]);
 }
 
+/// The members that stay have stored the set of a promotion, and the command ended before the promoted node had: without this nobody could
+/// be served any more, because its proxy goes by its own record.
+#[test]
+fn a_promotion_that_ended_half_way_is_typed_again() {
+    let before = of("b", NodeState::InSync, set(3, 2, &["a", "b", "c"], "a"), &["g1"]);
+    let stays = of("c", NodeState::InSync, set(5, 1, &["b", "c"], "b"), &["g2", "g1"]);
+    let b = Record { promised: 5, ..before.clone() };
+    let judgement = promote("b", &[("a", None), ("b", Some(&b)), ("c", Some(&stays))]);
+    assert_eq!(judgement.case, Case::Safe);
+    let plan = judgement.plan.unwrap();
+    assert_eq!((plan.set, plan.staying), (set(7, 1, &["b", "c"], "b"), vec!["c".to_owned()]));
+    let done = of("b", NodeState::InSync, set(5, 1, &["b", "c"], "b"), &["g2", "g1"]);
+    assert_eq!(promote("b", &[("a", None), ("b", Some(&done)), ("c", Some(&stays))]).case, Case::Impossible);
+}
+
 #[test]
 fn what_has_changed_meanwhile_is_not_written() {
     let b = of("b", NodeState::InSync, set(3, 2, &["a", "b"], "a"), &["g1"]);

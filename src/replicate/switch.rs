@@ -12,6 +12,7 @@ use pgtandem_proto::membership::{MemberSet, NodeState};
 use crate::agent::client::{ClientError, Control};
 use crate::cluster::members;
 use crate::cluster::start::Refusal;
+use crate::crash::CrashPoint;
 use crate::observe::status::Problem;
 use crate::recovery::replication::{ReplicationError, ReplicationErrorKind as Kind};
 use crate::replicate::hub::{Hub, Reign, store_on};
@@ -63,7 +64,7 @@ impl Hub {
         let closed = self.close_for_switch().await?;
         let stored = store_on(&mut new_leader, &next, NodeState::InSync, None, None);
         match tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), stored).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => CrashPoint::SwitchStored.reached(node),
             // It has said no: everything is as it was.
             Ok(Err(e @ (ClientError::Failed { .. } | ClientError::Refused { .. }))) => {
                 return Err(ReplicationError::new(Kind::Record, e.to_string(), e.failure().hint));
@@ -91,6 +92,7 @@ impl Hub {
             if !matches!(tokio::time::timeout(Duration::from_millis(STORE_MS_MAX), stored).await, Ok(Ok(()))) {
                 tracing::warn!(node = %name, "the record was not told of the new leader yet; its reign tells it");
             }
+            CrashPoint::SwitchStored.reached(name);
         }
         // Nobody decides anything here any more, whatever becomes of the gate.
         if let Err(error) = resolve::end_sessions(&mut own).await {
