@@ -1,7 +1,7 @@
 //! The clock on the wall of one host, which can jump while processes run: libfaketime, loaded before them. The clocks that know no time of day
 //! are left alone, as an operator who sets the time, or a wrong time server, would leave them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Cluster;
 
@@ -27,9 +27,8 @@ impl Clock {
             ("LD_PRELOAD", self.library.clone()),
             ("FAKETIME_TIMESTAMP_FILE", self.file.clone()),
             ("DONT_FAKE_MONOTONIC", "1".into()),
-            // The file is looked at for each question; and nothing is left in /dev/shm by those who are killed.
+            // The file is looked at for each question.
             ("FAKETIME_NO_CACHE", "1".into()),
-            ("FAKETIME_DISABLE_SHM", "1".into()),
         ]
     }
 
@@ -38,5 +37,19 @@ impl Clock {
         let new = self.file.with_extension("new");
         std::fs::write(&new, by).expect("a file");
         std::fs::rename(&new, &self.file).expect("a file");
+    }
+}
+
+impl Drop for Clock {
+    /// The library leaves something in /dev/shm for each process that was killed, named by its id.
+    fn drop(&mut self) {
+        for entry in std::fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let id = name.strip_prefix("faketime_shm_").or_else(|| name.strip_prefix("sem.faketime_sem_"));
+            if id.is_some_and(|id| !Path::new("/proc").join(id).exists()) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
     }
 }
