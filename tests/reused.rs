@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::ask::run;
+use common::ask::{run, same};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
@@ -111,5 +111,23 @@ async fn an_insert_prepared_before_a_definition_is_tried_again() {
     assert_eq!(error.code(), Some(&SqlState::NUMERIC_VALUE_OUT_OF_RANGE), "{error:?}");
     let kept = "select count(*) from h where w = 'new'";
     assert_eq!(writer.query_one(kept, &[]).await.expect("a count").get::<_, i64>(0), 11);
+    cluster.assert_identical().await;
+}
+
+/// One text with parameters stands for several shapes, by the types of their numbers.
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_of_several_types_stand_in_the_same_text() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(&client, "create table n (id int primary key, i int, b bigint); insert into n values (1, 0, 0)").await;
+    for b in ["0", "9223372036854775807", "-9223372036854775808", "2147483648", "7", "1.5"].repeat(3) {
+        run(&client, &format!("update n set b = {b} where id = 1")).await;
+    }
+    // An integer is divided by 2 otherwise than by 2.0.
+    for (divisor, quotient) in [("2.0", "3"), ("2", "2")].repeat(3) {
+        run(&client, "update n set i = 5 where id = 1").await;
+        run(&client, &format!("update n set i = i / {divisor} where id = 1")).await;
+        assert_eq!(same(&cluster, "postgres", "select i from n").await, quotient, "5 / {divisor}");
+    }
     cluster.assert_identical().await;
 }

@@ -24,8 +24,9 @@ const LOCKED_MAX: usize = 64;
 /// What a session has prepared on the leader out of texts of the simple protocol.
 #[derive(Debug, Default)]
 pub struct Reused {
-    /// By the text that all statements of a shape share. `None`: seen once, which is not yet worth a Parse.
-    names: HashMap<Arc<str>, Option<String>>,
+    /// By the text that all statements of a shape share, and the types of its parameters: shapes that differ in those alone have one text.
+    /// `None`: seen once, which is not yet worth a Parse.
+    names: HashMap<(Arc<str>, Arc<[u8]>), Option<String>>,
     last: u64,
     /// The last execution came with its Parse.
     parsed: bool,
@@ -145,11 +146,12 @@ impl Session {
             self.forget_reused();
             self.reused.place = place;
         }
-        match self.reused.names.get(&shared.plain) {
+        let key = (Arc::clone(&shared.plain), Arc::clone(&shared.types));
+        match self.reused.names.get(&key) {
             Some(Some(name)) => return Some(name.clone()),
             Some(None) => {}
             None => {
-                self.reused.names.insert(Arc::clone(&shared.plain), None);
+                self.reused.names.insert(key, None);
                 return None;
             }
         }
@@ -158,7 +160,7 @@ impl Session {
         let name = format!("pgtandem_w{}", self.reused.last);
         build::parse(&mut self.wire.to_server, name.as_bytes(), shared.plain.as_bytes(), &shared.types);
         self.wire.expects.push_back(Expect::Parse { hidden: true });
-        self.reused.names.insert(Arc::clone(&shared.plain), Some(name.clone()));
+        self.reused.names.insert(key, Some(name.clone()));
         Some(name)
     }
 }
