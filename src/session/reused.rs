@@ -21,12 +21,14 @@ const SHAPES_MAX: usize = 256;
 /// Tables that a transaction is known to have locked; what is locked past that is not known.
 const LOCKED_MAX: usize = 64;
 
+/// The text that all statements of a shape share, and the types of its parameters: shapes that differ in those alone have one text.
+type Key = (Arc<str>, Arc<[u8]>);
+
 /// What a session has prepared on the leader out of texts of the simple protocol.
 #[derive(Debug, Default)]
 pub struct Reused {
-    /// By the text that all statements of a shape share, and the types of its parameters: shapes that differ in those alone have one text.
     /// `None`: seen once, which is not yet worth a Parse.
-    names: HashMap<(Arc<str>, Arc<[u8]>), Option<String>>,
+    names: HashMap<Key, Option<String>>,
     last: u64,
     /// The last execution came with its Parse.
     parsed: bool,
