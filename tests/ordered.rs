@@ -167,3 +167,41 @@ async fn update_from_needs_one_row_for_each() {
     assert_eq!(client.execute(own, &[&1_i32]).await.unwrap(), 20);
     cluster.assert_identical().await;
 }
+
+/// Servers may find rows in another order: what takes one of several values that are equal and look different, or puts rows into a list in
+/// the order in which they are found, is not left to each of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_depends_on_the_order_of_rows_is_not_run_by_text() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    client
+        .batch_execute(
+            "create table v (r numeric, fixed numeric(8, 2), i interval, j jsonb, p point, m money, n int);
+             insert into v values (1.0, 1, '1 mon', '1.0', '(1,2)', 3, 1);
+             insert into v values (1.00, 1, '30 days', '1.00', '(3,4)', 5, 2);
+             create table w (fixed numeric(8, 2), n int); insert into w values (1, 1), (1, 2);
+             create table t (v text, d numeric); insert into t values ('x', 0)",
+        )
+        .await
+        .unwrap();
+    for refused in [
+        "select max(r)::text from v",
+        "select min(i)::text from v",
+        "select distinct j::jsonb::text from v group by j limit 1",
+        "select count(*)::text from (select r from v union select 3) x",
+        "select sum(p[0])::text from v",
+        "select avg(m / 1::money)::text from v",
+        "select array(select n from v)::text",
+    ] {
+        let error = client.batch_execute(&format!("update t set v = ({refused})")).await.expect_err(refused);
+        assert_eq!(error.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED), "{refused}");
+    }
+    for certain in
+        ["select max(fixed)::text from w", "select min(n)::text from w", "select count(distinct n)::text from w"]
+    {
+        client.batch_execute(&format!("update t set v = ({certain})")).await.expect(certain);
+    }
+    let off = client.batch_execute("set array_nulls = off").await.expect_err("it is refused");
+    assert_eq!(off.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED));
+    cluster.assert_identical().await;
+}

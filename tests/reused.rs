@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::ask::{run, same};
+use common::ask::{run, same, state};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
@@ -129,5 +129,26 @@ async fn numbers_of_several_types_stand_in_the_same_text() {
         run(&client, &format!("update n set i = i / {divisor} where id = 1")).await;
         assert_eq!(same(&cluster, "postgres", "select i from n").await, quotient, "5 / {divisor}");
     }
+    cluster.assert_identical().await;
+}
+
+/// What PostgreSQL computes when it plans a text is an error then, also where no row comes to it; and a sign decides the type of a number.
+#[tokio::test(flavor = "multi_thread")]
+async fn constants_are_computed_when_a_text_is_planned() {
+    let cluster = common::cluster();
+    let client = cluster.connect("postgres").await;
+    run(&client, "create table n (id int primary key, b bigint); insert into n values (1, 0)").await;
+    for _ in 0..3 {
+        run(&client, "update n set b = b + 10 / 1 where id = 999").await;
+        run(&client, "update n set b = -9223372036854775808 / 10 where id = 1").await;
+        assert_eq!(same(&cluster, "postgres", "select b from n").await, "-922337203685477580");
+    }
+    assert_eq!(state(&client, "update n set b = b + 10 / 0 where id = 999").await, "22012");
+    run(&client, "set plan_cache_mode = force_generic_plan").await;
+    let folded = |divisor: u8| format!("update n set b = case when b > 0 then 10 / {divisor} else 1 end where id = 1");
+    run(&client, &folded(5)).await;
+    run(&client, &folded(5)).await;
+    assert_eq!(state(&client, &folded(0)).await, "22012");
+    cluster.wait_member(1, true).await;
     cluster.assert_identical().await;
 }

@@ -197,6 +197,17 @@ async fn policies_are_for_those_they_apply_to() {
     run(&client, "reset role; execute renew; alter table t force row level security; set role owner_of").await;
     assert_eq!(state(&client, "execute renew").await, "0A000");
     run(&client, "update t set at = null where id = 1").await;
+    // Followers write as the owner, whom the policy would stop.
+    run(&client, "reset role").await;
+    assert_eq!(state(&client, "insert into t (who, at) values ('nobody', now())").await, "0A000");
+    // Or who has lost his rights.
+    run(
+        &client,
+        "create table lost (id int primary key); alter table lost owner to tenant; revoke all on lost from tenant",
+    )
+    .await;
+    assert_eq!(state(&client, "insert into lost values (1)").await, "0A000");
+    run(&client, "grant all on lost to tenant; insert into lost values (1)").await;
     cluster.assert_identical().await;
     assert_eq!(same(&cluster, "postgres", "select count(*) from t where at is null and who = 'owner_of'").await, "1");
 }

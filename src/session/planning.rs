@@ -267,8 +267,11 @@ impl Session {
         if !calls_code {
             return Ok(Ok(plan));
         }
-        let single = matches!(&plan.lane, Lane::Once(once) if once.single);
-        let mut reach = Reach::of(statement, text, single).wanting_stays();
+        let (single, given) = match &plan.lane {
+            Lane::Once(once) => (once.single, once.given.as_slice()),
+            _ => (false, [].as_slice()),
+        };
+        let mut reach = Reach::of(statement, text, single, given).wanting_stays();
         if matches!(&plan.lane, Lane::Once(once) if once.rows.is_some()) {
             reach = reach.wanting_rows();
         }

@@ -91,6 +91,8 @@ pub(super) fn qualify(template: &str) -> String {
         .replace("::name", "::pg_catalog.name")
         .replace("@functions_of", FUNCTIONS_OF)
         .replace("@dates", DATE_TYPES)
+        .replace("@floats", FLOAT_TYPES)
+        .replace("@loose", LOOSE_TYPES)
         .replace("@harmless", HARMLESS_EXTENSIONS)
 }
 
@@ -103,10 +105,17 @@ const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolat
 const DATE_TYPES: &str =
     "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
 
+/// Types that hold floating point numbers or give them: real, double precision, the geometric ones, money by money.
+const FLOAT_TYPES: &str = "'{700,701,600,601,602,603,604,628,718,790}'::pg_catalog.oid[]";
+
+/// Types with values that are equal and look different: numeric (1.0, 1.00), interval, jsonb, floating point (-0), character, time with
+/// time zone (`pg_type.dat`).
+const LOOSE_TYPES: &str = "'{1700,1186,3802,700,701,1042,1266}'::pg_catalog.oid[]";
+
 /// Extensions of PostgreSQL's own distribution whose functions in C neither write nor run a text that they are given. The others have such
-/// functions: `dblink`, `tablefunc`, `xml2`, `lo`, `spi` and the like.
-const HARMLESS_EXTENSIONS: &str = "'{btree_gin,btree_gist,citext,cube,dict_int,dict_xsyn,earthdistance,fuzzystrmatch,hstore,intarray,isn,ltree,\
-     pg_trgm,pgcrypto,seg,unaccent,uuid-ossp}'::pg_catalog.name[]";
+/// functions, or a state of their own in the session (`isn`), or types whose text is not all of the value (`seg`).
+const HARMLESS_EXTENSIONS: &str = "'{btree_gin,btree_gist,citext,cube,dict_int,dict_xsyn,earthdistance,fuzzystrmatch,hstore,intarray,ltree,\
+     pg_trgm,pgcrypto,unaccent,uuid-ossp}'::pg_catalog.name[]";
 
 /// Blanks around operators matter, see [`qualify`].
 const TEMPLATE: &str = r"WITH RECURSIVE
@@ -184,7 +193,8 @@ traits AS MATERIALIZED (
   SELECT i.top,
     bool_or(i.oid = ANY ('{1082,1083,1114,1184,1266,4533,4534,4535}'::oid[])) AS dates,
     bool_or(i.oid = 1184::oid) AS zones,
-    bool_or(i.oid = ANY ('{700,701}'::oid[])) AS floats,
+    bool_or(i.oid = ANY (@floats) OR t.typtype = 'b' AND i.oid >= 16384::oid AND NOT t.typcategory = ANY ('{A,S}')) AS floats,
+    bool_or(i.oid = ANY (@loose) OR t.typtype = 'b' AND i.oid >= 16384::oid AND t.typcategory <> 'A') AS loose,
     bool_or(i.oid = ANY ('{24,2202,2203,2204,2205,2206,3734,3769,4089,4096,4191}'::oid[])) AS reg,
     bool_or(t.typcategory = 'S') AS text
   FROM inside i JOIN pg_catalog.pg_type t ON t.oid = i.oid GROUP BY i.top),
@@ -200,6 +210,9 @@ SELECT json_build_object(
 'relations', (SELECT json_agg( json_build_object('schema', f.nsp, 'name', f.name, 'fact', json_build_object(
     'oid', c.oid::int8, 'schema', n.nspname, 'name', c.relname, 'kind', c.relkind::text, 'persistence', c.relpersistence::text,
     'owner', r.rolname, 'owner_superuser', r.rolsuper,
+    'owner_lacks', NOT (pg_catalog.has_schema_privilege(c.relowner, n.oid, 'USAGE')
+      AND pg_catalog.has_table_privilege(c.relowner, c.oid, 'SELECT') AND pg_catalog.has_table_privilege(c.relowner, c.oid, 'INSERT')
+      AND pg_catalog.has_table_privilege(c.relowner, c.oid, 'UPDATE') AND pg_catalog.has_table_privilege(c.relowner, c.oid, 'DELETE')),
     'columns', coalesce((SELECT json_agg( json_build_object(
         'name', a.attname, 'sql_type', format_type(a.atttypid, a.atttypmod), 'not_null', a.attnotnull,
         'generated', a.attgenerated <> '', 'identity', a.attidentity <> '', 'identity_always', a.attidentity = 'a',
@@ -210,6 +223,10 @@ SELECT json_build_object(
           WHEN t.typarray <> 0::oid AND t.typdelim = ',' AND NOT (t.typcategory = 'A' AND t.typtype = 'b')
             AND t.typcategory <> 'C' THEN 'a'
           ELSE 'n' END,
+        'loose', CASE
+          WHEN a.atttypid = 1700::oid AND a.atttypmod <> -1::int4 THEN false
+          WHEN EXISTS (SELECT 1 FROM pg_catalog.pg_collation o WHERE o.oid = a.attcollation AND NOT o.collisdeterministic) THEN true
+          ELSE coalesce(x.loose, true) END,
         'dates', coalesce(x.dates, true), 'zones', coalesce(x.zones, true), 'floats', coalesce(x.floats, true),
         'text', coalesce(x.text, true),
         'may_insert', pg_catalog.has_column_privilege(c.oid, a.attnum, 'INSERT'),
@@ -260,7 +277,7 @@ SELECT json_build_object(
       WHERE t.root = c.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D'), 0),
     'rules', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_rewrite w ON w.ev_class = t.oid
       WHERE t.root = c.oid AND w.ev_type <> '1' AND w.ev_enabled <> 'D'),
-    'rls', pg_catalog.row_security_active(c.oid),
+    'rls', pg_catalog.row_security_active(c.oid) OR c.relrowsecurity AND c.relforcerowsecurity,
     'children', c.relkind <> 'p' AND EXISTS (SELECT 1 FROM tree t WHERE t.root = c.oid AND t.oid <> c.oid),
     'foreign', EXISTS (SELECT 1 FROM tree t JOIN pg_catalog.pg_class k ON k.oid = t.oid WHERE t.root = c.oid AND k.relkind = 'f'),
     'truncate_trigger', (SELECT pg_catalog.min(s.oid::regclass::text) FROM truncated s JOIN pg_catalog.pg_trigger g ON g.tgrelid = s.oid
@@ -332,7 +349,7 @@ SELECT json_build_object(
           g.aggminvtransfn::oid, g.aggmfinalfn::oid]) u(oid)
         JOIN pg_catalog.pg_proc q ON q.oid = u.oid WHERE g.aggfnoid::oid = p.oid AND q.provolatile <> 'i'),
       'dates', p.prorettype = ANY (@dates) OR EXISTS (SELECT 1 FROM pg_catalog.unnest(p.proargtypes) u(oid) WHERE u.oid = ANY (@dates) OR u.oid >= 16384::oid),
-      'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]),
+      'floats', p.prorettype = ANY ('{700,701,1021,1022}'::oid[]), 'loose', p.prorettype = ANY (@loose) OR p.prorettype >= 16384::oid,
       'of_row', p.pronargs = 1::int4 AND EXISTS (SELECT 1 FROM pg_catalog.pg_type t WHERE t.oid = p.proargtypes[0] AND t.typtype = ANY ('{c,p}')))) AS fact
     FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace
     LEFT JOIN spaces s ON s.oid = p.pronamespace
@@ -354,7 +371,7 @@ SELECT json_build_object(
   WHERE b.fact IS NOT NULL),
 'types', (SELECT json_agg( json_build_object('schema', f.nsp, 'name', f.name, 'fact', json_build_object(
     'schema', n.nspname, 'name', t.typname, 'builtin', NOT t.oid >= 16384::oid, 'dates', coalesce(x.dates, true),
-    'floats', coalesce(x.floats, true), 'text', coalesce(x.text, true), 'reg', coalesce(x.reg, true),
+    'floats', coalesce(x.floats, true), 'loose', coalesce(x.loose, true), 'text', coalesce(x.text, true), 'reg', coalesce(x.reg, true),
     'has_default', t.typdefaultbin IS NOT NULL,
     'check_functions', coalesce((SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', z.proname,
         'volatility', z.provolatile::text, 'builtin', NOT z.oid >= 16384::oid, 'kind', z.prokind::text, 'of_row', false))

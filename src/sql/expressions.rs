@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use pg_query::protobuf::{SetOperation, SubLinkType};
 use serde_json::{Map, Value};
 
 use super::facts::{Facts, Function, Relation};
@@ -57,6 +58,10 @@ pub struct Look {
     /// A setting that may not be changed, by set_config().
     pub refused_setting: Option<String>,
     float_aggregate: bool,
+    /// What takes one of several values that are equal: max(), DISTINCT and the like.
+    merges: Option<String>,
+    /// Values that are equal and look different may be there.
+    loose: bool,
     /// Floating point numbers are there, or may be.
     floats: bool,
     /// Date and time types named anywhere, and those of casts among them.
@@ -118,6 +123,10 @@ pub fn look(part: &Value, facts: &Facts) -> Look {
     if look.float_aggregate && floats && look.order.is_none() {
         look.order = Some("an aggregate over numbers that may be floating point".to_owned());
     }
+    let loose = look.loose || relations.iter().any(|relation| relation.columns.iter().any(|column| column.loose));
+    if let Some(what) = look.merges.take().filter(|_| loose && look.order.is_none()) {
+        look.order = Some(format!("{what} of values that may be equal and look different"));
+    }
     // a type in JSON_TABLE, XMLTABLE or a column definition list: the texts are in the data
     look.text_to_date |= look.date_types > look.date_casts;
     look
@@ -150,6 +159,9 @@ fn visit(look: &mut Look, kind: &str, fields: &Map<String, Value>, facts: &Facts
         "AExpr" => operator(look, &names(fields.get("name")), facts),
         "SubLink" => {
             look.subqueries = true;
+            if fields.get("sub_link_type").and_then(Value::as_i64) == Some(SubLinkType::ArraySublink as i64) {
+                look.order = Some("ARRAY() of a query".to_owned());
+            }
             operator(look, &names(fields.get("oper_name")), facts);
         }
         "SortBy" => operator(look, &names(fields.get("use_op")), facts),
@@ -187,6 +199,12 @@ fn select(look: &mut Look, fields: &Map<String, Value>) {
     if is_set(fields, "limit_count") || is_set(fields, "limit_offset") {
         look.order = Some("LIMIT or OFFSET".to_owned());
     }
+    if is_set(fields, "distinct_clause") || is_set(fields, "group_clause") {
+        look.merges = Some("DISTINCT or GROUP BY".to_owned());
+    }
+    if fields.get("op").and_then(Value::as_i64).is_some_and(|op| op > SetOperation::SetopNone as i64) {
+        look.merges = Some("UNION, INTERSECT or EXCEPT".to_owned());
+    }
     // DISTINCT is a list with one empty node, DISTINCT ON has expressions
     let distinct_on = fields
         .get("distinct_clause")
@@ -220,6 +238,11 @@ fn call(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
         return;
     };
     let builtin = candidates.iter().all(|candidate| candidate.builtin);
+    if matches!(name.name.as_str(), "max" | "min") {
+        look.merges = Some(format!("{}()", name.name));
+    } else {
+        look.loose |= candidates.iter().any(|candidate| candidate.loose);
+    }
     look.dates |= candidates.iter().any(|candidate| candidate.dates);
     look.floats |= !functions::is_float_aggregate(&name.name) && candidates.iter().any(|candidate| candidate.floats);
     let first = fields.get("args").and_then(|arguments| arguments.get(0));
@@ -307,6 +330,7 @@ fn cast(look: &mut Look, fields: &Map<String, Value>, facts: &Facts) {
     }
     look.add_functions(&fact.check_functions, "a domain");
     look.floats |= fact.floats;
+    look.loose |= fact.loose;
     if fact.dates {
         look.dates = true;
         look.date_casts += 1;
@@ -363,7 +387,8 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
 const DATE_CALLS: [&str; 5] = ["date", "time", "timetz", "timestamp", "timestamptz"];
 
 /// Closed to set_config(); SET of them is judged by value.
-const REFUSED_SETTINGS: [&str; 3] = ["standard_conforming_strings", "session_replication_role", "client_encoding"];
+const REFUSED_SETTINGS: [&str; 4] =
+    ["array_nulls", "standard_conforming_strings", "session_replication_role", "client_encoding"];
 
 const RETURNS_DATES: [&str; 14] = [
     "now",

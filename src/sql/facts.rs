@@ -33,6 +33,8 @@ pub struct Relation {
     pub persistence: String,
     pub owner: String,
     pub owner_superuser: bool,
+    /// The owner has not all rights on it or on its schema.
+    pub owner_lacks: bool,
     /// In the order of attnum, without dropped ones.
     pub columns: Vec<Column>,
     /// Columns of the primary key, if it is not deferrable; else empty.
@@ -51,7 +53,8 @@ pub struct Relation {
     pub triggers: u32,
     /// Enabled rules here or in children and partitions.
     pub rules: bool,
-    /// Row-level security applies to whoever asks: not to its owner unless it is forced, not to superusers.
+    /// Row-level security applies to whoever asks: not to its owner, not to superusers; but to all if it is forced, because followers write as
+    /// the owner.
     pub rls: bool,
     /// Children by inheritance that are not partitions.
     pub children: bool,
@@ -115,8 +118,10 @@ pub struct Column {
     /// The type is or contains timestamp with time zone, the only one whose text may have a zone's abbreviation: `time with time
     /// zone` has an offset under every DateStyle (`EncodeTimeOnly` in `datetime.c`).
     pub zones: bool,
-    /// The type is or contains real or double precision.
+    /// The type is or contains real or double precision, or may.
     pub floats: bool,
+    /// Values of it may be equal and look different.
+    pub loose: bool,
     /// The type is of the string category.
     pub text: bool,
 }
@@ -199,6 +204,9 @@ pub struct Function {
     /// Gives a floating point number.
     #[serde(default)]
     pub floats: bool,
+    /// Gives what may be equal to another value and look different.
+    #[serde(default)]
+    pub loose: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -210,6 +218,8 @@ pub struct Type {
     pub builtin: bool,
     pub dates: bool,
     pub floats: bool,
+    /// Values of it may be equal and look different.
+    pub loose: bool,
     pub text: bool,
     /// `regclass` and the like: the text means another number on another node.
     pub reg: bool,

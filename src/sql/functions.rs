@@ -350,6 +350,7 @@ pub fn stays(name: &str) -> Option<&'static str> {
             "it has taken an advisory lock for the whole session"
         }
         "setseed" => "it has used setseed()",
+        "set_limit" => "it has set the limit of pg_trgm",
         _ if WRITES_ALTHOUGH_STABLE.contains(&name) => "it has run a query that was given as text",
         _ => return None,
     })

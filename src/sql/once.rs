@@ -1,11 +1,13 @@
 //! The `once` lane: statements whose writes are not in their text, because they call code or fire it.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::classify::{Context, read};
-use super::expressions::look;
+use super::expressions::{SessionValue, look};
 use super::needs::relation_name;
-use super::parse::walk;
+use super::parse::{names, walk};
 use super::plan::{EffectPlan, Lane, Once, Proof, RowsInstead, Write};
 use super::refuse::{not_yet, own_schema, refused};
 use super::rows::RowTexts;
@@ -32,10 +34,26 @@ pub(super) fn once(context: &Context<'_>, single: bool) -> Lane {
     match Edits::find(context.text, context.shape, &found.session_values) {
         Some((mut edits, session_values)) => {
             edits.remember_dates(&found, context.text, context.shape);
-            Lane::Once(Box::new(Once { edits, session_values, single, proof: Proof::default(), rows: None }))
+            let given = given(context, &found.session_values);
+            Lane::Once(Box::new(Once { edits, session_values, given, single, proof: Proof::default(), rows: None }))
         }
         None => not_yet("this statement"),
     }
+}
+
+/// Functions of which each call in the statement is a value of the session.
+fn given(context: &Context<'_>, values: &[SessionValue]) -> Vec<String> {
+    let (mut given, mut others) = (BTreeSet::new(), BTreeSet::new());
+    walk(&context.tree, &mut |kind, fields| {
+        if kind != "FuncCall" {
+            return;
+        }
+        let location = fields.get("location").and_then(Value::as_u64);
+        let is_value = values.iter().any(|value| location == u64::try_from(value.location).ok());
+        let name = names(fields.get("funcname")).last().map(|name| (*name).to_owned());
+        if is_value { given.extend(name) } else { others.extend(name) }
+    });
+    given.difference(&others).cloned().collect()
 }
 
 /// All tables that the statement itself writes are temporary, and there are some.

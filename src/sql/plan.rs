@@ -157,6 +157,8 @@ pub struct Once {
     pub edits: Edits,
     /// What gives the session's values, as SQL expressions, in the order of the numbers in [`Edits::splices`].
     pub session_values: Vec<String>,
+    /// Functions such as now() of which each call in the text itself is one of these.
+    pub given: Vec<String>,
     /// It is about one row at most, or about none.
     pub single: bool,
     pub proof: Proof,

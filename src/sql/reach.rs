@@ -95,9 +95,10 @@ pub struct Reach {
 }
 
 impl Reach {
-    /// Begins with a statement. `single`: it is known to be about one row.
+    /// Begins with a statement. `single`: it is known to be about one row. `given`: functions whose values followers get for each call in the
+    /// statement's own text.
     #[must_use]
-    pub fn of(statement: &Statement, text: &str, single: bool) -> Self {
+    pub fn of(statement: &Statement, text: &str, single: bool, given: &[String]) -> Self {
         let mut reach = Self::default();
         let outer = text.get(statement.range.clone()).unwrap_or(text);
         reach.has_parameters = Lexer::new(outer).any(|token| token.kind == Kind::Parameter);
@@ -126,6 +127,7 @@ impl Reach {
             return reach;
         }
         let mut code = scan(outer, true);
+        code.calls.retain(|call| !given.contains(&call.name));
         if let NodeEnum::CopyStmt(copy) = &statement.node
             && let Some(table) = &copy.relation
         {

@@ -45,9 +45,9 @@ written(oid, cascade) AS (
     SELECT h.inhrelid, w.cascade FROM pg_catalog.pg_inherits h WHERE h.inhparent = w.oid
     UNION ALL SELECT k.conrelid, true FROM pg_catalog.pg_constraint k WHERE k.confrelid = w.oid AND k.contype = 'f'
       AND (k.confdeltype = ANY ('{c,n,d}') OR k.confupdtype = ANY ('{c,n,d}'))) x(oid, cascade)),
-found(oid, written, cascade) AS (
-  SELECT w.oid, true, bool_or(w.cascade) FROM written w GROUP BY w.oid
-  UNION ALL SELECT c.oid, false, false FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+found(oid, written, cascade, direct) AS (
+  SELECT w.oid, true, bool_or(w.cascade), bool_or(NOT w.cascade) FROM written w GROUP BY w.oid
+  UNION ALL SELECT c.oid, false, false, false FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
   WHERE c.relname = ANY (ARRAY[$relations]::name[]) AND c.relkind = ANY ('{r,p,v,f,m,S}')
     AND n.nspname <> 'information_schema' AND (n.nspname !~ '^pg_temp' OR n.oid = pg_my_temp_schema())
     AND NOT EXISTS (SELECT 1 FROM written w WHERE w.oid = c.oid)),
@@ -101,7 +101,9 @@ SELECT json_build_object(
       FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
       LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
       WHERE a.attrelid = c.oid AND a.attnum > 0::int4 AND NOT a.attisdropped
-        AND (d.adbin IS NOT NULL OR t.typdefault IS NOT NULL OR a.attidentity <> '')) END,
+        AND (d.adbin IS NOT NULL OR t.typdefault IS NOT NULL OR a.attidentity <> '')
+        AND (f.direct OR a.attgenerated <> '' OR EXISTS (SELECT 1 FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'f'
+          AND (k.confdeltype = 'd' OR k.confupdtype = 'd') AND a.attnum = ANY (k.conkey)))) END,
     'checks', CASE WHEN f.written THEN (SELECT json_agg(pg_catalog.pg_get_expr(k.conbin, k.conrelid))
       FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'c') END,
     'rules', CASE WHEN f.written THEN (SELECT json_agg(pg_catalog.pg_get_ruledef(w.oid))

@@ -35,6 +35,11 @@ pub(super) fn first_row(body: &str) -> FirstRow {
     let last = words.split(|word| *word == Word::Symbol(b';')).rfind(|part| !matches!(part, [] | [Word::Plain(_)]));
     let last = last.unwrap_or_default();
     let words = ["from", "returning", "table", "with", "union", "intersect", "except"];
+    // Without RETURNING it gives none, and runs to its end (`init_execution_state` in functions.c).
+    let changes = last.first().is_some_and(|word| word.is(&["insert", "update", "delete"]));
+    if changes && !last.iter().any(|word| word.is(&["returning"])) {
+        return FirstRow::Certain;
+    }
     let reads = last.iter().any(|word| word.is(&words));
     if !reads || first_rows::is_one_row(last, 0) {
         return FirstRow::Certain;

@@ -4,7 +4,7 @@ use pg_query::protobuf::RangeVar;
 
 use super::classify::Context;
 use super::expressions::OWN_SCHEMA;
-use super::facts::{DefaultKind, Relation};
+use super::facts::{DefaultKind, Relation, quote_identifier};
 use super::functions::{self, Effect};
 use super::needs::Name;
 use super::plan::Lane;
@@ -90,6 +90,16 @@ fn refuse_table(relation: &Relation, events: u32) -> Option<Lane> {
         return Some(refused(
             format!("{name} is {kind}: writing to it is not replicated by this version of pgtandem"),
             "Write to the table behind it.",
+        ));
+    }
+    if relation.owner_lacks {
+        return Some(refused(
+            format!("followers write to {name} as its owner {}, who has not all rights on it", relation.owner),
+            format!(
+                "Nothing was changed. Type: GRANT USAGE ON SCHEMA {0} TO {1}; GRANT ALL ON {name} TO {1}",
+                quote_identifier(&relation.schema),
+                quote_identifier(&relation.owner)
+            ),
         ));
     }
     let itself = (relation.persistence == "u").then_some(&name);
