@@ -468,15 +468,6 @@ pub(super) fn refused_setting(set: &VariableSetStmt) -> Option<Lane> {
                 )
             })
         }
-        "array_nulls" => {
-            let off = values.iter().any(|value| matches!(value.as_str(), "off" | "false" | "no" | "0" | "f" | "n"));
-            off.then(|| {
-                refused(
-                    "array_nulls = off is not supported: followers would read NULL in an array as the word",
-                    "Write \"NULL\" in double quotes where the word is meant.",
-                )
-            })
-        }
         "session_replication_role" => (!values.iter().any(|value| value == "origin")).then(|| {
             refused(
                 "session_replication_role can not be set: triggers and foreign keys would work on one server only",

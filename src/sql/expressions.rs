@@ -387,8 +387,7 @@ fn may_be_text(node: &Value, facts: &Facts) -> bool {
 const DATE_CALLS: [&str; 5] = ["date", "time", "timetz", "timestamp", "timestamptz"];
 
 /// Closed to set_config(); SET of them is judged by value.
-const REFUSED_SETTINGS: [&str; 4] =
-    ["array_nulls", "standard_conforming_strings", "session_replication_role", "client_encoding"];
+const REFUSED_SETTINGS: [&str; 3] = ["standard_conforming_strings", "session_replication_role", "client_encoding"];
 
 const RETURNS_DATES: [&str; 14] = [
     "now",

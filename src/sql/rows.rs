@@ -77,6 +77,13 @@ fn returned(column: &Column, qualifier: &str, relation: &Relation, context: &Con
             "RESET extra_float_digits.",
         ));
     }
+    let nulls_are_words = settings.get("array_nulls").is_some_and(|value| value == "off");
+    if nulls_are_words && column.bulk != Bulk::Array {
+        return Err(not_rows(
+            format!("with array_nulls = off the text of column {} is read as another value", column.name),
+            "RESET array_nulls.",
+        ));
+    }
     let name = quote_identifier(&column.name);
     let value = if qualifier.is_empty() { name } else { format!("{qualifier}.{name}") };
     let iso = settings.get("DateStyle").is_none_or(|style| style.to_ascii_uppercase().starts_with("ISO"));
