@@ -203,6 +203,9 @@ async fn the_catalog_says_what_a_text_can_not() {
             CREATE DOMAIN checked AS int CHECK (VALUE > 0);
             CREATE TABLE secured (id int PRIMARY KEY);
             ALTER TABLE secured ENABLE ROW LEVEL SECURITY;
+            CREATE TABLE owned (id int PRIMARY KEY);
+            ALTER TABLE owned ENABLE ROW LEVEL SECURITY;
+            ALTER TABLE secured FORCE ROW LEVEL SECURITY;
             CREATE TABLE clocked (id int PRIMARY KEY, at timestamptz CHECK (at <= now()));
             CREATE TEMP TABLE scratch (id int);
             "#,
@@ -273,6 +276,8 @@ async fn the_catalog_says_what_a_text_can_not() {
         ("SELECT p.audit FROM plain p", true),
         ("SELECT p.note FROM plain p", false),
         ("SELECT * FROM secured", true),
+        // It does not apply to whoever owns the table.
+        ("SELECT * FROM owned", false),
         ("SELECT nextval('serials_id_seq')", false),
         ("SELECT now(), pg_sleep(0), random()", false),
         ("SELECT * FROM pg_stat_activity", false),
