@@ -202,7 +202,10 @@ fn select(look: &mut Look, fields: &Map<String, Value>) {
     if is_set(fields, "distinct_clause") || is_set(fields, "group_clause") {
         look.merges = Some("DISTINCT or GROUP BY".to_owned());
     }
-    if fields.get("op").and_then(Value::as_i64).is_some_and(|op| op > SetOperation::SetopNone as i64) {
+    let operation = fields.get("op").and_then(Value::as_i64).unwrap_or_default();
+    // UNION ALL gives every row of both.
+    let merges = operation != SetOperation::SetopUnion as i64 || !is_set(fields, "all");
+    if operation > SetOperation::SetopNone as i64 && merges {
         look.merges = Some("UNION, INTERSECT or EXCEPT".to_owned());
     }
     // DISTINCT is a list with one empty node, DISTINCT ON has expressions
