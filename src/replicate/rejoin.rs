@@ -120,21 +120,20 @@ impl Hub {
 
     /// Whether it may come back now, by what its agent says.
     async fn judge_return(&self, name: &str, kept: &Kept) -> Result<(NodeConfig, Control, Records), Attempt> {
-        let later = |what: String| Attempt::later(what);
-        let node = self.node(name).map_err(|e| later(e.to_string()))?.clone();
-        let leader = self.leader().map_err(|e| later(e.to_string()))?;
+        let node = self.node(name).map_err(|e| Attempt::later(e.to_string()))?.clone();
+        let leader = self.leader().map_err(|e| Attempt::later(e.to_string()))?;
         let asked = in_time(async {
             let mut control = Control::connect(&self.identity, &node).await?;
             let status = status(&mut control).await?;
             let leader = status_of(self, &leader).await?;
             Ok((control, status, leader.record))
         });
-        let (mut control, status, leader) = asked.await.map_err(later)?;
+        let (mut control, status, leader) = asked.await.map_err(Attempt::later)?;
         let set = self.view().set.clone();
         let done = match rejoin::judge(name, &set, kept.epoch, &leader, &status) {
             Judgement::Begin => return Ok((node, control, Records { leader, target: status.record })),
             Judgement::Never(why) => return Err(Attempt::Never(why)),
-            Judgement::Wait(why) => return Err(later(why)),
+            Judgement::Wait(why) => return Err(Attempt::later(why)),
             Judgement::Tell => in_time(store_on(&mut control, &set, NodeState::Stale, None, None)).await,
             Judgement::StartAgain => {
                 in_time(async {
@@ -144,7 +143,7 @@ impl Hub {
                 .await
             }
         };
-        Err(later(done.err().unwrap_or_else(|| "it is just told that it was left behind".into())))
+        Err(Attempt::later(done.err().unwrap_or_else(|| "it is just told that it was left behind".into())))
     }
 
     async fn bring_back(

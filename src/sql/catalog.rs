@@ -62,7 +62,7 @@ fn values(names: &BTreeSet<Name>) -> String {
 
 /// Operators of the template to those of pg_catalog. The template has them with a blank on both sides.
 pub(super) fn qualify(template: &str) -> String {
-    let mut text = template.to_owned();
+    let mut text = template.replace("@is_harmless", IS_HARMLESS);
     for operator in ["=", "<>", "<", ">", ">=", "<=", "~", "!~", "&", "|"] {
         text = text.replace(&format!(" {operator} "), &format!(" OPERATOR(pg_catalog.{operator}) "));
     }
@@ -104,6 +104,11 @@ const FUNCTIONS_OF: &str = r"SELECT p.oid, p.pronamespace, p.proname, p.provolat
 /// Date and time types, their arrays and ranges (`pg_type.dat`).
 const DATE_TYPES: &str =
     "'{1082,1083,1114,1184,1266,1182,1183,1115,1185,1270,3908,3910,3912,3909,3911,3913}'::pg_catalog.oid[]";
+
+/// Whether function `p` is one in C of those extensions: `@is_harmless`.
+const IS_HARMLESS: &str = r"p.prolang = 13::oid AND EXISTS (SELECT 1 FROM pg_catalog.pg_depend d
+    JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+    WHERE d.classid = 1255::oid AND d.objid = p.oid AND d.refclassid = 3079::oid AND d.deptype = 'e' AND e.extname = ANY (@harmless))";
 
 /// Types that hold floating point numbers or give them: real, double precision, the geometric ones, money by money.
 const FLOAT_TYPES: &str = "'{700,701,600,601,602,603,604,628,718,790}'::pg_catalog.oid[]";
@@ -342,8 +347,7 @@ SELECT json_build_object(
           JOIN pg_catalog.pg_proc q ON q.oid = m.m[1]::oid WHERE q.provolatile <> 'i'))
         THEN 'v' ELSE p.provolatile::text END,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
-      'harmless', p.prolang = 13::oid AND EXISTS (SELECT 1 FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
-        WHERE d.classid = 1255::oid AND d.objid = p.oid AND d.refclassid = 3079::oid AND d.deptype = 'e' AND e.extname = ANY (@harmless)),
+      'harmless', @is_harmless,
       'immutable_parts', p.prokind = 'a' AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_aggregate g CROSS JOIN LATERAL pg_catalog.unnest(ARRAY[
           g.aggtransfn::oid, g.aggfinalfn::oid, g.aggcombinefn::oid, g.aggserialfn::oid, g.aggdeserialfn::oid, g.aggmtransfn::oid,
           g.aggminvtransfn::oid, g.aggmfinalfn::oid]) u(oid)
@@ -360,8 +364,7 @@ SELECT json_build_object(
   FROM asked_operators a CROSS JOIN LATERAL (
     SELECT jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', p.proname, 'volatility', p.provolatile::text,
       'builtin', NOT p.oid >= 16384::oid, 'kind', p.prokind::text,
-      'harmless', p.prolang = 13::oid AND EXISTS (SELECT 1 FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
-        WHERE d.classid = 1255::oid AND d.objid = p.oid AND d.refclassid = 3079::oid AND d.deptype = 'e' AND e.extname = ANY (@harmless)),
+      'harmless', @is_harmless,
       'of_row', false)) AS fact
     FROM pg_catalog.pg_operator o JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::oid
     JOIN pg_catalog.pg_namespace y ON y.oid = p.pronamespace

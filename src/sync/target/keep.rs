@@ -208,22 +208,7 @@ fn linked(link: &str) -> SyncError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn node(pgdata: PathBuf) -> NodeConfig {
-        let place = |name: &str| pgdata.with_file_name(name);
-        NodeConfig {
-            name: "b".into(),
-            agent: ([127, 0, 0, 1], 0).into(),
-            state_dir: place("state"),
-            bin_dir: place("bin"),
-            socket_dir: place("socket"),
-            port: 5432,
-            archive_dir: None,
-            tablespaces: std::collections::BTreeMap::new(),
-            service_addresses: Vec::new(),
-            pgdata,
-        }
-    }
+    use crate::sync::target::tests::node;
 
     #[test]
     fn a_copy_is_whole_or_is_not_there() {

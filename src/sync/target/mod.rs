@@ -124,27 +124,33 @@ async fn blocking<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
     use std::task::Poll;
 
     use super::*;
     use crate::config::NodeConfig;
 
-    #[tokio::test]
-    async fn what_an_ended_fill_still_writes_is_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let place = |name: &str| folder.path().join(name);
-        let mut target = Target::new(Postgres::new(NodeConfig {
+    /// A node with its data here, and whatever else it has beside them.
+    pub fn node(pgdata: PathBuf) -> NodeConfig {
+        let place = |name: &str| pgdata.with_file_name(name);
+        NodeConfig {
             name: "b".into(),
             agent: ([127, 0, 0, 1], 0).into(),
             state_dir: place("state"),
-            pgdata: place("data"),
             bin_dir: place("bin"),
             socket_dir: place("socket"),
             port: 5432,
             archive_dir: None,
             tablespaces: std::collections::BTreeMap::new(),
             service_addresses: Vec::new(),
-        }));
+            pgdata,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_ended_fill_still_writes_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut target = Target::new(Postgres::new(node(folder.path().join("data"))));
         // A disk that stands still: the thread that writes to it can not be ended.
         let (disk, stands_still) = std::sync::mpsc::sync_channel::<()>(1);
         target.writers.spawn_blocking(move || stands_still.recv());
